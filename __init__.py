@@ -1,0 +1,31 @@
+"""kvx: encoder-decoder Transformers, exported once with an explicit cache, proven, and run without torch."""
+
+from kvx.runtime.errors import (
+    BundleError,
+    CapacityError,
+    CheckpointError,
+    DeviceError,
+    InputError,
+    KvxError,
+    OptionError,
+    ParityError,
+    TokenizerError,
+)
+from kvx.runtime.translator import Translation, Translator
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BundleError",
+    "CapacityError",
+    "CheckpointError",
+    "DeviceError",
+    "InputError",
+    "KvxError",
+    "OptionError",
+    "ParityError",
+    "TokenizerError",
+    "Translation",
+    "Translator",
+    "__version__",
+]

@@ -1,0 +1,1 @@
+"""Models → bundles: the graphs, their lowerings, the formats and the proof."""

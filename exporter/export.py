@@ -1,0 +1,218 @@
+"""A checkpoint and its tokenizers → a proven bundle, whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import kvx
+from kvx.exporter.graphs import EncoderGraph, StepGraph
+from kvx.exporter.onnx import write_onnx
+from kvx.exporter.parity import Check, ParityOptions, ParityReport
+from kvx.exporter.report import Report
+from kvx.exporter.standard import OPSET, StandardOperators
+from kvx.exporter.torchscript import write_torchscript
+from kvx.exporter.verify import prove_bundle
+from kvx.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from kvx.runtime.backends import onnx, torchscript
+from kvx.runtime.bundle import CHECKPOINT_FILE, SOURCE_TOKENIZER_FILE, TARGET_TOKENIZER_FILE, Bundle
+from kvx.runtime.errors import OptionError, ParityError, TokenizerError
+from kvx.runtime.manifest import MANIFEST_FILE, FileEntry, Manifest
+from kvx.runtime.tokenizer import Tokenizer
+
+Format = Literal["onnx", "torchscript", "both"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportOptions:
+    """What to export, and where to.
+
+    `checkpoint`: the file. `output`: the bundle's folder (default artifacts/<name of the checkpoint's folder>).
+    `source_tokenizer`, `target_tokenizer`: sentencepiece models (default: source.model and target.model beside the
+    checkpoint). `heads`: the head count of a bare state dict. `format`: what to write; "both" also writes model.pt.
+    `max_new_tokens`: the bundle's default limit. `verify`: whether to prove the export, also on the lines of
+    `verify_text`. `force`: replace an existing bundle.
+    """
+
+    checkpoint: Path
+    output: Path | None = None
+    source_tokenizer: Path | None = None
+    target_tokenizer: Path | None = None
+    heads: int | None = None
+    format: Format = "both"
+    max_new_tokens: int | None = None
+    verify: bool = True
+    verify_text: Path | None = None
+    parity: ParityOptions = field(default_factory=ParityOptions)
+    force: bool = False
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """The formats to write."""
+        return ("onnx", "torchscript") if self.format == "both" else (self.format,)
+
+    @property
+    def folder(self) -> Path:
+        """The bundle's folder."""
+        return self.output or Path("artifacts") / self.checkpoint.resolve().parent.name
+
+    def tokenizer_path(self, name: str, given: Path | None) -> Path:
+        """Where a tokenizer is: as given, or beside the checkpoint."""
+        return given or self.checkpoint.parent / name
+
+
+def export(options: ExportOptions, report: Report | None = None) -> Manifest:
+    """Writes the bundle that `options` describe and returns its manifest; `report` hears of each phase.
+
+    Raises ParityError where the proof fails, and CheckpointError, TokenizerError, OptionError or InputError for bad
+    input; the folder is then as it was.
+    """
+    _check_output(options)
+    report = report or Report()
+    report.phase("reading the checkpoint")
+    checkpoint = load_checkpoint(options.checkpoint, heads=options.heads)
+    for note in checkpoint.notes:
+        report.note(note)
+    tokenizers = _load_tokenizers(options, checkpoint)
+    checkpoint = _with_limit(checkpoint, options.max_new_tokens)
+    with _whole_or_nothing(options.folder) as folder:
+        _write_files(folder, options, checkpoint, report)
+        manifest = _describe(folder, options, checkpoint, tokenizers)
+        manifest.write(folder)
+        if options.verify:
+            checks = prove_bundle(
+                Bundle(folder, manifest), checkpoint.model, options.parity, options.verify_text, report
+            )
+            manifest = replace(manifest, parity=_require_parity(checks, options.parity).to_dict())
+            manifest.write(folder)
+        report.phase(f"writing {options.folder}")
+    return manifest
+
+
+def _check_output(options: ExportOptions) -> None:
+    """Refuses, before any work, an output that must not be replaced."""
+    folder, checkpoint = options.folder, options.checkpoint.resolve()
+    if not folder.exists() and not folder.is_symlink():
+        return
+    if checkpoint.is_relative_to(folder.resolve()):
+        remedy = "Name another folder with --output: this one holds the checkpoint."
+    elif not (folder / MANIFEST_FILE).is_file() or folder.is_symlink():
+        remedy = "Name another folder with --output: this one is no bundle, so it is never replaced."
+    elif not options.force:
+        remedy = "Replace it with --force, or name another folder with --output."
+    else:
+        return
+    raise OptionError(f"output {folder}, which exists", expected="a new folder", remedy=remedy)
+
+
+def _load_tokenizers(options: ExportOptions, checkpoint: Checkpoint) -> tuple[Tokenizer, Tokenizer]:
+    config = checkpoint.model.config
+    loaded = []
+    for name, given, size in (
+        (SOURCE_TOKENIZER_FILE, options.source_tokenizer, config.source_vocab_size),
+        (TARGET_TOKENIZER_FILE, options.target_tokenizer, config.target_vocab_size),
+    ):
+        path = options.tokenizer_path(name, given)
+        tokenizer = Tokenizer(path)
+        if len(tokenizer) != size:
+            raise TokenizerError(
+                f"{path} with {len(tokenizer)} pieces",
+                expected=f"{size}, the rows of the model's embedding",
+                remedy="Name the tokenizer that the model was trained with.",
+            )
+        loaded.append(tokenizer)
+    return loaded[0], loaded[1]
+
+
+def _with_limit(checkpoint: Checkpoint, limit: int | None) -> Checkpoint:
+    positions = checkpoint.model.config.target_positions
+    limit = checkpoint.max_new_tokens if limit is None else limit
+    if not 1 <= limit <= positions:
+        raise OptionError(
+            f"max_new_tokens {limit}",
+            expected=f"1 to {positions}, the model's target positions",
+            remedy="Correct --max-new-tokens.",
+        )
+    return replace(checkpoint, max_new_tokens=limit)
+
+
+def _write_files(folder: Path, options: ExportOptions, checkpoint: Checkpoint, report: Report) -> None:
+    model = checkpoint.model
+    if "onnx" in options.formats:
+        ops = StandardOperators()
+        report.phase("exporting the encoder to ONNX")
+        write_onnx(EncoderGraph(model, ops), folder / onnx.ENCODER_FILE)
+        report.phase("exporting the decoder step to ONNX")
+        write_onnx(StepGraph(model, ops), folder / onnx.STEP_FILE)
+    if "torchscript" in options.formats:
+        report.phase("tracing TorchScript")
+        write_torchscript(EncoderGraph(model), folder / torchscript.ENCODER_FILE)
+        write_torchscript(StepGraph(model), folder / torchscript.STEP_FILE)
+    if options.format == "both":
+        save_checkpoint(checkpoint, folder / CHECKPOINT_FILE)
+    for name, given in (
+        (SOURCE_TOKENIZER_FILE, options.source_tokenizer),
+        (TARGET_TOKENIZER_FILE, options.target_tokenizer),
+    ):
+        shutil.copyfile(options.tokenizer_path(name, given), folder / name)
+
+
+def _describe(
+    folder: Path, options: ExportOptions, checkpoint: Checkpoint, tokenizers: tuple[Tokenizer, Tokenizer]
+) -> Manifest:
+    return Manifest(
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds"),
+        kvx_version=kvx.__version__,
+        model=checkpoint.model.config.to_dict(),
+        precision="float32",
+        lowering="standard",
+        opset=OPSET,
+        formats=options.formats,
+        max_new_tokens=checkpoint.max_new_tokens,
+        source_ids=tokenizers[0].special_ids,
+        target_ids=tokenizers[1].special_ids,
+        files={path.name: FileEntry.of(path) for path in sorted(folder.iterdir())},
+        parity=None,
+    )
+
+
+def _require_parity(checks: Iterable[Check], options: ParityOptions) -> ParityReport:
+    report = ParityReport(options.tolerance, tuple(checks))
+    failed = [f"{check.backend}, {check.name}: {check.detail}" for check in report.checks if not check.passed]
+    if failed:
+        raise ParityError(
+            f"an export that differs from eager PyTorch ({'; '.join(failed)})",
+            expected=f"differences within the tolerance {options.tolerance:g}",
+            remedy="Nothing was written. Please report the model's configuration, or raise --tolerance knowingly.",
+        )
+    return report
+
+
+@contextlib.contextmanager
+def _whole_or_nothing(folder: Path) -> Iterator[Path]:
+    """A hidden folder beside `folder` that takes its place at the end, or vanishes."""
+    partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{what}") for what in ("partial", "old"))
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise OptionError(
+            f"output {folder}, which cannot be made ({error.strerror})",
+            expected="a folder that may be written",
+            remedy="Name another with --output.",
+        ) from None
+    try:
+        yield partial
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+    finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        for leftover in (partial, old):
+            shutil.rmtree(leftover, ignore_errors=True)

@@ -1,0 +1,71 @@
+"""The two graphs of the contract as torch modules: flat tensors in, flat tensors out, in the signature's order.
+
+Letters: B rows, S source positions, T capacity of a row's cache, H heads, D head width, L decoder layers,
+V target vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kvx.models.operators import EAGER, KeyValue, Operators
+from kvx.models.transformer import Transformer
+from kvx.runtime.signature import Dimensions, StepFeatures, encoder_signature, step_signature
+
+
+class EncoderGraph(nn.Module):
+    """input_ids [B, S], source_lengths [B] → key, value of every decoder layer's cross-attention [B, H, S, D]."""
+
+    def __init__(self, model: Transformer, ops: Operators = EAGER) -> None:
+        super().__init__()
+        self.model = model
+        self.ops = ops
+        self.signature = encoder_signature(Dimensions.of_model(model.config.to_dict()))
+
+    def forward(self, input_ids: Tensor, source_lengths: Tensor) -> tuple[Tensor, ...]:
+        """input_ids [B, S], source_lengths [B] → 2·L tensors [B, H, S, D]."""
+        return _flatten(self.model.encode(input_ids, source_lengths, self.ops))
+
+
+class StepGraph(nn.Module):
+    """One token per row: ids and lengths [B], self caches [B, H, T, D], cross caches [B, H, S, D] → logits, caches."""
+
+    def __init__(self, model: Transformer, ops: Operators = EAGER, features: StepFeatures | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.ops = ops
+        self.features = features or StepFeatures()
+        self.signature = step_signature(Dimensions.of_model(model.config.to_dict()), self.features)
+
+    def forward(
+        self, input_ids: Tensor, past_lengths: Tensor, source_lengths: Tensor, *caches: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Ids and lengths [B], then key and value per layer: L self [B, H, T, D], L cross [B, H, S, D]
+        → logits [B, V], perhaps next_ids [B], 2·L self caches [B, H, T, D].
+        """
+        half = len(caches) // 2
+        past, cross = _pair(caches[:half]), _pair(caches[half:])
+        logits, presents = self.model.step(input_ids, past_lengths, source_lengths, past, cross, self.ops)
+        next_ids = (logits.argmax(dim=-1),) if self.features.next_ids else ()
+        return (logits, *next_ids, *_flatten(presents))
+
+
+def example_inputs(graph: EncoderGraph | StepGraph) -> tuple[Tensor, ...]:
+    """Inputs for tracing. Every free axis has a size of its own above 1, which a tracer would take for a constant."""
+    sizes = {"B": 2, "S": 5, "T": 7}
+    inputs = []
+    for spec in graph.signature.inputs:
+        shape = spec.shape(sizes)
+        inputs.append(torch.ones(shape, dtype=torch.int64) if spec.dtype == "int64" else torch.zeros(shape))
+    return tuple(inputs)
+
+
+def _flatten(pairs: Sequence[KeyValue]) -> tuple[Tensor, ...]:
+    return tuple(tensor for pair in pairs for tensor in pair)
+
+
+def _pair(tensors: Sequence[Tensor]) -> list[KeyValue]:
+    return [KeyValue(key, value) for key, value in zip(tensors[::2], tensors[1::2], strict=True)]

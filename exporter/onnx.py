@@ -1,0 +1,60 @@
+"""The graphs as ONNX files."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import torch
+
+from kvx.exporter.graphs import EncoderGraph, StepGraph, example_inputs
+from kvx.exporter.standard import IR_VERSION, OPSET
+
+EXTERNAL_DATA_ABOVE = 512 * 2**20  # bytes of weights; protobuf ends at 2 GiB
+
+
+def write_onnx(graph: EncoderGraph | StepGraph, path: Path, *, external_data_above: int = EXTERNAL_DATA_ABOVE) -> None:
+    """One graph → an ONNX file that the checker passes, its weights beside it as `<path>.data` where they are large."""
+    letters = {letter: torch.export.Dim(letter, min=1) for letter in ("B", "S", "T")}
+    shapes = [
+        {axis: letters[letter] for axis, letter in enumerate(spec.axes) if isinstance(letter, str)}
+        for spec in graph.signature.inputs
+    ]
+    flat, dynamic = (shapes, None) if isinstance(graph, EncoderGraph) else (shapes[:3], shapes[3:])
+    weights = sum(tensor.nbytes for tensor in graph.model.state_dict().values())
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            graph.eval(),
+            example_inputs(graph),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[spec.name for spec in graph.signature.inputs],
+            output_names=[spec.name for spec in graph.signature.outputs],
+            dynamic_shapes=(*flat, tuple(dynamic)) if dynamic is not None else tuple(flat),
+            verbose=False,
+        )
+    assert program is not None
+    program.model.ir_version = IR_VERSION
+    for node in program.model.graph:
+        node.metadata_props.clear()  # stack traces with the exporter's own paths
+    program.save(path, external_data=weights > external_data_above)
+    onnx.checker.check_model(path, full_check=True)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences what torch 2.13 prints on every export: the names of free axes, its own deprecations, torchvision."""
+    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = registration.level
+    registration.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="# The axis name: . will not be used", category=UserWarning)
+            warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`", category=FutureWarning)
+            yield
+    finally:
+        registration.setLevel(level)

@@ -1,0 +1,272 @@
+"""The proof: an export is compared with eager PyTorch on everything that the contract promises.
+
+Letters: B rows, S source positions, T capacity of a row's cache, H heads, D head width, V target vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvx.models.backend import TorchBackend
+from kvx.models.transformer import Transformer
+from kvx.runtime.backend import Backend, IntArray, Tensors
+from kvx.runtime.cache import Capacity, EncodedSource, KVCache
+from kvx.runtime.decode import decode
+from kvx.runtime.errors import OptionError
+from kvx.runtime.schedule import Limits, Source
+from kvx.runtime.search import Greedy
+from kvx.runtime.signature import Dimensions, StepFeatures, encoder_signature, step_signature
+
+POISON = 1e30  # any finite number may lie beyond a row's length
+ROWS = 5
+LONGEST_SOURCE = 23
+DRAWN_SENTENCES = 16
+DRAWN_TOKENS = 32
+
+
+class ExportedGraphs(Backend, Protocol):
+    """A backend whose graphs can also be run out of place, by tensor names."""
+
+    def run_encoder(self, feeds: Tensors) -> Tensors:
+        """The encoder's inputs → its outputs."""
+        ...
+
+    def run_step(self, feeds: Tensors) -> Tensors:
+        """The step's inputs → its outputs; the inputs stay as they are."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParityOptions:
+    """How far an export may be from eager.
+
+    `tolerance` is the largest difference allowed in a tensor, in units of its largest eager value or of 1, whichever
+    is larger. `steps` decoder steps are compared on inputs drawn from `seed`. Raises OptionError.
+    """
+
+    tolerance: float = 1e-4
+    steps: int = 30
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.tolerance < 1 or self.steps < 1 or self.seed < 0:
+            raise OptionError(
+                f"tolerance {self.tolerance}, {self.steps} steps, seed {self.seed}",
+                expected="a tolerance between 0 and 1, at least one step and a seed of at least 0",
+                remedy="Correct the options.",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One finding: what was compared on which backend, the largest absolute difference per tensor, what was seen."""
+
+    backend: str
+    name: str
+    passed: bool
+    detail: str
+    differences: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ParityReport:
+    """All findings of one proof, and the tolerance they were judged by."""
+
+    tolerance: float
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check did."""
+        return all(check.passed for check in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form that the manifest holds."""
+        return {"passed": self.passed, "tolerance": self.tolerance, "checks": [asdict(check) for check in self.checks]}
+
+
+def prove(
+    model: Transformer,
+    backend: ExportedGraphs,
+    limits: Limits,
+    options: ParityOptions,
+    verify_sources: Sequence[tuple[int, ...]] = (),
+) -> Iterator[Check]:
+    """The checks of one exported backend against the eager model, one by one as they are done.
+
+    `verify_sources` are the ids of further sentences, bos and eos included, to be translated by both.
+    """
+    trial = Trial(model, options)
+    yield trial.check_encoder(backend)
+    yield from trial.check_steps(backend)
+    yield trial.check_greedy(backend, trial.drawn_sources(), limits, "greedy on drawn ids")
+    if verify_sources:
+        yield trial.check_greedy(backend, verify_sources, limits, "greedy on the verification text")
+
+
+class Differences:
+    """The largest difference of each tensor, and the largest value that eager has in it."""
+
+    def __init__(self) -> None:
+        self.worst: dict[str, float] = {}
+        self._scale: dict[str, float] = {}
+
+    def add(self, name: str, expected: NDArray[Any], got: NDArray[Any]) -> None:
+        """Compares two arrays of one shape; a value that is not finite differs by infinity."""
+        difference = np.abs(got - expected).max(initial=0.0) if np.isfinite(got).all() else np.inf
+        self.worst[name] = max(self.worst.get(name, 0.0), float(difference))
+        self._scale[name] = max(self._scale.get(name, 1.0), float(np.abs(expected).max(initial=0.0)))
+
+    def require_equal(self, name: str, expected: NDArray[Any], got: NDArray[Any]) -> None:
+        """Records any difference at all as infinite."""
+        self.add(name, np.zeros(1), np.zeros(1) if np.array_equal(expected, got) else np.full(1, np.inf))
+
+    def check(self, backend: Backend, name: str, tolerance: float) -> Check:
+        """The finding: passed where no tensor is over the tolerance."""
+        over = [tensor for tensor, worst in self.worst.items() if worst > tolerance * self._scale[tensor]]
+        tensor = max(self.worst, key=lambda tensor: self.worst[tensor] / self._scale[tensor])
+        detail = f"largest difference {self.worst[tensor]:.2g} in {tensor}"
+        if over:
+            detail += f", over {tolerance:g} × {self._scale[tensor]:.3g}; {len(over)} of {len(self.worst)} tensors"
+        return Check(backend.name, name, not over, detail, dict(self.worst))
+
+
+class Trial:
+    """Ragged inputs drawn once, and what the eager model makes of them."""
+
+    def __init__(self, model: Transformer, options: ParityOptions) -> None:
+        self.model = model
+        self.eager = TorchBackend(model)
+        self.options = options
+        self.random = np.random.default_rng(options.seed)
+        longest = min(LONGEST_SOURCE, model.config.source_positions)
+        self.source_lengths = np.linspace(longest, 1, ROWS).astype(np.int64)
+        self.input_ids = self.random.integers(0, model.config.source_vocab_size, (ROWS, longest))
+        self.dimensions = Dimensions.of_model(model.config.to_dict())
+        self.steps = min(options.steps, model.config.target_positions)
+
+    def drawn_sources(self) -> list[tuple[int, ...]]:
+        """Random sentences of many lengths."""
+        config = self.model.config
+        lengths = np.linspace(1, min(40, config.source_positions), DRAWN_SENTENCES).astype(int)
+        return [tuple(self.random.integers(0, config.source_vocab_size, length).tolist()) for length in lengths]
+
+    def check_encoder(self, backend: ExportedGraphs) -> Check:
+        """Cross keys and values within every row's length; the ids beyond it are random, not pads."""
+        found = Differences()
+        got = backend.run_encoder({"input_ids": self.input_ids, "source_lengths": self.source_lengths})
+        expected = self.eager.encode(self.input_ids, self.source_lengths)
+        for name, past in encoder_signature(self.dimensions).presents.items():
+            found.add(name, _inside(expected[past], self.source_lengths), _inside(got[name], self.source_lengths))
+        return found.check(backend, "encoder outputs", self.options.tolerance)
+
+    def check_steps(self, backend: ExportedGraphs) -> Iterator[Check]:
+        """Logits and caches over many steps: rows at different positions, everything beyond their lengths poisoned."""
+        logits, caches, places = Differences(), Differences(), Differences()
+        truth, tried = self._cache(), self._cache()
+        eager_step, step = self.eager.bind(truth), backend.bind(tried)
+        presents = step_signature(self.dimensions, StepFeatures()).presents
+        for number in range(self.steps):
+            ids = self.random.integers(0, self.model.config.target_vocab_size, ROWS)
+            _poison(tried, self.random)
+            feeds = {"input_ids": ids, "past_lengths": tried.lengths, "source_lengths": tried.source_lengths}
+            apart = backend.run_step(feeds | {name: buffer.copy() for name, buffer in tried.buffers.items()})
+            got = step(ids)
+            logits.add("logits", eager_step(ids).logits, apart["logits"])
+            places.add("logits", apart["logits"], got.logits)
+            truth.advance()
+            tried.advance()
+            for name, past in presents.items():
+                expected, found, bound = truth.buffers[past], apart[name], tried.buffers[past]
+                caches.add(name, _inside(expected, truth.lengths), _inside(found, truth.lengths))
+                places.add(name, _inside(found, truth.lengths), _inside(bound, truth.lengths))
+                places.require_equal(f"{name} beyond the lengths", found, bound)
+            if number % 3 == 0:  # a row begins anew, so that the rows stand at different positions
+                truth.lengths[number // 3 % ROWS] = tried.lengths[number // 3 % ROWS] = 0
+        tolerance = self.options.tolerance
+        yield logits.check(backend, f"logits of {self.steps} steps, caches poisoned beyond their lengths", tolerance)
+        yield caches.check(backend, "caches written by these steps", tolerance)
+        yield places.check(backend, "in place against out of place", tolerance)
+
+    def check_greedy(self, backend: Backend, sources: Sequence[tuple[int, ...]], limits: Limits, name: str) -> Check:
+        """Greedy translations of the same sources, in different numbers of rows; a near-tie of eager may fall
+        either way.
+        """
+        expected = _greedy(self.eager, sources, dataclasses.replace(limits, rows=2 * ROWS, group=2 * ROWS))
+        got = _greedy(backend, sources, dataclasses.replace(limits, rows=ROWS, group=ROWS))
+        differing = [index for index in range(len(sources)) if expected[index] != got[index]]
+        divergences = [
+            self._divergence(index, (limits.bos, *expected[index]), (limits.bos, *got[index]), sources[index])
+            for index in differing
+        ]
+        wrong = [divergence for divergence in divergences if not divergence.is_tie]
+        equal, ties = len(sources) - len(differing), len(differing) - len(wrong)
+        detail = f"{equal} of {len(sources)} sentences equal" + (
+            f", {ties} near-ties fell the other way" if ties else ""
+        )
+        return Check(backend.name, name, not wrong, "; ".join([detail, *map(str, wrong[:1])]))
+
+    def _divergence(
+        self, sentence: int, expected: tuple[int, ...], got: tuple[int, ...], source: tuple[int, ...]
+    ) -> Divergence:
+        """Where two targets part, both from bos on."""
+        position = next(i for i, ids in enumerate(zip(expected, got, strict=False)) if ids[0] != ids[1])
+        with torch.inference_mode():
+            logits = self.model(
+                torch.tensor([source]), torch.tensor([len(source)]), torch.tensor([expected[:position]])
+            )[0, -1]
+        margin = float(logits[expected[position]] - logits[got[position]])
+        uncertainty = 2 * self.options.tolerance * max(1.0, float(logits.abs().max()))
+        return Divergence(sentence, position, expected[position], got[position], margin, margin <= uncertainty)
+
+    def _cache(self) -> KVCache:
+        cache = KVCache(self.eager.cache_specs, Capacity(ROWS, self.steps, self.input_ids.shape[1]))
+        tensors = self.eager.encode(self.input_ids, self.source_lengths)
+        for index, length in enumerate(self.source_lengths.tolist()):
+            cache.admit(EncodedSource(tensors, index, length))
+        return cache
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """The first token in which two translations of a sentence differ, and by how much eager prefers its own."""
+
+    sentence: int
+    position: int
+    expected: int
+    got: int
+    margin: float
+    is_tie: bool
+
+    def __str__(self) -> str:
+        return (
+            f"sentence {self.sentence + 1}, token {self.position}: {self.got} instead of {self.expected}, "
+            f"which eager prefers by {self.margin:.2g}"
+        )
+
+
+def _greedy(backend: Backend, sources: Sequence[tuple[int, ...]], limits: Limits) -> dict[int, tuple[int, ...]]:
+    numbered = (Source(index, ids) for index, ids in enumerate(sources))
+    return {hypothesis.index: hypothesis.ids for hypothesis in decode(backend, numbered, Greedy(), limits)}
+
+
+def _inside(array: NDArray[Any], lengths: IntArray) -> NDArray[Any]:
+    """[B, H, positions, D] → the positions within the rows' lengths [sum of lengths, H, D]."""
+    positions: NDArray[Any] = array.transpose(0, 2, 1, 3)
+    return positions[np.arange(positions.shape[1]) < lengths[:, None]]
+
+
+def _poison(cache: KVCache, random: np.random.Generator) -> None:
+    """Puts ±POISON wherever no position of a row's own or of its source is."""
+    for spec in cache.specs:
+        buffer, lengths = cache.buffers[spec.name], cache.source_lengths if "S" in spec.axes else cache.lengths
+        outside = np.arange(buffer.shape[2]) >= lengths[:, None]
+        poison = random.choice([-POISON, POISON], size=buffer.shape).astype(buffer.dtype)
+        np.copyto(buffer, poison, where=outside[:, None, :, None])

@@ -1,0 +1,76 @@
+"""The `standard` lowering: ai.onnx opset 24 only, so that any runtime of that opset runs it.
+
+`TensorScatter` writes the cache, `Attention` with `nonpad_kv_seqlen` reads it and the source, the reference's
+LayerNorm is folded into `LayerNormalization` (https://onnx.ai/onnx/operators).
+
+Letters: B rows, S source positions, T capacity of a row's cache, E model width, H heads, D head width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvx.models.operators import KeyValue, Operators
+from kvx.models.transformer import Attention, LayerNorm
+
+OPSET = 24
+IR_VERSION = 12  # what the ONNX specification pairs with opset 24
+FOLDED_EPSILON = 1e-12
+
+
+class StandardOperators(Operators):
+    """What the exporter writes where ONNX has an operator for it."""
+
+    def normalize(self, norm: LayerNorm, x: Tensor) -> Tensor:
+        """Activations [..., E] → [..., E], as LayerNormalization.
+
+        The operator divides by the biased deviation √(Σ/E): γ·√((E−1)/E) makes up for it. The reference's ε = 1e-6
+        on the deviation itself is left out, which parity measures.
+        """
+        width = x.shape[-1]
+        scale = norm.gamma * ((width - 1) / width) ** 0.5
+        return torch.nn.functional.layer_norm(x, (width,), scale, norm.beta, FOLDED_EPSILON)
+
+    def self_attention(self, attention: Attention, x: Tensor, lengths: Tensor) -> Tensor:
+        """Encoder, whole sentences: x [B, S, E], lengths [B] → [B, S, E]."""
+        return attention.merge(_attention(attention.queries(x), attention.keys_values(x), lengths))
+
+    def cached_attention(
+        self, attention: Attention, x: Tensor, past: KeyValue, past_lengths: Tensor
+    ) -> tuple[Tensor, KeyValue]:
+        """One token: x [B, E], past [B, H, T, D], past_lengths [B] → [B, E], present [B, H, T, D]."""
+        new = attention.token_keys_values(x)
+        present = KeyValue(_scatter(past.key, new.key, past_lengths), _scatter(past.value, new.value, past_lengths))
+        attended = _attention(attention.token_query(x), present, past_lengths + 1)
+        return attention.merge_token(attended), present
+
+    def cross_attention(self, attention: Attention, x: Tensor, cross: KeyValue, source_lengths: Tensor) -> Tensor:
+        """One token: x [B, E], cross [B, H, S, D], source_lengths [B] → [B, E]."""
+        return attention.merge_token(_attention(attention.token_query(x), cross, source_lengths))
+
+
+def _attention(query: Tensor, past: KeyValue, lengths: Tensor) -> Tensor:
+    """Query [B, H, Q, D], keys and values [B, H, K, D] of which lengths [B] count → [B, H, Q, D]."""
+    result: Tensor = torch.onnx.ops.symbolic(
+        "Attention",
+        (query, past.key, past.value, None, None, None, lengths),
+        {},
+        dtype=query.dtype,
+        shape=query.shape,
+        version=OPSET,
+    )
+    return result
+
+
+def _scatter(cache: Tensor, update: Tensor, positions: Tensor) -> Tensor:
+    """Cache [B, H, T, D], update [B, H, 1, D] → the cache with each row's position written [B, H, T, D]."""
+    result: Tensor = torch.onnx.ops.symbolic(
+        "TensorScatter",
+        (cache, update, positions),
+        {"axis": 2, "mode": "linear"},
+        dtype=cache.dtype,
+        shape=cache.shape,
+        version=OPSET,
+    )
+    return result

@@ -1,0 +1,106 @@
+"""The proof of a whole bundle, at its export and at any time after."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import torch
+
+from kvx.exporter.parity import Check, ExportedGraphs, ParityOptions, ParityReport, prove
+from kvx.exporter.report import Report
+from kvx.models.checkpoint import load_checkpoint
+from kvx.models.transformer import Transformer
+from kvx.runtime.backends.onnx import ENCODER_FILE, STEP_FILE, OnnxBackend
+from kvx.runtime.backends.torchscript import TorchScriptBackend
+from kvx.runtime.bundle import CHECKPOINT_FILE, Bundle
+from kvx.runtime.errors import BundleError
+from kvx.runtime.lines import open_lines, read_lines
+from kvx.runtime.manifest import Manifest
+from kvx.runtime.schedule import Limits
+from kvx.runtime.sources import SourceReader
+
+ROWS = 32
+
+
+def verify(
+    folder: Path,
+    checkpoint: Path,
+    options: ParityOptions,
+    verify_text: Path | None = None,
+    report: Report | None = None,
+) -> ParityReport:
+    """Proves an existing bundle against a checkpoint once more: files, configuration, graphs, translations.
+
+    Raises BundleError or CheckpointError where one of them cannot be opened at all; a difference is in the report.
+    """
+    report = report or Report()
+    manifest = Manifest.read(folder)
+    report.phase("comparing the files with their hashes")
+    checks = [_check_files(folder)]
+    if checks[-1].passed:
+        report.phase("reading the checkpoint")
+        model = load_checkpoint(checkpoint, heads=manifest.model["heads"]).model
+        checks.append(_check_model(Bundle(folder, manifest), model))
+        if checks[-1].passed:
+            checks += prove_bundle(Bundle(folder, manifest), model, options, verify_text, report)
+    return ParityReport(options.tolerance, tuple(checks))
+
+
+def prove_bundle(
+    bundle: Bundle, model: Transformer, options: ParityOptions, verify_text: Path | None, report: Report
+) -> Iterator[Check]:
+    """Every format of the bundle, run by the very backends that its users will run, also on the lines of a text."""
+    sources = list(_read_sources(bundle, verify_text)) if verify_text else []
+    limits = Limits.of(bundle.manifest, rows=ROWS)
+    if "onnx" in bundle.manifest.formats:
+        report.phase("checking the ONNX files")
+        yield _check_onnx(bundle)
+    for name in bundle.manifest.formats:
+        try:
+            graphs = _open_graphs(bundle, name)
+        except BundleError as error:
+            yield Check(name, "contract", False, str(error))
+            continue
+        yield Check(name, "contract", True, "names, types and axes as the manifest gives them")
+        report.phase(f"proving {name} against eager PyTorch")
+        yield from prove(model, graphs, limits, options, sources)
+
+
+def _open_graphs(bundle: Bundle, name: str) -> ExportedGraphs:
+    backend = OnnxBackend if name == "onnx" else TorchScriptBackend
+    return backend(bundle.folder, bundle.manifest.dimensions, bundle.manifest.features)
+
+
+def _check_files(folder: Path) -> Check:
+    try:
+        Bundle.open(folder).check_hashes()
+    except BundleError as error:
+        return Check("files", "sizes and sha256", False, str(error))
+    return Check("files", "sizes and sha256", True, "as the manifest gives them")
+
+
+def _check_model(bundle: Bundle, model: Transformer) -> Check:
+    """The configuration, and where the bundle has its own checkpoint every weight of it, to the last bit."""
+    expected, got = model.config.to_dict(), dict(bundle.manifest.model)
+    differing = [name for name in expected if got.get(name) != expected[name]]
+    if not differing and CHECKPOINT_FILE in bundle.manifest.files:
+        own = load_checkpoint(bundle.folder / CHECKPOINT_FILE).model.state_dict()
+        differing = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, own[name])]
+    detail = f"differing in {', '.join(differing[:10])}" if differing else "those of the checkpoint"
+    return Check("model", "configuration and weights", not differing, detail)
+
+
+def _check_onnx(bundle: Bundle) -> Check:
+    try:
+        for name in (ENCODER_FILE, STEP_FILE):
+            onnx.checker.check_model(bundle.folder / name, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        return Check("onnx", "ONNX checker", False, str(error))
+    return Check("onnx", "ONNX checker", True, "valid, shapes inferred")
+
+
+def _read_sources(bundle: Bundle, path: Path) -> Iterator[tuple[int, ...]]:
+    with open_lines(path) as stream:
+        yield from (text.ids for text in SourceReader(bundle).read(read_lines(stream)) if text.ids)

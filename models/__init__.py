@@ -1,0 +1,1 @@
+"""Eager PyTorch: the oracle that every export is compared with."""

@@ -1,0 +1,87 @@
+"""The eager model as a backend of the runtime: with a cache, and without one as its truth."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvx.models.operators import KeyValue
+from kvx.models.transformer import Transformer
+from kvx.runtime.backend import FloatArray, IntArray, Step, StepOutput, Tensors
+from kvx.runtime.cache import KVCache
+from kvx.runtime.signature import PAST, Dimensions, TensorSpec, cache_specs, key_value_names
+
+PAST_IDS = "past_ids"
+
+
+class TorchBackend:
+    """Eager PyTorch with the cache of the contract."""
+
+    name = "torch"
+
+    def __init__(self, model: Transformer) -> None:
+        self.model = model
+        self.cache_specs: tuple[TensorSpec, ...] = cache_specs(Dimensions.of_model(model.config.to_dict()))
+
+    @torch.inference_mode()
+    def encode(self, input_ids: IntArray, source_lengths: IntArray) -> Tensors:
+        """input_ids [B, S], source_lengths [B] → cross keys and values [B, H, S, D] by the cache's names."""
+        cross = self.model.encode(torch.from_numpy(input_ids), torch.from_numpy(source_lengths))
+        return {
+            name: tensor.numpy()
+            for layer, keys_values in enumerate(cross)
+            for name, tensor in zip(key_value_names(PAST, layer, "encoder"), keys_values, strict=True)
+        }
+
+    def bind(self, cache: KVCache) -> Step:
+        """The step over the cache's buffers, which are written in place."""
+
+        @torch.inference_mode()
+        def step(input_ids: IntArray) -> StepOutput:
+            past, cross = self._keys_values(cache, "decoder"), self._keys_values(cache, "encoder")
+            logits, _ = self.model.step(torch.from_numpy(input_ids), *_lengths(cache), past, cross)
+            return StepOutput(_array(logits))
+
+        return step
+
+    def _keys_values(self, cache: KVCache, side: str) -> list[KeyValue]:
+        n, layers = cache.active, self.model.config.decoder_layers
+        names = (key_value_names(PAST, layer, side) for layer in range(layers))
+        return [KeyValue(*(torch.from_numpy(cache.buffers[name][:n]) for name in pair)) for pair in names]
+
+
+class NoCacheBackend(TorchBackend):
+    """Eager PyTorch that keeps only the ids and computes every earlier position again at each step."""
+
+    name = "torch-no-cache"
+
+    def __init__(self, model: Transformer) -> None:
+        super().__init__(model)
+        cross = tuple(spec for spec in self.cache_specs if "S" in spec.axes)
+        self.cache_specs = (TensorSpec(PAST_IDS, "int64", ("B", "T")), *cross)
+
+    def bind(self, cache: KVCache) -> Step:
+        """The step over the ids in the cache."""
+
+        @torch.inference_mode()
+        def step(input_ids: IntArray) -> StepOutput:
+            n = cache.active
+            lengths, source_lengths = _lengths(cache)
+            cache.buffers[PAST_IDS][np.arange(n), cache.lengths[:n]] = input_ids
+            ids = torch.from_numpy(cache.buffers[PAST_IDS][:n, : int(cache.lengths[:n].max()) + 1])
+            hidden = self.model.decode(ids, self._keys_values(cache, "encoder"), source_lengths)
+            return StepOutput(_array(self.model.head(hidden[torch.arange(n), lengths])))
+
+        return step
+
+
+def _lengths(cache: KVCache) -> tuple[Tensor, Tensor]:
+    """past_lengths [n] and source_lengths [n] of the active rows."""
+    n = cache.active
+    return torch.from_numpy(cache.lengths[:n]), torch.from_numpy(cache.source_lengths[:n])
+
+
+def _array(logits: Tensor) -> FloatArray:
+    array: FloatArray = logits.numpy()
+    return array

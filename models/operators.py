@@ -1,0 +1,80 @@
+"""The operations of the model that an exporter may replace: attention, the cache write, normalisation.
+
+Letters: B rows, S source positions, T target positions or cache capacity, E model width, H heads, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from kvx.models.transformer import Attention, LayerNorm
+
+MASKED_SCORE = -1e9
+
+
+class KeyValue(NamedTuple):
+    """Keys and values of one attention layer, both [B, H, positions, D]."""
+
+    key: Tensor
+    value: Tensor
+
+
+def positions_below(lengths: Tensor, positions: int) -> Tensor:
+    """Lengths [B] → true where a position lies inside its row's length [B, positions]."""
+    return torch.arange(positions, device=lengths.device) < lengths[:, None]
+
+
+def attend(query: Tensor, past: KeyValue, visible: Tensor) -> Tensor:
+    """Query [B, H, Q, D], keys and values [B, H, K, D], visible [B, 1, Q or 1, K] → [B, H, Q, D].
+
+    Scaled dot-product attention (Vaswani et al. 2017, §3.2.1). Masked scores are replaced, not lowered, so that any
+    finite number may lie under the mask.
+    """
+    scores = query @ past.key.transpose(-2, -1) / query.shape[-1] ** 0.5
+    attended: Tensor = scores.masked_fill(~visible, MASKED_SCORE).softmax(dim=-1) @ past.value
+    return attended
+
+
+class Operators:
+    """The eager operators. A lowering overrides those for which its target has a better form."""
+
+    def normalize(self, norm: LayerNorm, x: Tensor) -> Tensor:
+        """Activations [..., E] → [..., E]; divides by the unbiased standard deviation plus ε, as the reference does."""
+        centred = x - x.mean(dim=-1, keepdim=True)
+        return norm.gamma * centred / (x.std(dim=-1, keepdim=True) + norm.eps) + norm.beta
+
+    def self_attention(self, attention: Attention, x: Tensor, lengths: Tensor) -> Tensor:
+        """Encoder, whole sentences: x [B, S, E], lengths [B] → [B, S, E]."""
+        query, past = attention.queries(x), attention.keys_values(x)
+        visible = positions_below(lengths, x.shape[1])[:, None, None]
+        return attention.merge(attend(query, past, visible))
+
+    def cross_keys_values(self, attentions: Sequence[Attention], memory: Tensor) -> list[KeyValue]:
+        """Memory [B, S, E] → what each decoder layer needs of the source, [B, H, S, D]."""
+        return [attention.keys_values(memory) for attention in attentions]
+
+    def cached_attention(
+        self, attention: Attention, x: Tensor, past: KeyValue, past_lengths: Tensor
+    ) -> tuple[Tensor, KeyValue]:
+        """One token: x [B, E], past [B, H, T, D], past_lengths [B] → [B, E] and past with one position written.
+
+        The write is in place: past and present are the same memory.
+        """
+        rows = torch.arange(x.shape[0], device=x.device)
+        for buffer, update in zip(past, attention.token_keys_values(x), strict=True):
+            buffer[rows, :, past_lengths] = update[:, :, 0]
+        visible = positions_below(past_lengths + 1, past.key.shape[2])[:, None, None]
+        return attention.merge_token(attend(attention.token_query(x), past, visible)), past
+
+    def cross_attention(self, attention: Attention, x: Tensor, cross: KeyValue, source_lengths: Tensor) -> Tensor:
+        """One token: x [B, E], cross [B, H, S, D], source_lengths [B] → [B, E]."""
+        visible = positions_below(source_lengths, cross.key.shape[2])[:, None, None]
+        return attention.merge_token(attend(attention.token_query(x), cross, visible))
+
+
+EAGER = Operators()

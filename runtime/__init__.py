@@ -1,0 +1,1 @@
+"""Bundle → text, without torch."""

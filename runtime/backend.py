@@ -1,0 +1,59 @@
+"""What a backend is: something that encodes sources and runs decoder steps over a cache.
+
+Letters: B rows, S source positions, V target vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvx.runtime.cache import KVCache
+from kvx.runtime.signature import TensorSpec
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float32]
+Tensors = Mapping[str, NDArray[Any]]
+
+
+class StepOutput(NamedTuple):
+    """logits [B, V], valid until the next step; next_ids [B] where the graph gives them."""
+
+    logits: FloatArray
+    next_ids: IntArray | None = None
+
+
+class Step(Protocol):
+    """A decoder step bound to one cache."""
+
+    def __call__(self, input_ids: IntArray) -> StepOutput:
+        """input_ids [n], one token for each of the cache's n active rows → logits [n, V].
+
+        Writes position `cache.lengths` of every active row in place; advancing the lengths is the caller's.
+        """
+        ...
+
+
+class Backend(Protocol):
+    """Runs the two graphs of the contract. One backend may serve several decodes at once."""
+
+    @property
+    def name(self) -> str:
+        """What the user calls it."""
+        ...
+
+    @property
+    def cache_specs(self) -> tuple[TensorSpec, ...]:
+        """The buffers of a cache for this backend."""
+        ...
+
+    def encode(self, input_ids: IntArray, source_lengths: IntArray) -> Tensors:
+        """input_ids [B, S], source_lengths [B] → cross keys and values [B, H, S, D], named as the cache names them."""
+        ...
+
+    def bind(self, cache: KVCache) -> Step:
+        """The decoder step over this cache."""
+        ...

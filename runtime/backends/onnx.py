@@ -1,0 +1,203 @@
+"""The bundle's ONNX graphs on ONNX Runtime, the cache bound in place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from kvx.runtime.backend import IntArray, StepOutput, Tensors
+from kvx.runtime.cache import KVCache
+from kvx.runtime.errors import BundleError, DeviceError
+from kvx.runtime.signature import (
+    Dimensions,
+    Signature,
+    StepFeatures,
+    TensorSpec,
+    cache_specs,
+    encoder_signature,
+    step_signature,
+)
+
+ENCODER_FILE = "encoder.onnx"
+STEP_FILE = "decoder_step.onnx"
+ERRORS_ONLY_AS_EXCEPTIONS = 4
+ELEMENT_TYPES = {"tensor(int64)": "int64", "tensor(float)": "float32"}
+
+
+class OnnxBackend:
+    """Two sessions over one bundle's weights; every decode has buffers and bindings of its own.
+
+    `threads` compute threads per operator (default: the cores this process may use); `device` is "cpu", "cuda" or
+    "cuda:<index>". Raises BundleError where a graph is not the contract's, DeviceError where the session runs
+    elsewhere than asked.
+    """
+
+    name = "onnx"
+
+    def __init__(
+        self,
+        folder: Path,
+        dimensions: Dimensions,
+        features: StepFeatures,
+        *,
+        threads: int | None = None,
+        device: str = "cpu",
+    ) -> None:
+        self.cache_specs = cache_specs(dimensions)
+        self.step_signature = step_signature(dimensions, features)
+        self.encoder_signature = encoder_signature(dimensions)
+        self._encoder = _session(folder / ENCODER_FILE, threads, device)
+        self._step = _session(folder / STEP_FILE, threads, device)
+        _check_contract(self._encoder, self.encoder_signature, ENCODER_FILE)
+        _check_contract(self._step, self.step_signature, STEP_FILE)
+
+    def encode(self, input_ids: IntArray, source_lengths: IntArray) -> Tensors:
+        """input_ids [B, S], source_lengths [B] → cross keys and values [B, H, S, D] by the cache's names."""
+        outputs = self.run_encoder({"input_ids": input_ids, "source_lengths": source_lengths})
+        return {past: outputs[present] for present, past in self.encoder_signature.presents.items()}
+
+    def bind(self, cache: KVCache) -> BoundStep:
+        """The step with the cache's buffers as its inputs and outputs."""
+        return BoundStep(self._step, self.step_signature, cache)
+
+    def run_encoder(self, feeds: Tensors) -> Tensors:
+        """The encoder graph as it is: its inputs by name → its outputs by name."""
+        return _run(self._encoder, self.encoder_signature, feeds)
+
+    def run_step(self, feeds: Tensors) -> Tensors:
+        """The step graph out of place: its inputs by name → its outputs by name; the inputs stay as they are."""
+        return _run(self._step, self.step_signature, feeds)
+
+
+class BoundStep:
+    """A step whose inputs and outputs are bound once per row count, `present` onto the buffers of `past`."""
+
+    def __init__(self, session: ort.InferenceSession, signature: Signature, cache: KVCache) -> None:
+        self._session = session
+        self._cache = cache
+        self._signature = signature
+        self._outputs = {
+            spec.name: np.zeros(spec.shape(cache.capacity.sizes), spec.dtype)
+            for spec in signature.outputs
+            if spec.name not in signature.presents
+        }
+        self._input_ids = np.zeros(cache.capacity.rows, np.int64)
+        self._bindings: dict[int, ort.IOBinding] = {}
+        self._generation = cache.generation
+
+    def __call__(self, input_ids: IntArray) -> StepOutput:
+        """input_ids [n] for the n active rows → logits [n, V], valid until the next step."""
+        n = self._cache.active
+        self._input_ids[:n] = input_ids
+        self._session.run_with_iobinding(self._binding(n))
+        next_ids = self._outputs.get("next_ids")
+        return StepOutput(self._outputs["logits"][:n], None if next_ids is None else next_ids[:n])
+
+    def _binding(self, n: int) -> ort.IOBinding:
+        if self._generation != self._cache.generation:
+            self._bindings.clear()
+            self._generation = self._cache.generation
+        if n not in self._bindings:
+            self._bindings[n] = self._bind(n)
+        return self._bindings[n]
+
+    def _bind(self, n: int) -> ort.IOBinding:
+        cache = self._cache
+        buffers: Mapping[str, NDArray[Any]] = {
+            "input_ids": self._input_ids,
+            "past_lengths": cache.lengths,
+            "source_lengths": cache.source_lengths,
+            **cache.buffers,
+            **self._outputs,
+        }
+        # The leading rows of a C-ordered array are contiguous: these values share its memory.
+        values = {name: ort.OrtValue.ortvalue_from_numpy(buffer[:n]) for name, buffer in buffers.items()}
+        binding = self._session.io_binding()
+        for spec in self._signature.inputs:
+            binding.bind_ortvalue_input(spec.name, values[spec.name])
+        for spec in self._signature.outputs:
+            bound = self._signature.presents.get(spec.name, spec.name)
+            binding.bind_ortvalue_output(spec.name, values[bound])
+        return binding
+
+
+def available_threads() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _session(path: Path, threads: int | None, device: str) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or available_threads()
+    options.log_severity_level = ERRORS_ONLY_AS_EXCEPTIONS
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    wanted, providers = _providers(device)
+    try:
+        session = ort.InferenceSession(path, options, providers=providers)
+    except Exception as error:  # ONNX Runtime raises a type of its own for each status
+        raise BundleError(
+            f"{path.name} that ONNX Runtime cannot load ({str(error).strip().splitlines()[0][:300]})",
+            expected="a graph written by kvx export",
+            remedy="Export the bundle again.",
+        ) from None
+    got = session.get_providers()[0]
+    if got != wanted:
+        raise DeviceError(
+            f"a session on {got.removesuffix('ExecutionProvider')}",
+            expected=f"device {device}",
+            remedy="Check the driver and the CUDA libraries (onnxruntime.preload_dlls), or use --device cpu.",
+        )
+    return session
+
+
+def _providers(device: str) -> tuple[str, list[Any]]:
+    kind, _, index = device.partition(":")
+    if kind == "cpu" and not index:
+        return "CPUExecutionProvider", ["CPUExecutionProvider"]
+    if kind == "cuda" and (not index or index.isdecimal()):
+        cuda = "CUDAExecutionProvider"
+        if cuda in ort.get_available_providers():
+            return cuda, [(cuda, {"device_id": int(index or 0)}), "CPUExecutionProvider"]
+        return cuda, ["CPUExecutionProvider"]
+    raise DeviceError(f"device {device!r}", expected="cpu, cuda or cuda:<index>", remedy="Correct the device.")
+
+
+def _check_contract(session: ort.InferenceSession, signature: Signature, file: str) -> None:
+    """Names, element types and fixed axes of the graph must be the contract's."""
+    for side, got, expected in (
+        ("inputs", session.get_inputs(), signature.inputs),
+        ("outputs", session.get_outputs(), signature.outputs),
+    ):
+        described = tuple(
+            TensorSpec(node.name, ELEMENT_TYPES.get(node.type, node.type), tuple(node.shape)) for node in got
+        )
+        if len(described) != len(expected) or not all(map(_agrees, described, expected)):
+            raise BundleError(
+                f"{file} with the {side} {[f'{spec.name} {list(spec.axes)}' for spec in described]}",
+                expected=f"{[f'{spec.name} {list(spec.axes)}' for spec in expected]}",
+                remedy="Export the bundle again with this version of kvx.",
+            )
+
+
+def _agrees(got: TensorSpec, expected: TensorSpec) -> bool:
+    """Fixed axes must be equal; a free axis may be called anything but must be free."""
+    return (
+        got.name == expected.name
+        and got.dtype == expected.dtype
+        and len(got.axes) == len(expected.axes)
+        and all(
+            have == want if isinstance(want, int) else not isinstance(have, int)
+            for have, want in zip(got.axes, expected.axes, strict=True)
+        )
+    )
+
+
+def _run(session: ort.InferenceSession, signature: Signature, feeds: Tensors) -> Tensors:
+    names = [spec.name for spec in signature.outputs]
+    return dict(zip(names, session.run(names, dict(feeds)), strict=True))

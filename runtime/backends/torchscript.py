@@ -1,0 +1,110 @@
+"""The bundle's TorchScript modules. The only module of the runtime that imports torch; loaded on demand."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kvx.runtime.backend import IntArray, Step, StepOutput, Tensors
+from kvx.runtime.cache import KVCache
+from kvx.runtime.errors import BundleError, DeviceError
+from kvx.runtime.signature import (
+    Dimensions,
+    Signature,
+    StepFeatures,
+    cache_specs,
+    encoder_signature,
+    step_signature,
+)
+
+ENCODER_FILE = "encoder.ts"
+STEP_FILE = "decoder_step.ts"
+
+
+class TorchScriptBackend:
+    """Two traced modules; a step writes straight into the cache's buffers, whose memory its tensors share.
+
+    `threads` sets torch's compute threads, which are one setting of the whole process. CPU only.
+    """
+
+    name = "torchscript"
+
+    def __init__(
+        self,
+        folder: Path,
+        dimensions: Dimensions,
+        features: StepFeatures,
+        *,
+        threads: int | None = None,
+        device: str = "cpu",
+    ) -> None:
+        if device != "cpu":
+            raise DeviceError(f"device {device!r} for torchscript", expected="cpu", remedy="Use --device cpu.")
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.cache_specs = cache_specs(dimensions)
+        self.step_signature = step_signature(dimensions, features)
+        self.encoder_signature = encoder_signature(dimensions)
+        self._encoder = _load(folder / ENCODER_FILE, self.encoder_signature)
+        self._step = _load(folder / STEP_FILE, self.step_signature)
+
+    def encode(self, input_ids: IntArray, source_lengths: IntArray) -> Tensors:
+        """input_ids [B, S], source_lengths [B] → cross keys and values [B, H, S, D] by the cache's names."""
+        outputs = self.run_encoder({"input_ids": input_ids, "source_lengths": source_lengths})
+        return {past: outputs[present] for present, past in self.encoder_signature.presents.items()}
+
+    def bind(self, cache: KVCache) -> Step:
+        """The step over the cache's buffers."""
+        names = [spec.name for spec in self.step_signature.inputs]
+
+        def step(input_ids: IntArray) -> StepOutput:
+            n = cache.active
+            arrays = {
+                "input_ids": input_ids,
+                "past_lengths": cache.lengths[:n],
+                "source_lengths": cache.source_lengths[:n],
+            } | {name: buffer[:n] for name, buffer in cache.buffers.items()}
+            with torch.inference_mode():
+                logits, *others = self._step(*(torch.from_numpy(arrays[name]) for name in names))
+            next_ids = others[0].numpy() if self.step_signature.outputs[1].name == "next_ids" else None
+            return StepOutput(logits.numpy(), next_ids)
+
+        return step
+
+    def run_encoder(self, feeds: Tensors) -> Tensors:
+        """The encoder module as it is: its inputs by name → its outputs by name."""
+        return _run(self._encoder, self.encoder_signature, feeds)
+
+    def run_step(self, feeds: Tensors) -> Tensors:
+        """The step module out of place: its inputs by name → its outputs by name; the inputs stay as they are."""
+        return _run(self._step, self.step_signature, {name: array.copy() for name, array in feeds.items()})
+
+
+def _run(module: torch.jit.ScriptModule, signature: Signature, feeds: Tensors) -> Tensors:
+    with torch.inference_mode():
+        outputs = module(*(torch.from_numpy(np.ascontiguousarray(feeds[spec.name])) for spec in signature.inputs))
+    return {spec.name: output.numpy() for spec, output in zip(signature.outputs, outputs, strict=True)}
+
+
+def _load(path: Path, signature: Signature) -> torch.jit.ScriptModule:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`torch.jit.load` is deprecated", category=DeprecationWarning)
+        try:
+            module: torch.jit.ScriptModule = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
+        except (RuntimeError, ValueError, OSError) as error:
+            raise BundleError(
+                f"{path.name} that TorchScript cannot load ({str(error).strip().splitlines()[0][:300]})",
+                expected="a module written by kvx export",
+                remedy="Export the bundle again.",
+            ) from None
+    got = [argument.name for argument in module.forward.schema.arguments[1:]]  # type: ignore[attr-defined]
+    if len(got) != len(signature.inputs):
+        raise BundleError(
+            f"{path.name} with {len(got)} inputs",
+            expected=f"{len(signature.inputs)}: {', '.join(spec.name for spec in signature.inputs)}",
+            remedy="Export the bundle again with this version of kvx.",
+        )
+    return module

@@ -1,0 +1,75 @@
+"""Lines of text in and out: line n in is line n out, whatever stands in it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, TextIO
+
+from kvx.runtime.errors import InputError
+
+LONGEST_LINE = 2**20  # bytes
+
+
+def read_lines(stream: BinaryIO) -> Iterator[str]:
+    """The lines of a UTF-8 stream: they end at a line feed only, and lose a carriage return before it.
+
+    Raises InputError for bytes that are not UTF-8 and for a line beyond LONGEST_LINE.
+    """
+    number = 0
+    while raw := stream.readline(LONGEST_LINE + 1):
+        number += 1
+        if len(raw) > LONGEST_LINE:
+            raise InputError(
+                f"more than {LONGEST_LINE} bytes",
+                expected="lines of text",
+                remedy="Check that the input is a text file with a sentence a line.",
+                line=number,
+            )
+        try:
+            yield raw.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"byte {error.start + 1} (0x{raw[error.start]:02x}) is not UTF-8",
+                expected="UTF-8 text",
+                remedy="Convert the input first, for example with iconv.",
+                line=number,
+            ) from None
+
+
+def open_lines(path: Path) -> BinaryIO:
+    """The file at `path` for read_lines. Raises InputError where it cannot be read."""
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise InputError(
+            f"{path} that cannot be read ({error.strerror})", expected="a text file", remedy="Check the path."
+        ) from None
+
+
+@contextlib.contextmanager
+def complete_file(path: Path) -> Iterator[TextIO]:
+    """A text file that appears under its name only when it is complete; a device or pipe is written directly.
+
+    Raises InputError where it cannot be made.
+    """
+    special = path.exists() and not path.is_file()
+    partial = path if special else path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        file = partial.open("w" if special else "x", encoding="utf-8", newline="")
+    except OSError as error:
+        raise InputError(
+            f"{path} that cannot be written ({error.strerror})",
+            expected="a file name in a folder that exists",
+            remedy="Check the path.",
+        ) from None
+    try:
+        with file:
+            yield file
+        if not special:
+            partial.replace(path)
+    finally:
+        if not special:
+            partial.unlink(missing_ok=True)

@@ -1,0 +1,165 @@
+"""The manifest: what a bundle is, what it holds and how it was proven. One JSON file, checked when it is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from kvx.runtime.cache import Capacity
+from kvx.runtime.errors import BundleError
+from kvx.runtime.signature import Dimensions, Signature, StepFeatures, cache_specs, encoder_signature, step_signature
+
+MANIFEST_FILE = "manifest.json"
+FORMAT_VERSION = 1
+LARGEST_MANIFEST = 16 * 2**20  # bytes
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """Size in bytes and sha256 (hex) of one file of the bundle."""
+
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        """The entry of a file as it is on disk."""
+        with path.open("rb") as file:
+            return cls(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+@dataclass(frozen=True, slots=True)
+class SpecialIds:
+    """The ids of one tokenizer's control pieces."""
+
+    pad: int
+    bos: int
+    eos: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """A bundle's description. `model` is the model's configuration, `created` an ISO 8601 time in UTC,
+    `max_new_tokens` the default limit of a translation, `parity` the report of the proof or None without one.
+    """
+
+    created: str
+    kvx_version: str
+    model: Mapping[str, int]
+    precision: str
+    lowering: str
+    opset: int
+    formats: tuple[str, ...]
+    max_new_tokens: int
+    source_ids: SpecialIds
+    target_ids: SpecialIds
+    files: Mapping[str, FileEntry]
+    parity: Mapping[str, Any] | None
+    features: StepFeatures = field(default_factory=StepFeatures)
+
+    @property
+    def dimensions(self) -> Dimensions:
+        """L, H, D and V of the model."""
+        return Dimensions.of_model(self.model)
+
+    def cache_bytes(self, *, target: int, source: int) -> int:
+        """Cache bytes of one row with room for so many target and source positions."""
+        return Capacity(1, target, source).bytes(cache_specs(self.dimensions))
+
+    def write(self, folder: Path) -> None:
+        """Writes manifest.json into the folder."""
+        (folder / MANIFEST_FILE).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form, with the facts spelled out that other readers would have to derive."""
+        fields = asdict(self)
+        own = {"format_version": FORMAT_VERSION, **fields, "formats": list(self.formats)}
+        return own | self._derived()
+
+    def _derived(self) -> dict[str, Any]:
+        return {
+            "limits": {
+                "source_positions": self.model["source_positions"],
+                "target_positions": self.model["target_positions"],
+                "cache_bytes_per_source_token": self.cache_bytes(target=0, source=1),
+                "cache_bytes_per_target_token": self.cache_bytes(target=1, source=0),
+            },
+            "graphs": {
+                "encoder": _signature_to_dict(encoder_signature(self.dimensions)),
+                "decoder_step": _signature_to_dict(step_signature(self.dimensions, self.features)),
+            },
+        }
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """The manifest of the bundle in `folder`. Raises BundleError where it is missing, damaged or newer."""
+        path = folder / MANIFEST_FILE
+        try:
+            if path.stat().st_size > LARGEST_MANIFEST:
+                raise _damaged(folder, f"is larger than {LARGEST_MANIFEST} bytes")
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            raise BundleError(
+                f"{folder}, which holds no {MANIFEST_FILE}",
+                expected="a bundle written by kvx export",
+                remedy="Check the path, or export a checkpoint first.",
+            ) from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise _damaged(folder, f"cannot be read ({error})") from None
+        if not isinstance(values, dict):
+            raise _damaged(folder, "is not an object")
+        return cls._from_dict(values, folder)
+
+    @classmethod
+    def _from_dict(cls, values: dict[str, Any], folder: Path) -> Self:
+        version = values.get("format_version")
+        if not isinstance(version, int) or version < 1:
+            raise _damaged(folder, "has no format_version")
+        if version > FORMAT_VERSION:
+            raise BundleError(
+                f"{folder} of format version {version}",
+                expected=f"version {FORMAT_VERSION} at most",
+                remedy="Upgrade kvx, or export the checkpoint with this version.",
+            )
+        try:
+            manifest = cls(
+                created=str(values["created"]),
+                kvx_version=str(values["kvx_version"]),
+                model={str(name): int(value) for name, value in values["model"].items()},
+                precision=str(values["precision"]),
+                lowering=str(values["lowering"]),
+                opset=int(values["opset"]),
+                formats=tuple(str(name) for name in values["formats"]),
+                max_new_tokens=int(values["max_new_tokens"]),
+                source_ids=SpecialIds(**values["source_ids"]),
+                target_ids=SpecialIds(**values["target_ids"]),
+                files={str(name): FileEntry(**entry) for name, entry in values["files"].items()},
+                parity=values["parity"],
+                features=StepFeatures(**values["features"]),
+            )
+            derived = json.loads(json.dumps(manifest._derived()))
+        except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+            raise _damaged(folder, f"lacks or garbles a field ({type(error).__name__}: {error})") from None
+        contradicted = [name for name, value in derived.items() if values.get(name) != value]
+        if contradicted:
+            raise _damaged(folder, f"contradicts itself in {' and '.join(contradicted)}")
+        return manifest
+
+
+def _signature_to_dict(signature: Signature) -> dict[str, Any]:
+    return {
+        side: [{"name": spec.name, "type": spec.dtype, "axes": list(spec.axes)} for spec in specs]
+        for side, specs in (("inputs", signature.inputs), ("outputs", signature.outputs))
+    }
+
+
+def _damaged(folder: Path, how: str) -> BundleError:
+    return BundleError(
+        f"{folder / MANIFEST_FILE} {how}",
+        expected="the manifest that kvx export wrote",
+        remedy="Copy the bundle again, or export it anew.",
+    )

@@ -1,0 +1,119 @@
+"""The contract of the graphs: the one place that knows tensor names, types and axes.
+
+Letters: B rows of the batch, S source positions, T capacity of a row's cache, H heads, D head width, L decoder
+layers, V target vocabulary. An axis is a letter where its size may differ from run to run, else its size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+Axis = str | int
+
+PAST = "past_key_values"
+PRESENT = "present"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Name, element type and axes of one graph input or output."""
+
+    name: str
+    dtype: str
+    axes: tuple[Axis, ...]
+
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The axes with their letters replaced by `sizes`."""
+        return tuple(axis if isinstance(axis, int) else sizes[axis] for axis in self.axes)
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """What one graph takes and gives, in order."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @property
+    def presents(self) -> dict[str, str]:
+        """The cache outputs, each with the name of the input that it becomes for the next step."""
+        names = (spec.name for spec in self.outputs)
+        return {name: PAST + name.removeprefix(PRESENT) for name in names if name.startswith(PRESENT)}
+
+
+@dataclass(frozen=True, slots=True)
+class Dimensions:
+    """The sizes of a model that its graphs show: L, H, D and V."""
+
+    layers: int
+    heads: int
+    head_width: int
+    vocab_size: int
+
+    @classmethod
+    def of_model(cls, model: Mapping[str, int]) -> Self:
+        """The dimensions of a model configuration, as the manifest holds it."""
+        return cls(
+            layers=model["decoder_layers"],
+            heads=model["heads"],
+            head_width=model["d_model"] // model["heads"],
+            vocab_size=model["target_vocab_size"],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StepFeatures:
+    """What a decoder step may have beyond the contract's core, declared in the manifest.
+
+    `next_ids`: the step also gives the argmax of its logits, int64 [B], the lowest id on ties.
+    """
+
+    next_ids: bool = False
+
+
+def key_value_names(prefix: str, layer: int, side: str) -> tuple[str, str]:
+    """The names of a layer's keys and values; `side` is "decoder" (self) or "encoder" (cross)."""
+    return f"{prefix}.{layer}.{side}.key", f"{prefix}.{layer}.{side}.value"
+
+
+def encoder_signature(dimensions: Dimensions) -> Signature:
+    """input_ids [B, S], source_lengths [B] → present.{i}.encoder.key/.value [B, H, S, D]."""
+    return Signature(
+        inputs=(TensorSpec("input_ids", "int64", ("B", "S")), TensorSpec("source_lengths", "int64", ("B",))),
+        outputs=_keys_values(dimensions, PRESENT, "encoder", "S"),
+    )
+
+
+def step_signature(dimensions: Dimensions, features: StepFeatures) -> Signature:
+    """One token per row and the caches → logits [B, V] and the self-attention caches with one position written."""
+    scalars = tuple(TensorSpec(name, "int64", ("B",)) for name in ("input_ids", "past_lengths", "source_lengths"))
+    next_ids = (TensorSpec("next_ids", "int64", ("B",)),) if features.next_ids else ()
+    return Signature(
+        inputs=(
+            *scalars,
+            *_keys_values(dimensions, PAST, "decoder", "T"),
+            *_keys_values(dimensions, PAST, "encoder", "S"),
+        ),
+        outputs=(
+            TensorSpec("logits", "float32", ("B", dimensions.vocab_size)),
+            *next_ids,
+            *_keys_values(dimensions, PRESENT, "decoder", "T"),
+        ),
+    )
+
+
+def cache_specs(dimensions: Dimensions) -> tuple[TensorSpec, ...]:
+    """The buffers that a decode keeps from step to step."""
+    step = step_signature(dimensions, StepFeatures())
+    return tuple(spec for spec in step.inputs if spec.name.startswith(PAST))
+
+
+def _keys_values(dimensions: Dimensions, prefix: str, side: str, positions: str) -> tuple[TensorSpec, ...]:
+    axes = ("B", dimensions.heads, positions, dimensions.head_width)
+    return tuple(
+        TensorSpec(name, "float32", axes)
+        for layer in range(dimensions.layers)
+        for name in key_value_names(prefix, layer, side)
+    )

@@ -1,0 +1,73 @@
+"""Texts → what the encoder takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from kvx.runtime.bundle import SOURCE_TOKENIZER_FILE, TARGET_TOKENIZER_FILE, Bundle
+from kvx.runtime.errors import InputError, TokenizerError
+from kvx.runtime.tokenizer import Tokenizer
+
+OnLong = Literal["error", "truncate"]
+
+
+@dataclass(frozen=True, slots=True)
+class SourceText:
+    """A text's ids with bos and eos, or none where it has no pieces; `truncated` tells that it was cut."""
+
+    ids: tuple[int, ...]
+    truncated: bool
+
+
+class SourceReader:
+    """The source side of a bundle: its tokenizer, special ids and positions."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._tokenizer = load_tokenizer(bundle, "source")
+        self._special = bundle.manifest.source_ids
+        self._positions = bundle.manifest.model["source_positions"]
+
+    def read(self, texts: Iterable[str], on_long: OnLong = "error") -> Iterator[SourceText]:
+        """The ids of each text. A text longer than the model's positions, bos and eos counted, is an InputError or
+        is cut, keeping both.
+        """
+        for number, text in enumerate(texts, 1):
+            pieces = self._pieces(text, number)
+            long = len(pieces) + 2 > self._positions
+            if long and on_long == "error":
+                raise InputError(
+                    f"{len(pieces) + 2} tokens, bos and eos counted",
+                    expected=f"at most {self._positions}, the model's source positions",
+                    remedy="Split the text, or cut it with --on-long truncate (on_long='truncate').",
+                    line=number,
+                )
+            kept = pieces[: self._positions - 2]
+            yield SourceText((self._special.bos, *kept, self._special.eos) if pieces else (), long)
+
+    def _pieces(self, text: str, number: int) -> list[int]:
+        try:
+            return self._tokenizer.encode(text)
+        except (TypeError, UnicodeError):
+            raise InputError(
+                f"{text!r:.60}, which is no text",
+                expected="a str of valid Unicode",
+                remedy="Decode it first.",
+                line=number,
+            ) from None
+
+
+def load_tokenizer(bundle: Bundle, side: Literal["source", "target"]) -> Tokenizer:
+    """The bundle's tokenizer of one side, which must be the one its manifest describes. Raises TokenizerError."""
+    source = side == "source"
+    tokenizer = Tokenizer(bundle.folder / (SOURCE_TOKENIZER_FILE if source else TARGET_TOKENIZER_FILE))
+    ids = bundle.manifest.source_ids if source else bundle.manifest.target_ids
+    size = bundle.manifest.model[f"{side}_vocab_size"]
+    if len(tokenizer) != size or tokenizer.special_ids != ids:
+        raise TokenizerError(
+            f"{side}.model with {len(tokenizer)} pieces and {tokenizer.special_ids}",
+            expected=f"{size} pieces and {ids}",
+            remedy="Use the bundle as it was exported.",
+        )
+    return tokenizer
