@@ -20,7 +20,7 @@ from kvx.runtime.sources import OnLong, SourceReader, SourceText, load_tokenizer
 
 FinishReason = Literal["end", "length"]
 
-DEFAULT_ROWS = 32
+DEFAULT_ROWS = 64
 WINDOW_PER_ROW = 16  # sentences read ahead and sorted by length together, for every row
 
 
