@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
@@ -26,8 +27,8 @@ from kvx.runtime.errors import DeviceError, KvxError, OptionError, ParityError
 if TYPE_CHECKING:
     from kvx import Translation, Translator
     from kvx.exporter.report import Report
-    from kvx.runtime.bundle import Bundle
     from kvx.runtime.schedule import DecodeStats
+    from kvx.runtime.scoring import Ranking
     from kvx.runtime.translator import TranslateOptions
 
 ARTIFACTS = Path("artifacts")
@@ -50,6 +51,12 @@ class _Commands(TyperGroup):
         except BrokenPipeError:  # the reader has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
+        except OSError as error:
+            _say(
+                f"error: {error.strerror} ({error.filename or 'input or output'}); expected files and streams that "
+                "can be read and written. Free some space, or choose others."
+            )
+            raise typer.Exit(2) from None
 
 
 app = typer.Typer(
@@ -77,6 +84,13 @@ class BackendName(StrEnum):
     TORCHSCRIPT = "torchscript"
     TORCH = "torch"
     TORCH_NO_CACHE = "torch-no-cache"
+
+
+class RankMeasure(StrEnum):
+    """What makes the best candidate."""
+
+    SUM = "sum"
+    PER_TOKEN = "per_token"
 
 
 class OnLongSource(StrEnum):
@@ -121,7 +135,7 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace the bundle that is there.")] = False,
 ) -> None:
     """Export a checkpoint to a bundle, and prove it equal to eager PyTorch."""
-    _require_export_extra()
+    _require(*EXPORT_NEEDS, extra="export")
     from kvx.exporter.export import ExportOptions
     from kvx.exporter.export import export as run
     from kvx.exporter.parity import ParityOptions
@@ -155,7 +169,7 @@ def verify(
     tolerance: Annotated[float, typer.Option(help="Largest difference from eager, relative above 1.")] = 1e-4,
 ) -> None:
     """Prove a bundle against its checkpoint again: hashes, graphs, translations."""
-    _require_export_extra()
+    _require(*EXPORT_NEEDS, extra="export")
     from kvx.exporter.parity import ParityOptions
     from kvx.exporter.verify import verify as run
     from kvx.runtime.inspect import describe_parity
@@ -186,24 +200,84 @@ def inspect(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What runs a model: `threads` compute threads in all (default: the cores available), shared by `workers` decode
+    loops (default: as many as the backend is fastest with; 1 where there is little to do).
+    """
+
+    backend: BackendName
+    device: str
+    threads: int | None
+    workers: int | None
+
+    def __post_init__(self) -> None:
+        wrong = [
+            f"--{name} {value}"
+            for name, value in (("threads", self.threads), ("workers", self.workers))
+            if value is not None and value < 1
+        ]
+        if wrong:
+            raise OptionError(", ".join(wrong), expected="1 or more", remedy="Correct it or leave it out.")
+
+    @property
+    def place(self) -> str:
+        """The device: auto is the one that bundles are proven on."""
+        return "cpu" if self.device == "auto" else self.device
+
+    def load(self, path: Path, *, bulk: bool) -> tuple[Translator, int | None]:
+        """The translator of a bundle, and the workers to ask it for; `bulk` work gets a thread a worker by default."""
+        if self.backend in (BackendName.TORCH, BackendName.TORCH_NO_CACHE):
+            return _eager_translator(path, self), self.workers
+        from kvx import Translator
+        from kvx.runtime.threads import available_threads
+
+        threads = self.threads or available_threads()
+        side_by_side = bulk and self.backend is BackendName.ONNX
+        workers = self.workers or (threads if side_by_side else 1)
+        loaded = Translator.load(path, backend=self.backend, threads=max(1, threads // workers), device=self.place)
+        return loaded, workers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TranslateCommand:
-    """Where texts come from, where translations go, and what runs them. `model` None is the newest bundle."""
+    """Where texts come from, where translations go, and how they are written. `model` None is the newest bundle."""
 
     texts: tuple[str, ...]
     input: Path | None
     output: Path | None
     model: Path | None
-    backend: BackendName
-    device: str
-    threads: int | None
     json: bool
     stats: bool
 
     def __post_init__(self) -> None:
         if self.texts and self.input:
             raise OptionError("texts and --input", expected="one of them", remedy="Leave one out.")
-        if self.threads is not None and self.threads < 1:
-            raise OptionError(f"--threads {self.threads}", expected="1 or more", remedy="Correct it or leave it out.")
+        if not self.texts and self.input is None and sys.stdin is None:
+            raise OptionError("a closed standard input", expected="texts", remedy="Give them as arguments or a file.")
+        if self.output is None and sys.stdout is None:
+            raise OptionError("a closed standard output", expected="a place to write to", remedy="Use --output.")
+
+    @property
+    def interactive(self) -> bool:
+        """Whether somebody types the texts, and waits for each answer."""
+        return not self.texts and self.input is None and sys.stdin is not None and sys.stdin.isatty()
+
+
+ModelOption = Annotated[Path | None, typer.Option(help="Bundle [default: the newest below ./artifacts].")]
+BackendOption = Annotated[BackendName, typer.Option(help="What runs the model.")]
+DeviceOption = Annotated[
+    str, typer.Option(help="auto, cpu, cuda or cuda:<index>; auto is where bundles are proven, the CPU.")
+]
+RowsOption = Annotated[
+    int | None, typer.Option(help="Sentences a worker decodes at a time [default: 64, or what fits].")
+]
+ThreadsOption = Annotated[int | None, typer.Option(help="Compute threads in all [default: the cores available].")]
+WorkersOption = Annotated[
+    int | None, typer.Option(help="Decode loops that share the threads [default: one a thread on onnx, else 1].")
+]
+CacheOption = Annotated[float | None, typer.Option(help="The most that the caches may hold, in MiB [default: 1024].")]
+TokensOption = Annotated[int | None, typer.Option(help="Tokens of a translation [default: the bundle's].")]
+OnLongOption = Annotated[OnLongSource, typer.Option(help="For sources beyond the model's positions.")]
 
 
 @app.command()
@@ -213,50 +287,145 @@ def translate(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Write a file, which appears when it is complete.")
     ] = None,
-    model: Annotated[Path | None, typer.Option(help="Bundle [default: the newest below ./artifacts].")] = None,
-    backend: Annotated[BackendName, typer.Option(help="What runs the model.")] = BackendName.ONNX,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:<index>; auto is where it was proven.")] = "auto",
-    rows: Annotated[int | None, typer.Option(help="Sentences decoded at a time.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Compute threads [default: the cores available].")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens of a translation [default: the bundle's].")] = None,
-    on_long: Annotated[
-        OnLongSource, typer.Option(help="For sources beyond the model's positions.")
-    ] = OnLongSource.ERROR,
+    model: ModelOption = None,
+    backend: BackendOption = BackendName.ONNX,
+    device: DeviceOption = "auto",
+    rows: RowsOption = None,
+    threads: ThreadsOption = None,
+    workers: WorkersOption = None,
+    cache_mb: CacheOption = None,
+    max_new_tokens: TokensOption = None,
+    on_long: OnLongOption = OnLongSource.ERROR,
     as_json: Annotated[bool, typer.Option("--json", help="Print an object a line.")] = False,
     scores: Annotated[bool, typer.Option("--scores", help="Also print log-probabilities.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print speed and cache size to stderr.")] = False,
 ) -> None:
     """Translate texts, a line each, in order."""
-    from kvx.runtime.translator import DEFAULT_ROWS, TranslateOptions
+    from kvx.runtime.translator import TranslateOptions
 
     command = TranslateCommand(
-        texts=tuple(text or ()),
-        input=input_,
-        output=output,
-        model=model,
-        backend=backend,
-        device=device,
-        threads=threads,
-        json=as_json,
-        stats=stats,
+        texts=tuple(text or ()), input=input_, output=output, model=model, json=as_json, stats=stats
     )
-    interactive = not command.texts and input_ is None and sys.stdin.isatty()
+    machine = Machine(backend=backend, device=device, threads=threads, workers=workers)
     options = TranslateOptions(
         max_new_tokens=max_new_tokens,
         scores=scores,
         on_long=on_long.value,
-        rows=DEFAULT_ROWS if rows is None else rows,
-        window=1 if interactive else None,
+        rows=rows,
+        cache_bytes=_cache_bytes(cache_mb),
+        workers=workers,
+        window=1 if command.interactive else len(command.texts) or None,
     )
-    if interactive:
+    translator, loops = _announce(command.model, machine, bulk=not command.texts and not command.interactive)
+    if command.interactive:
         _say("reading standard input, a text a line, until Ctrl-D")
-    _translate(command, options)
+    _translate(translator, command, replace(options, workers=loops))
 
 
-def _translate(command: TranslateCommand, options: TranslateOptions) -> None:
+@app.command()
+def evaluate(
+    bundle: Annotated[Path, typer.Argument(help="A bundle written by kvx export.")],
+    source: Annotated[Path, typer.Option(help="The test set: a sentence a line.")],
+    reference: Annotated[Path, typer.Option(help="Its reference translations, line by line.")],
+    backend: Annotated[str, typer.Option(help="What runs the model; several, with commas, side by side.")] = "onnx",
+    device: DeviceOption = "auto",
+    limit: Annotated[int | None, typer.Option(help="Only the first so many lines.")] = None,
+    tokenize: Annotated[
+        str | None, typer.Option(help="sacrebleu's tokenizer: 13a, zh, … [default: sacrebleu's].")
+    ] = None,
+    rows: RowsOption = None,
+    threads: ThreadsOption = None,
+    workers: WorkersOption = None,
+    cache_mb: CacheOption = None,
+    max_new_tokens: TokensOption = None,
+    on_long: OnLongOption = OnLongSource.ERROR,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to a file.")] = None,
+    hypotheses: Annotated[
+        Path | None,
+        typer.Option(help="Write the translations; with several backends NAME.<backend>.EXT for each."),
+    ] = None,
+) -> None:
+    """Compare backends on a test set: BLEU, chrF, speed and memory in one table."""
+    _require("sacrebleu", extra="evaluate")
+    from kvx.runtime import evaluation
+    from kvx.runtime.translator import TranslateOptions
+
+    names = [_backend(name) for name in backend.split(",")]
+    test_set = evaluation.TestSet(_read_file(source, limit), _read_file(reference, limit))
+    options = TranslateOptions(
+        max_new_tokens=max_new_tokens,
+        on_long=on_long.value,
+        rows=rows,
+        cache_bytes=_cache_bytes(cache_mb),
+        workers=workers,
+    )
+    found: list[evaluation.Evaluation] = []
+    for name in names:
+        machine = Machine(backend=name, device=device, threads=threads, workers=workers)
+        translator, loops = machine.load(bundle, bulk=True)
+        with _spinner(f"{name}: {len(test_set.sources)} sentences"):
+            result, lines = evaluation.evaluate(
+                translator, test_set, replace(options, workers=loops), tokenize=tokenize
+            )
+        found.append(result)
+        if hypotheses:
+            _write_lines(_named_for(hypotheses, name) if len(names) > 1 else hypotheses, lines)
+        if not result.complete:
+            break
+    for line in evaluation.comparison(found):
+        typer.echo(line)
+    for signature in dict.fromkeys((found[0].bleu.signature, found[0].chrf.signature)):
+        typer.echo(signature)
+    if json_file:
+        _write_lines(json_file, json.dumps({"backends": [asdict(result) for result in found]}, indent=1).split("\n"))
+    if not found[-1].complete:
+        _say(f"interrupted: {found[-1].name} covers the first {found[-1].sentences} sentences")
+        raise typer.Exit(130)
+
+
+@app.command()
+def score(
+    source: Annotated[Path, typer.Option(help="Sources, a line each.")],
+    target: Annotated[Path, typer.Option(help="A translation of each, line by line.")],
+    choices: Annotated[
+        bool, typer.Option("--choices", help="Each line of --target holds candidates separated by tabs: rank them.")
+    ] = False,
+    by: Annotated[RankMeasure, typer.Option(help="What ranks candidates.")] = RankMeasure.SUM,
+    model: ModelOption = None,
+    backend: BackendOption = BackendName.ONNX,
+    device: DeviceOption = "auto",
+    rows: RowsOption = None,
+    threads: ThreadsOption = None,
+    workers: WorkersOption = None,
+    cache_mb: CacheOption = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Write a file, which appears when it is complete.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print an object a line, with every token and candidate.")
+    ] = False,
+) -> None:
+    """Print natural log-probabilities of given translations: sum, mean per token, tokens, with tabs between.
+
+    With --choices: the best candidate, its lead over the next and its sum.
+    """
+    from kvx.runtime.translator import TranslateOptions
+
+    sources, lines = _read_file(source), _read_file(target)
+    candidates = [line.split("\t") if choices else [line] for line in lines]
+    machine = Machine(backend=backend, device=device, threads=threads, workers=workers)
+    translator, loops = _announce(model, machine, bulk=True)
+    options = TranslateOptions(rows=rows, cache_bytes=_cache_bytes(cache_mb), workers=loops)
+    with _spinner(f"scoring {len(lines)} lines"):
+        rankings = translator.rank(sources, candidates, by=by.value, options=options)
+    with _output_file(output) as out:
+        for given, ranking in zip(candidates, rankings, strict=True):
+            out.write(_format_ranking(given, ranking, choices=choices, as_json=as_json) + "\n")
+
+
+def _translate(translator: Translator, command: TranslateCommand, options: TranslateOptions) -> None:
     from kvx.runtime.schedule import DecodeStats
 
-    translator = _load_translator(command)
     stats, started, at_limit = DecodeStats(), time.perf_counter(), list[int]()
     with _input_texts(command) as texts, _output_file(command.output) as out, _counter(command) as count:
         for number, translation in enumerate(translator.translate_iter(texts, options, stats), 1):
@@ -274,39 +443,69 @@ def _translate(command: TranslateCommand, options: TranslateOptions) -> None:
         _say(_format_stats(stats, time.perf_counter() - started))
 
 
-def _load_translator(command: TranslateCommand) -> Translator:
-    from kvx import Translator
-    from kvx.runtime.bundle import Bundle, newest_bundle
+def _announce(model: Path | None, machine: Machine, *, bulk: bool) -> tuple[Translator, int | None]:
+    """Loads the bundle, or the newest, and says what was chosen where the user left it open."""
+    from kvx.runtime.bundle import newest_bundle
 
-    path = command.model or newest_bundle(ARTIFACTS)
-    device = "cpu" if command.device == "auto" else command.device
-    if command.backend in (BackendName.ONNX, BackendName.TORCHSCRIPT):
-        translator = Translator.load(path, backend=command.backend, threads=command.threads, device=device)
-    else:
-        translator = _eager_translator(Bundle.open(path), command, device)
-    if command.model is None or command.device == "auto":
-        _say(f"{path} on {command.backend}, {device}")
-    return translator
+    path = model or newest_bundle(ARTIFACTS)
+    loaded = machine.load(path, bulk=bulk)
+    if model is None or machine.device == "auto":
+        _say(f"{path} on {machine.backend}, {machine.place}")
+    return loaded
 
 
-def _eager_translator(bundle: Bundle, command: TranslateCommand, device: str) -> Translator:
+def _eager_translator(path: Path, machine: Machine) -> Translator:
     """The bundle's own checkpoint on eager PyTorch, which only the command line offers."""
-    _require_export_extra()
+    _require(*EXPORT_NEEDS, extra="export")
     import torch
 
     from kvx import Translator
     from kvx.models.backend import NoCacheBackend, TorchBackend
     from kvx.models.checkpoint import load_checkpoint
-    from kvx.runtime.bundle import CHECKPOINT_FILE
+    from kvx.runtime.bundle import CHECKPOINT_FILE, Bundle
 
-    if device != "cpu":
-        raise DeviceError(f"device {device} for {command.backend}", expected="cpu", remedy="Use --device cpu.")
+    if machine.place != "cpu":
+        raise DeviceError(f"device {machine.place} for {machine.backend}", expected="cpu", remedy="Use --device cpu.")
+    bundle = Bundle.open(path)
     bundle.require(CHECKPOINT_FILE)
     bundle.check_hashes()
-    if command.threads is not None:
-        torch.set_num_threads(command.threads)
+    if machine.threads is not None:
+        torch.set_num_threads(machine.threads)
     model = load_checkpoint(bundle.folder / CHECKPOINT_FILE).model
-    return Translator(bundle, TorchBackend(model) if command.backend is BackendName.TORCH else NoCacheBackend(model))
+    return Translator(bundle, TorchBackend(model) if machine.backend is BackendName.TORCH else NoCacheBackend(model))
+
+
+def _backend(name: str) -> BackendName:
+    try:
+        return BackendName(name.strip())
+    except ValueError:
+        raise OptionError(
+            f"--backend {name}", expected=f"some of {', '.join(BackendName)}", remedy="Correct --backend."
+        ) from None
+
+
+def _cache_bytes(mebibytes: float | None) -> int | None:
+    if mebibytes is not None and not 0 < mebibytes < float("inf"):
+        raise OptionError(f"--cache-mb {mebibytes}", expected="more than 0", remedy="Correct it or leave it out.")
+    return None if mebibytes is None else max(1, int(mebibytes * 2**20))
+
+
+def _read_file(path: Path, limit: int | None = None) -> tuple[str, ...]:
+    from kvx.runtime.lines import open_lines, read_lines
+
+    if limit is not None and limit < 1:
+        raise OptionError(f"--limit {limit}", expected="1 or more", remedy="Correct it or leave it out.")
+    with open_lines(path) as stream:
+        return tuple(itertools.islice(read_lines(stream), limit))
+
+
+def _write_lines(path: Path, lines: Iterable[str]) -> None:
+    with _output_file(path) as out:
+        out.writelines(f"{_one_line(line)}\n" for line in lines)
+
+
+def _named_for(path: Path, backend: str) -> Path:
+    return path.with_name(f"{path.stem}.{backend}{path.suffix}")
 
 
 @contextlib.contextmanager
@@ -337,15 +536,40 @@ def _output_file(path: Path | None) -> Iterator[TextIO]:
 def _format(translation: Translation, *, as_json: bool) -> str:
     if as_json:
         return json.dumps(asdict(translation), ensure_ascii=False)
-    line = translation.text.replace("\n", " ").replace("\r", " ")  # a text in is a line out
+    line = _one_line(translation.text)
     return line if translation.score is None else f"{translation.score:.4f}\t{line}"
+
+
+def _one_line(text: str) -> str:
+    """A text in is a line out, also where a tokenizer has pieces that break lines."""
+    return text.replace("\n", " ").replace("\r", " ")
+
+
+def _format_ranking(candidates: list[str], ranking: Ranking, *, choices: bool, as_json: bool) -> str:
+    best = ranking.scores[ranking.best]
+    if as_json:
+        scores = [
+            {
+                "text": text,
+                "sum": score.sum,
+                "per_token": score.per_token,
+                "tokens": score.tokens,
+                "log_probabilities": score.log_probabilities,
+            }
+            for text, score in zip(candidates, ranking.scores, strict=True)
+        ]
+        return json.dumps({"best": ranking.best, "margin": ranking.margin, "scores": scores}, ensure_ascii=False)
+    if choices:
+        margin = "" if ranking.margin is None else f"{ranking.margin:.4f}"
+        return f"{candidates[ranking.best]}\t{margin}\t{best.sum:.4f}"
+    return f"{best.sum:.4f}\t{best.per_token:.4f}\t{best.tokens}"
 
 
 def _format_stats(stats: DecodeStats, seconds: float) -> str:
     return (
         f"{stats.sentences} sentences in {seconds:.2f} s: {stats.sentences / seconds:.1f} sentences/s, "
         f"{stats.tokens / seconds:.0f} tokens/s, {stats.steps} steps, "
-        f"{stats.row_steps / max(1, stats.steps):.1f} rows a step, {stats.repacks} repacks, "
+        f"{stats.occupancy:.0%} of the rows in use, {stats.repacks} repacks, "
         f"cache {stats.cache_bytes / 2**20:.1f} MiB"
     )
 
@@ -384,13 +608,22 @@ def _reporting() -> Iterator[Report]:
         yield Spinner()
 
 
-def _require_export_extra() -> None:
-    missing = [name for name in EXPORT_NEEDS if importlib.util.find_spec(name) is None]
+@contextlib.contextmanager
+def _spinner(text: str) -> Iterator[None]:
+    """Says on stderr what is being waited for, where that is a terminal."""
+    from rich.console import Console
+
+    with Console(stderr=True).status(text):
+        yield
+
+
+def _require(*modules: str, extra: str) -> None:
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise OptionError(
             f"no {', '.join(missing)} here",
-            expected="the export extra",
-            remedy="Install it with: pip install 'kvx[export]'",
+            expected=f"the {extra} extra",
+            remedy=f"Install it with: pip install 'kvx[{extra}]'",
         )
 
 

@@ -173,7 +173,6 @@ def _describe(
         precision="float32",
         lowering="standard",
         opset=OPSET,
-        formats=options.formats,
         max_new_tokens=checkpoint.max_new_tokens,
         source_ids=tokenizers[0].special_ids,
         target_ids=tokenizers[1].special_ids,
@@ -197,6 +196,7 @@ def _require_parity(checks: Iterable[Check], options: ParityOptions) -> ParityRe
 @contextlib.contextmanager
 def _whole_or_nothing(folder: Path) -> Iterator[Path]:
     """A hidden folder beside `folder` that takes its place at the end, or vanishes."""
+    folder = folder.absolute()
     partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{what}") for what in ("partial", "old"))
     try:
         partial.mkdir(parents=True)

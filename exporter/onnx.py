@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
+import onnx_ir
 import torch
 
 from kvx.exporter.graphs import EncoderGraph, StepGraph, example_inputs
@@ -39,10 +40,18 @@ def write_onnx(graph: EncoderGraph | StepGraph, path: Path, *, external_data_abo
         )
     assert program is not None
     program.model.ir_version = IR_VERSION
-    for node in program.model.graph:
-        node.metadata_props.clear()  # stack traces with the exporter's own paths
+    _clear_metadata(program.model)
     program.save(path, external_data=weights > external_data_above)
     onnx.checker.check_model(path, full_check=True)
+
+
+def _clear_metadata(model: onnx_ir.Model) -> None:
+    """Drops what the exporter noted for itself: stack traces with its own paths, and the names of torch's parts."""
+    graph = model.graph
+    values = [*graph.inputs, *graph.outputs, *graph.initializers.values()]
+    values += [output for node in graph for output in node.outputs]
+    for part in (model, graph, *graph, *values):
+        part.metadata_props.clear()
 
 
 @contextlib.contextmanager

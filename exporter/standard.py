@@ -23,7 +23,7 @@ class StandardOperators(Operators):
     """What the exporter writes where ONNX has an operator for it."""
 
     def normalize(self, norm: LayerNorm, x: Tensor) -> Tensor:
-        """Activations [..., E] → [..., E], as LayerNormalization.
+        """x [..., E] → [..., E], as LayerNormalization.
 
         The operator divides by the biased deviation √(Σ/E): γ·√((E−1)/E) makes up for it. The reference's ε = 1e-6
         on the deviation itself is left out, which parity measures.
@@ -51,7 +51,7 @@ class StandardOperators(Operators):
 
 
 def _attention(query: Tensor, past: KeyValue, lengths: Tensor) -> Tensor:
-    """Query [B, H, Q, D], keys and values [B, H, K, D] of which lengths [B] count → [B, H, Q, D]."""
+    """query [B, H, Q, D], keys and values [B, H, K, D] of which lengths [B] count → [B, H, Q, D]."""
     result: Tensor = torch.onnx.ops.symbolic(
         "Attention",
         (query, past.key, past.value, None, None, None, lengths),
@@ -64,7 +64,7 @@ def _attention(query: Tensor, past: KeyValue, lengths: Tensor) -> Tensor:
 
 
 def _scatter(cache: Tensor, update: Tensor, positions: Tensor) -> Tensor:
-    """Cache [B, H, T, D], update [B, H, 1, D] → the cache with each row's position written [B, H, T, D]."""
+    """cache [B, H, T, D], update [B, H, 1, D] → the cache with each row's position written [B, H, T, D]."""
     result: Tensor = torch.onnx.ops.symbolic(
         "TensorScatter",
         (cache, update, positions),

@@ -18,10 +18,9 @@ from kvx.runtime.bundle import CHECKPOINT_FILE, Bundle
 from kvx.runtime.errors import BundleError
 from kvx.runtime.lines import open_lines, read_lines
 from kvx.runtime.manifest import Manifest
-from kvx.runtime.schedule import Limits
+from kvx.runtime.plan import Plan
+from kvx.runtime.signature import cache_specs
 from kvx.runtime.sources import SourceReader
-
-ROWS = 32
 
 
 def verify(
@@ -53,7 +52,7 @@ def prove_bundle(
 ) -> Iterator[Check]:
     """Every format of the bundle, run by the very backends that its users will run, also on the lines of a text."""
     sources = list(_read_sources(bundle, verify_text)) if verify_text else []
-    limits = Limits.of(bundle.manifest, rows=ROWS)
+    plan = Plan.of(bundle.manifest, cache_specs(bundle.manifest.dimensions))
     if "onnx" in bundle.manifest.formats:
         report.phase("checking the ONNX files")
         yield _check_onnx(bundle)
@@ -65,7 +64,7 @@ def prove_bundle(
             continue
         yield Check(name, "contract", True, "names, types and axes as the manifest gives them")
         report.phase(f"proving {name} against eager PyTorch")
-        yield from prove(model, graphs, limits, options, sources)
+        yield from prove(model, graphs, plan, options, sources)
 
 
 def _open_graphs(bundle: Bundle, name: str) -> ExportedGraphs:
@@ -87,9 +86,15 @@ def _check_model(bundle: Bundle, model: Transformer) -> Check:
     differing = [name for name in expected if got.get(name) != expected[name]]
     if not differing and CHECKPOINT_FILE in bundle.manifest.files:
         own = load_checkpoint(bundle.folder / CHECKPOINT_FILE).model.state_dict()
-        differing = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, own[name])]
+        weights = model.state_dict()
+        names = sorted(own.keys() | weights)
+        differing = [name for name in names if not _equal(own.get(name), weights.get(name))]
     detail = f"differing in {', '.join(differing[:10])}" if differing else "those of the checkpoint"
     return Check("model", "configuration and weights", not differing, detail)
+
+
+def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    return one is not None and other is not None and torch.equal(one, other)
 
 
 def _check_onnx(bundle: Bundle) -> Check:

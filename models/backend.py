@@ -19,6 +19,7 @@ class TorchBackend:
     """Eager PyTorch with the cache of the contract."""
 
     name = "torch"
+    decodes = 1  # torch's compute threads are one pool, which a second decode would only fight for
 
     def __init__(self, model: Transformer) -> None:
         self.model = model

@@ -5,7 +5,7 @@ Files are read with `weights_only=True`: nothing in them is ever executed.
 
 from __future__ import annotations
 
-import pickle
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -82,7 +82,7 @@ def load_checkpoint(path: Path, *, heads: int | None = None) -> Checkpoint:
     content = _read(path)
     if isinstance(content, dict) and content.get("format") == KVX_FORMAT:
         return _read_kvx(content, path, heads)
-    if isinstance(content, dict) and content and all(isinstance(value, Tensor) for value in content.values()):
+    if isinstance(content, dict) and _is_state_dict(content):
         return _read_reference(content, path, heads)
     raise CheckpointError(
         f"{path} holds {_describe(content)}",
@@ -111,12 +111,11 @@ def _read(path: Path) -> object:
         )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        if code := re.search(
-            r"Unsupported (?:global: GLOBAL|class|operand) ([\w.]+)|GLOBAL ([\w.]+) was not", str(error)
-        ):
+    except Exception as error:  # what an unpickler makes of a damaged file can be any exception
+        code = re.search(r"(?:unsupported|Unsupported)[\w :]* (?:GLOBAL|class) ([\w.]+)", str(error))
+        if code and not _ends_with(path, code[1].rpartition(".")[2]):
             raise CheckpointError(
-                f"{path} carries code ({code[1] or code[2]}), refused because loading it could run anything",
+                f"{path} carries code ({code[1]}), refused because loading it could run anything",
                 expected="tensors and plain values only",
                 remedy="Save model.state_dict() instead of the model or the training state.",
             ) from None
@@ -125,6 +124,18 @@ def _read(path: Path) -> object:
             expected="a file written by torch.save",
             remedy="Copy or save the checkpoint again.",
         ) from None
+
+
+def _ends_with(path: Path, name: str) -> bool:
+    """Whether the file ends in the middle of this name: then it was cut, and nobody knows what it was."""
+    with path.open("rb") as file:
+        file.seek(-min(len(name), path.stat().st_size), os.SEEK_END)
+        return file.read() == name.encode()
+
+
+def _is_state_dict(content: Mapping[object, object]) -> bool:
+    named = all(isinstance(name, str) for name in content)
+    return bool(content) and named and all(isinstance(value, Tensor) for value in content.values())
 
 
 def _read_kvx(content: Mapping[str, object], path: Path, heads: int | None) -> Checkpoint:
@@ -227,21 +238,24 @@ def _build(config: ModelConfig, state: StateDict, path: Path, names: Mapping[str
         for name, shape in expected.items()
         if name in state and not _fits(state[name], shape)
     ]
+    fitting = {name: state[name].float() for name, shape in expected.items() if _fits(state.get(name), shape)}
     problems += [
         f"{names.get(name, name)} with values that are not finite"
-        for name, shape in expected.items()
-        if name in state and _fits(state[name], shape) and not bool(state[name].isfinite().all())
+        for name, tensor in fitting.items()
+        if not bool(tensor.isfinite().all())
     ]
     if problems:
         _refuse_tensors(path, problems)
     with torch.device("meta"):
         model = Transformer(config)
-    model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
+    model.load_state_dict(fitting, assign=True)
     return model.eval().requires_grad_(requires_grad=False)
 
 
 def _fits(value: object, shape: torch.Size) -> bool:
-    return isinstance(value, Tensor) and value.shape == shape and value.is_floating_point()
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+        return False
+    return value.shape == shape and value.is_floating_point()
 
 
 def _refuse_tensors(path: Path, problems: list[str]) -> None:
@@ -255,9 +269,11 @@ def _refuse_tensors(path: Path, problems: list[str]) -> None:
 
 def _describe(value: object) -> str:
     if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+        kind = "" if value.layout == torch.strided and not value.is_meta else " without plain values"
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}{kind}"
     if isinstance(value, dict):
-        return f"a dict with the keys {[str(key) for key in value][:NAMED_PROBLEMS]}"
+        odd_first = sorted(value, key=lambda key: isinstance(key, str))
+        return f"a dict with the keys {odd_first[:NAMED_PROBLEMS]}"
     return f"a {type(value).__name__}"
 
 

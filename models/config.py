@@ -9,6 +9,8 @@ from typing import Self
 
 from kvx.runtime.errors import CheckpointError
 
+LARGEST_SIZE = 2**24
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
@@ -34,7 +36,7 @@ class ModelConfig:
         if problems:
             raise CheckpointError(
                 f"model configuration with {'; '.join(problems)}",
-                expected="positive sizes and heads that divide d_model",
+                expected=f"sizes from 1 to {LARGEST_SIZE} and heads that divide d_model",
                 remedy="Correct the configuration (--heads sets the head count).",
             )
 
@@ -45,7 +47,7 @@ class ModelConfig:
             kind = bool if field.name == "attention_bias" else int
             if type(value) is not kind:
                 wrong.append(f"{field.name} = {value!r} (not {kind.__name__})")
-            elif kind is int and value < 1:
+            elif kind is int and not 1 <= value <= LARGEST_SIZE:
                 wrong.append(f"{field.name} = {value}")
         if not wrong and self.d_model % self.heads:
             wrong.append(f"{self.heads} heads that do not divide d_model {self.d_model}")
@@ -65,7 +67,7 @@ class ModelConfig:
         """The configuration that `to_dict` wrote. Raises CheckpointError for missing or unknown fields."""
         names = {field.name for field in dataclasses.fields(cls)}
         required = {field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING}
-        missing, unknown = sorted(required - values.keys()), sorted(values.keys() - names)
+        missing, unknown = sorted(required - values.keys()), sorted(map(str, values.keys() - names))
         if missing or unknown:
             raise CheckpointError(
                 f"model configuration with missing fields {missing} and unknown fields {unknown}",

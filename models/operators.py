@@ -25,12 +25,12 @@ class KeyValue(NamedTuple):
 
 
 def positions_below(lengths: Tensor, positions: int) -> Tensor:
-    """Lengths [B] → true where a position lies inside its row's length [B, positions]."""
+    """lengths [B] → true where a position lies inside its row's length [B, positions]."""
     return torch.arange(positions, device=lengths.device) < lengths[:, None]
 
 
 def attend(query: Tensor, past: KeyValue, visible: Tensor) -> Tensor:
-    """Query [B, H, Q, D], keys and values [B, H, K, D], visible [B, 1, Q or 1, K] → [B, H, Q, D].
+    """query [B, H, Q, D], keys and values [B, H, K, D], visible [B, 1, Q or 1, K] → [B, H, Q, D].
 
     Scaled dot-product attention (Vaswani et al. 2017, §3.2.1). Masked scores are replaced, not lowered, so that any
     finite number may lie under the mask.
@@ -44,7 +44,7 @@ class Operators:
     """The eager operators. A lowering overrides those for which its target has a better form."""
 
     def normalize(self, norm: LayerNorm, x: Tensor) -> Tensor:
-        """Activations [..., E] → [..., E]; divides by the unbiased standard deviation plus ε, as the reference does."""
+        """x [..., E] → [..., E]; divides by the unbiased standard deviation plus ε, as the reference does."""
         centred = x - x.mean(dim=-1, keepdim=True)
         return norm.gamma * centred / (x.std(dim=-1, keepdim=True) + norm.eps) + norm.beta
 
@@ -55,7 +55,7 @@ class Operators:
         return attention.merge(attend(query, past, visible))
 
     def cross_keys_values(self, attentions: Sequence[Attention], memory: Tensor) -> list[KeyValue]:
-        """Memory [B, S, E] → what each decoder layer needs of the source, [B, H, S, D]."""
+        """memory [B, S, E] → what each decoder layer needs of the source, [B, H, S, D]."""
         return [attention.keys_values(memory) for attention in attentions]
 
     def cached_attention(

@@ -126,7 +126,7 @@ class EncoderLayer(nn.Module):
         self.feed_forward_norm = LayerNorm(config.d_model)
 
     def forward(self, x: Tensor, lengths: Tensor, ops: Operators) -> Tensor:
-        """X [B, S, E], lengths [B] → [B, S, E]."""
+        """x [B, S, E], lengths [B] → [B, S, E]."""
         x = x + ops.self_attention(self.self_attention, ops.normalize(self.self_attention_norm, x), lengths)
         fed: Tensor = self.feed_forward(ops.normalize(self.feed_forward_norm, x))
         return x + fed

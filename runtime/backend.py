@@ -46,6 +46,11 @@ class Backend(Protocol):
         ...
 
     @property
+    def decodes(self) -> int:
+        """How many decodes side by side pay off, measured: see docs/performance.md."""
+        ...
+
+    @property
     def cache_specs(self) -> tuple[TensorSpec, ...]:
         """The buffers of a cache for this backend."""
         ...

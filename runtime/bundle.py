@@ -13,6 +13,7 @@ from kvx.runtime.manifest import MANIFEST_FILE, FileEntry, Manifest
 SOURCE_TOKENIZER_FILE = "source.model"
 TARGET_TOKENIZER_FILE = "target.model"
 CHECKPOINT_FILE = "model.pt"
+LONGEST_NAME = 255  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ class Bundle:
 def newest_bundle(artifacts: Path) -> Path:
     """The bundle below `artifacts` that was created last. Raises BundleError where there is none."""
     found = []
-    for path in sorted(artifacts.glob(f"*/{MANIFEST_FILE}")):
+    for path in sorted(artifacts.glob(f"[!.]*/{MANIFEST_FILE}")):
         try:
             found.append((Manifest.read(path.parent).created, path.parent))
         except BundleError:
@@ -75,8 +76,8 @@ def newest_bundle(artifacts: Path) -> Path:
 
 def _check_name(folder: Path, name: str) -> None:
     """Only plain names of regular files: no path, and no link, leads out of the folder."""
-    plain = PurePosixPath(name).name == name and PureWindowsPath(name).name == name and name not in ("", ".", "..")
-    if not plain or (folder / name).is_symlink():
+    plain = PurePosixPath(name).name == name == PureWindowsPath(name).name and name not in ("", ".", "..")
+    if not plain or "\0" in name or len(name.encode()) > LONGEST_NAME or (folder / name).is_symlink():
         raise BundleError(
             f"{folder} with the file {name!r}",
             expected="plain files inside the folder",

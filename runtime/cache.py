@@ -72,7 +72,7 @@ class KVCache:
         """
         if row is None:
             row = self.active
-        if row > self.active or row >= self.capacity.rows or source.length > self.capacity.source:
+        if not 0 <= row <= min(self.active, self.capacity.rows - 1) or source.length > self.capacity.source:
             raise CapacityError(
                 f"a source of {source.length} positions for row {row}, {self.active} active",
                 expected=f"a row up to {min(self.active, self.capacity.rows - 1)} and at most "
@@ -112,23 +112,23 @@ class KVCache:
         """Every active row has one more position written."""
         self.lengths[: self.active] += 1
 
-    def resize(self, *, target: int, source: int) -> None:
-        """Repacks the active rows into buffers of other capacities, which must hold what the rows hold."""
+    def resize(self, capacity: Capacity) -> None:
+        """Repacks the active rows into buffers of another capacity, which must hold what the rows hold."""
         used_target = int(self.lengths[: self.active].max(initial=0))
         used_source = int(self.source_lengths[: self.active].max(initial=0))
-        if target < used_target or source < used_source:
+        if capacity.rows < self.active or capacity.target < used_target or capacity.source < used_source:
             raise CapacityError(
-                f"resize to {target} target and {source} source positions",
-                expected=f"at least the {used_target} and {used_source} in use",
+                f"resize to {capacity.rows} rows of {capacity.target} target and {capacity.source} source positions",
+                expected=f"at least {self.active} rows and at least the {used_target} and {used_source} in use",
                 remedy="Resize to what the active rows need.",
             )
-        old, self.capacity = self.buffers, Capacity(self.capacity.rows, target, source)
-        self.buffers = self._allocate(self.capacity)
-        used = np.s_[: self.active]
+        old, self.capacity = self.buffers, capacity
+        self.buffers = self._allocate(capacity)
+        self.lengths = _with_rows(self.lengths, capacity.rows)
+        self.source_lengths = _with_rows(self.source_lengths, capacity.rows)
         for spec in self.specs:
-            kept = used_source if "S" in spec.axes else used_target
-            positions = _positions(spec, kept)
-            self.buffers[spec.name][used][positions] = old[spec.name][used][positions]
+            positions = _positions(spec, used_source if "S" in spec.axes else used_target)
+            self.buffers[spec.name][: self.active][positions] = old[spec.name][: self.active][positions]
         self.generation += 1
 
     def _allocate(self, capacity: Capacity) -> dict[str, NDArray[Any]]:
@@ -137,6 +137,14 @@ class KVCache:
     def _row(self, spec: TensorSpec, row: int, length: int) -> NDArray[Any]:
         view: NDArray[Any] = self.buffers[spec.name][row : row + 1][_positions(spec, length)][0]
         return view
+
+
+def _with_rows(lengths: NDArray[np.int64], rows: int) -> NDArray[np.int64]:
+    """The leading rows of lengths [rows], or zeros beyond them."""
+    resized = np.zeros(rows, np.int64)
+    kept = min(rows, len(lengths))
+    resized[:kept] = lengths[:kept]
+    return resized
 
 
 def _positions(spec: TensorSpec, length: int) -> tuple[slice, ...]:

@@ -51,7 +51,7 @@ def describe_parity(parity: Mapping[str, Any] | None, *, tensors: bool = True) -
         yield f"  {'ok  ' if check['passed'] else 'FAIL'} {check['backend']}: {check['name']}: {check['detail']}"
         if tensors and len(check["differences"]) > 1:
             for tensor, difference in check["differences"].items():
-                yield f"         {tensor:<44} {difference:.2g}"
+                yield f"         {tensor:<44} {'not finite' if difference is None else f'{difference:.2g}'}"
 
 
 def _describe_signature(name: str, signature: Signature) -> Iterator[str]:

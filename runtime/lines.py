@@ -55,6 +55,7 @@ def complete_file(path: Path) -> Iterator[TextIO]:
 
     Raises InputError where it cannot be made.
     """
+    path = path.resolve()  # a link stays one
     special = path.exists() and not path.is_file()
     partial = path if special else path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

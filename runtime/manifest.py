@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,7 +17,21 @@ from kvx.runtime.signature import Dimensions, Signature, StepFeatures, cache_spe
 
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1
+FORMATS = {"onnx": ".onnx", "torchscript": ".ts"}
 LARGEST_MANIFEST = 16 * 2**20  # bytes
+LARGEST_SIZE = 2**24
+MOST_LAYERS = 1024
+MODEL_SIZES = (
+    "source_vocab_size",
+    "target_vocab_size",
+    "d_model",
+    "heads",
+    "d_ff",
+    "encoder_layers",
+    "decoder_layers",
+    "source_positions",
+    "target_positions",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +40,11 @@ class FileEntry:
 
     bytes: int
     sha256: str
+
+    @property
+    def is_plausible(self) -> bool:
+        """Whether these are a size and a hash at all."""
+        return type(self.bytes) is int and self.bytes >= 0 and re.fullmatch("[0-9a-f]{64}", self.sha256) is not None
 
     @classmethod
     def of(cls, path: Path) -> Self:
@@ -53,7 +74,6 @@ class Manifest:
     precision: str
     lowering: str
     opset: int
-    formats: tuple[str, ...]
     max_new_tokens: int
     source_ids: SpecialIds
     target_ids: SpecialIds
@@ -66,6 +86,12 @@ class Manifest:
         """L, H, D and V of the model."""
         return Dimensions.of_model(self.model)
 
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Which of FORMATS have a file in the bundle."""
+        endings = {Path(name).suffix for name in self.files}
+        return tuple(name for name, ending in FORMATS.items() if ending in endings)
+
     def cache_bytes(self, *, target: int, source: int) -> int:
         """Cache bytes of one row with room for so many target and source positions."""
         return Capacity(1, target, source).bytes(cache_specs(self.dimensions))
@@ -77,11 +103,26 @@ class Manifest:
     def to_dict(self) -> dict[str, Any]:
         """The JSON form, with the facts spelled out that other readers would have to derive."""
         fields = asdict(self)
-        own = {"format_version": FORMAT_VERSION, **fields, "formats": list(self.formats)}
-        return own | self._derived()
+        return {"format_version": FORMAT_VERSION, **fields, **self._derived()}
+
+    def _check(self) -> None:
+        """Raises KeyError or ValueError for values that no export writes."""
+        wrong = [f"model.{name}" for name in MODEL_SIZES if not 1 <= self.model[name] <= LARGEST_SIZE]
+        wrong += [f"model.{name}" for name in ("encoder_layers", "decoder_layers") if self.model[name] > MOST_LAYERS]
+        if not 1 <= self.max_new_tokens <= self.model["target_positions"]:
+            wrong.append("max_new_tokens")
+        if not self.formats:
+            wrong.append("files, which hold no graph")
+        if self.parity is not None and not self.parity.keys() >= {"passed", "tolerance", "checks"}:
+            wrong.append("parity")
+        wrong += [f"files.{name}" for name, entry in self.files.items() if not entry.is_plausible]
+        datetime.datetime.fromisoformat(self.created)
+        if wrong:
+            raise ValueError(f"impossible {', '.join(wrong)}")
 
     def _derived(self) -> dict[str, Any]:
         return {
+            "formats": list(self.formats),
             "limits": {
                 "source_positions": self.model["source_positions"],
                 "target_positions": self.model["target_positions"],
@@ -133,7 +174,6 @@ class Manifest:
                 precision=str(values["precision"]),
                 lowering=str(values["lowering"]),
                 opset=int(values["opset"]),
-                formats=tuple(str(name) for name in values["formats"]),
                 max_new_tokens=int(values["max_new_tokens"]),
                 source_ids=SpecialIds(**values["source_ids"]),
                 target_ids=SpecialIds(**values["target_ids"]),
@@ -141,8 +181,9 @@ class Manifest:
                 parity=values["parity"],
                 features=StepFeatures(**values["features"]),
             )
+            manifest._check()
             derived = json.loads(json.dumps(manifest._derived()))
-        except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise _damaged(folder, f"lacks or garbles a field ({type(error).__name__}: {error})") from None
         contradicted = [name for name, value in derived.items() if values.get(name) != value]
         if contradicted:

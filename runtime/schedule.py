@@ -2,220 +2,227 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Self
+from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvx.runtime.backend import Backend, IntArray
-from kvx.runtime.cache import Capacity, EncodedSource, KVCache
-from kvx.runtime.errors import OptionError
-from kvx.runtime.manifest import Manifest
-from kvx.runtime.search import Choice
+from kvx.runtime.cache import EncodedSource, KVCache
+from kvx.runtime.plan import GROUP_POSITIONS, Plan
+from kvx.runtime.search import FREE, Choice
 
-SMALLEST_CAPACITY = 32
 SHRINK_BELOW = 4  # buffers this many times too large are worth a repack
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A sentence to translate: `ids` with bos and eos, known to its owner as `index`."""
+    """A sentence for the encoder: `ids` with bos and eos, known to its owner as `index`.
 
-    index: int
-    ids: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Hypothesis:
-    """A finished translation of source `index`: ids after bos, eos included where the sentence `ended`.
-
-    `score` is the sum of the ids' natural log-probabilities, where the search gave them.
+    Each of its `targets` takes a row: ids after bos that are given and only scored, or none, to be searched for.
     """
 
     index: int
     ids: tuple[int, ...]
+    targets: tuple[tuple[int, ...], ...] = ((),)
+
+
+@dataclass(frozen=True, slots=True)
+class Hypothesis:
+    """A finished target of source `index`, the `target`-th: ids after bos, eos included where the sentence `ended`.
+
+    `log_probabilities` are those of the ids, natural, where the search gave them.
+    """
+
+    index: int
+    target: int
+    ids: tuple[int, ...]
     ended: bool
-    score: float | None
+    log_probabilities: tuple[float, ...] | None
+
+    @property
+    def score(self) -> float | None:
+        """log P(ids | source) in nats, where the search gave it."""
+        return None if self.log_probabilities is None else math.fsum(self.log_probabilities)
 
 
 @dataclass(slots=True)
 class DecodeStats:
-    """What a decode did: `row_steps` is the sum over steps of the rows that ran; `cache_bytes` the most it held."""
+    """What a decode did: `row_steps` is the sum over steps of the rows that ran, `row_places` of those there were
+    room for; `cache_bytes` the most that the buffers held.
+    """
 
     sentences: int = 0
     tokens: int = 0
     steps: int = 0
     row_steps: int = 0
+    row_places: int = 0
     repacks: int = 0
     cache_bytes: int = 0
 
+    @property
+    def occupancy(self) -> float:
+        """The share of the places that ran, 0 to 1."""
+        return self.row_steps / self.row_places if self.row_places else 0.0
+
+    def add(self, other: DecodeStats) -> None:
+        """Adds what another decode did beside this one."""
+        for name in self.__slots__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """Where a target starts and stops, and how far the cache may grow.
+class _Waiting:
+    """A row's work before it has a row: which source and target, the ids given, the source as encoded."""
 
-    `rows` sentences at a time, encoded `group` at a time; `max_new_tokens` after bos, eos included; `positions` of
-    the longest source that may come.
-    """
-
-    bos: int
-    eos: int
-    pad: int
-    rows: int
-    group: int
-    max_new_tokens: int
-    source_positions: int
-
-    @classmethod
-    def of(cls, manifest: Manifest, *, rows: int, max_new_tokens: int | None = None) -> Self:
-        """The limits of a bundle. Raises OptionError for more new tokens than the model has positions."""
-        positions = manifest.model["target_positions"]
-        limit = manifest.max_new_tokens if max_new_tokens is None else max_new_tokens
-        if not 1 <= limit <= positions:
-            raise OptionError(
-                f"max_new_tokens {limit}",
-                expected=f"1 to {positions}, the model's target positions",
-                remedy="Correct --max-new-tokens.",
-            )
-        return cls(
-            bos=manifest.target_ids.bos,
-            eos=manifest.target_ids.eos,
-            pad=manifest.source_ids.pad,
-            rows=rows,
-            group=rows,
-            max_new_tokens=limit,
-            source_positions=manifest.model["source_positions"],
-        )
+    index: int
+    target: int
+    given: tuple[int, ...]
+    encoded: EncodedSource
 
 
-@dataclass(slots=True)
 class Schedule:
     """Fills free rows from a stream of sources and retires those that have ended.
 
-    Row i of the cache, of `next_ids` and of the slots always belong to the same sentence.
+    Row i of the cache, of the tokens and of the seats always belong to the same target.
     """
 
-    backend: Backend
-    sources: Iterator[Source]
-    limits: Limits
-    stats: DecodeStats
-    cache: KVCache = field(init=False)
-    _ready: deque[tuple[Source, EncodedSource]] = field(init=False, default_factory=deque)
-    _sitting: list[Source] = field(init=False, default_factory=list)
-    _tokens: IntArray = field(init=False)
-    _scores: NDArray[np.float64] = field(init=False)
-
-    def __post_init__(self) -> None:
-        rows = self.limits.rows
-        smallest = Capacity(rows, *(min(SMALLEST_CAPACITY, most) for most in self._most()))
-        self.cache = KVCache(self.backend.cache_specs, smallest)
-        self._tokens = np.full((rows, self.limits.max_new_tokens + 1), self.limits.bos, np.int64)
-        self._scores = np.zeros(rows)
+    def __init__(self, backend: Backend, sources: Iterator[Source], plan: Plan, stats: DecodeStats) -> None:
+        self.cache = KVCache(backend.cache_specs, plan.capacity(target=1, source=1))
+        self._backend = backend
+        self._sources = sources
+        self._plan = plan
+        self._stats = stats
+        self._held_back: Source | None = None
+        self._ready: deque[_Waiting] = deque()
+        self._seats: list[_Waiting] = []
+        self._limits = np.zeros(plan.rows, np.int64)
+        self._tokens = np.full((plan.rows, plan.max_new_tokens + 1), plan.bos, np.int64)
+        self._log_probabilities = np.zeros((plan.rows, plan.max_new_tokens))
 
     def fill(self) -> bool:
         """Seats waiting sentences in the free rows; true while any row is active."""
-        cache = self.cache
-        while cache.active < cache.capacity.rows and self._waiting():
-            self._seat(None)
+        while self.cache.active < self._plan.rows and self._can_seat(self.cache.active):
+            self._seat(self.cache.active)
         self._fit()
-        return cache.active > 0
+        return self.cache.active > 0
 
     def next_ids(self) -> IntArray:
         """The token that each active row feeds to the next step [n]."""
-        rows = np.arange(self.cache.active)
-        ids: IntArray = self._tokens[rows, self.cache.lengths[rows]]
-        return ids
+        return self._at(0)
+
+    def given_ids(self) -> IntArray:
+        """The token that must come out of the next step for each active row, or FREE [n]."""
+        return self._at(1)
 
     def record(self, choice: Choice) -> Iterator[Hypothesis]:
-        """Appends the chosen tokens; sentences that end with them give their rows back and are returned."""
+        """Appends the chosen tokens; gives the targets that end with them, then their rows to who waits.
+
+        In this order: drawing the next source may mean waiting for it.
+        """
         cache, n = self.cache, self.cache.active
+        rows = np.arange(n)
+        if choice.log_probabilities is not None:
+            self._log_probabilities[rows, cache.lengths[:n]] = choice.log_probabilities
         cache.advance()
         lengths = cache.lengths[:n]
-        self._tokens[np.arange(n), lengths] = choice.ids
-        if choice.log_probabilities is not None:
-            self._scores[:n] += choice.log_probabilities
-        self.stats.steps += 1
-        self.stats.row_steps += n
-        ended = choice.ids == self.limits.eos
-        over = np.flatnonzero(ended | (lengths == self.limits.max_new_tokens))
-        for row in over[::-1].tolist():  # from the end, so that the row that moves in has been looked at
-            yield self._retire(row, ended=bool(ended[row]), scored=choice.log_probabilities is not None)
+        ended = (choice.ids == self._plan.eos) & (self._tokens[rows, lengths] == FREE)
+        self._tokens[rows, lengths] = choice.ids
+        self._stats.steps += 1
+        self._stats.row_steps += n
+        self._stats.row_places += self._plan.rows
+        over = np.flatnonzero(ended | (lengths == self._limits[:n]))
+        for row in over.tolist():
+            yield self._hypothesis(row, ended=bool(ended[row]), scored=choice.log_probabilities is not None)
+        for row in over[::-1].tolist():  # from the end, so that a row that moves in has not ended itself
+            self._give_back(row)
 
-    def _retire(self, row: int, *, ended: bool, scored: bool) -> Hypothesis:
-        length = int(self.cache.lengths[row])
+    def _at(self, ahead: int) -> IntArray:
+        rows = np.arange(self.cache.active)
+        ids: IntArray = self._tokens[rows, self.cache.lengths[rows] + ahead]
+        return ids
+
+    def _hypothesis(self, row: int, *, ended: bool, scored: bool) -> Hypothesis:
+        length, seat = int(self.cache.lengths[row]), self._seats[row]
         ids = tuple(self._tokens[row, 1 : length + 1].tolist())
-        score = float(self._scores[row]) if scored else None
-        hypothesis = Hypothesis(self._sitting[row].index, ids, ended, score)
-        self.stats.sentences += 1
-        self.stats.tokens += length
-        if self._waiting():
+        scores = tuple(self._log_probabilities[row, :length].tolist()) if scored else None
+        self._stats.sentences += 1
+        self._stats.tokens += length
+        return Hypothesis(seat.index, seat.target, ids, ended, scores)
+
+    def _give_back(self, row: int) -> None:
+        if self._can_seat(row):
             self._seat(row)
         else:
             self._vacate(row)
-        return hypothesis
 
-    def _seat(self, row: int | None) -> None:
-        source, encoded = self._ready.popleft()
-        if encoded.length > self.cache.capacity.source:
-            self._resize(self.cache.capacity.target, encoded.length)
-        row = self.cache.admit(encoded, row)
-        self._sitting[row : row + 1] = [source]
-        self._scores[row] = 0.0
+    def _can_seat(self, row: int) -> bool:
+        """Whether a sentence is ready for this row, and the budget has room for it beside the other rows."""
+        if not self._ready:
+            self._encode_next_group()
+        if not self._ready:
+            return False
+        source = max(self._ready[0].encoded.length, self.cache.capacity.source)
+        return max(self.cache.active, row + 1) <= self._plan.capacity(target=1, source=source).rows
+
+    def _seat(self, row: int) -> None:
+        seat = self._ready.popleft()
+        held = self.cache.capacity
+        if seat.encoded.length > held.source:
+            self._resize(held.target, seat.encoded.length)
+        self.cache.admit(seat.encoded, row)
+        self._seats[row : row + 1] = [seat]
+        self._limits[row] = len(seat.given) or self._plan.max_new_tokens
+        self._tokens[row, 1:] = FREE
+        self._tokens[row, 1 : len(seat.given) + 1] = seat.given
 
     def _vacate(self, row: int) -> None:
         moved = self.cache.release(row)
-        self._tokens[row] = self._tokens[moved]
-        self._scores[row] = self._scores[moved]
-        self._sitting[row] = self._sitting[moved]
-        self._sitting.pop()
+        for array in (self._tokens, self._limits, self._log_probabilities):
+            array[row] = array[moved]
+        self._seats[row] = self._seats[moved]
+        self._seats.pop()
 
-    def _waiting(self) -> bool:
-        """Whether a sentence is encoded and ready, encoding the next group if need be."""
-        if not self._ready:
-            group = list(itertools.islice(self.sources, self.limits.group))
-            if group:
-                self._ready.extend(zip(group, self._encode(group), strict=True))
-        return bool(self._ready)
-
-    def _encode(self, group: list[Source]) -> Iterator[EncodedSource]:
+    def _encode_next_group(self) -> None:
+        group = list(self._next_group())
+        if not group:
+            return
         lengths = np.array([len(source.ids) for source in group], np.int64)
-        input_ids = np.full((len(group), int(lengths.max())), self.limits.pad, np.int64)
+        input_ids = np.full((len(group), int(lengths.max())), self._plan.pad, np.int64)
         for row, source in zip(input_ids, group, strict=True):
             row[: len(source.ids)] = source.ids
-        tensors = self.backend.encode(input_ids, lengths)
-        return (EncodedSource(tensors, index, length) for index, length in enumerate(lengths.tolist()))
+        tensors = self._backend.encode(input_ids, lengths)
+        for place, source in enumerate(group):
+            encoded = EncodedSource(tensors, place, len(source.ids))
+            self._ready.extend(_Waiting(source.index, i, given, encoded) for i, given in enumerate(source.targets))
+
+    def _next_group(self) -> Iterator[Source]:
+        """Sources until there are as many, or as many padded positions, as the encoder should get at once."""
+        longest = 0
+        for count in range(self._plan.group):
+            source, self._held_back = self._held_back or next(self._sources, None), None
+            if source is None:
+                return
+            longest = max(longest, len(source.ids))
+            if count and longest * (count + 1) > GROUP_POSITIONS:
+                self._held_back = source
+                return
+            yield source
 
     def _fit(self) -> None:
         """Makes room for the next position of every row, or gives up room that nobody needs."""
-        cache = self.cache
-        lengths, sources = cache.lengths[: cache.active], cache.source_lengths[: cache.active]
-        target, source = int(lengths.max(initial=0)) + 1, int(sources.max(initial=1))
-        held = cache.capacity
-        if target > held.target or _too_large(held.target, target) or _too_large(held.source, source):
+        cache, held = self.cache, self.cache.capacity
+        target = int(cache.lengths[: cache.active].max(initial=0)) + 1
+        source = int(cache.source_lengths[: cache.active].max(initial=1))
+        need = self._plan.capacity(target=target, source=source)
+        too_large = need.target * SHRINK_BELOW <= held.target or need.source * SHRINK_BELOW <= held.source
+        if target > held.target or too_large:
             self._resize(target, source)
-        self.stats.cache_bytes = max(self.stats.cache_bytes, cache.bytes)
+        self._stats.cache_bytes = max(self._stats.cache_bytes, cache.bytes)
 
     def _resize(self, target: int, source: int) -> None:
-        """To the smallest sizes of the ladder that hold these; counted where rows had to be repacked."""
-        most_target, most_source = self._most()
-        self.stats.repacks += self.cache.active > 0
-        self.cache.resize(target=_rung(target, most_target), source=_rung(source, most_source))
-
-    def _most(self) -> tuple[int, int]:
-        return self.limits.max_new_tokens, self.limits.source_positions
-
-
-def _too_large(size: int, need: int) -> bool:
-    return _rung(need, size) * SHRINK_BELOW <= size
-
-
-def _rung(need: int, most: int) -> int:
-    """The size that is allocated for a need: doubled from the smallest until it holds, `most` at the most."""
-    size = SMALLEST_CAPACITY
-    while size < need:
-        size *= 2
-    return min(size, most)
+        """To what the plan gives for these positions; counted where rows had to be repacked."""
+        self._stats.repacks += self.cache.active > 0
+        self.cache.resize(self._plan.capacity(target=target, source=source))

@@ -48,20 +48,28 @@ class SourceReader:
 
     def _pieces(self, text: str, number: int) -> list[int]:
         try:
-            return self._tokenizer.encode(text)
-        except (TypeError, UnicodeError):
-            raise InputError(
-                f"{text!r:.60}, which is no text",
-                expected="a str of valid Unicode",
-                remedy="Decode it first.",
-                line=number,
-            ) from None
+            if isinstance(text, str):
+                text.encode()  # what no UTF-8 can say, sentencepiece cannot read
+                return self._tokenizer.encode(text) if text.strip() else []
+        except UnicodeEncodeError:
+            pass
+        raise InputError(
+            f"{text!r:.60}, which is no text", expected="a str of valid Unicode", remedy="Decode it first.", line=number
+        )
+
+
+def refuse_string(texts: Iterable[object]) -> None:
+    """One text where many are expected would be taken for its characters. Raises InputError."""
+    if isinstance(texts, str):
+        raise InputError("one str", expected="a sequence of texts", remedy="Pass [text].")
 
 
 def load_tokenizer(bundle: Bundle, side: Literal["source", "target"]) -> Tokenizer:
     """The bundle's tokenizer of one side, which must be the one its manifest describes. Raises TokenizerError."""
     source = side == "source"
-    tokenizer = Tokenizer(bundle.folder / (SOURCE_TOKENIZER_FILE if source else TARGET_TOKENIZER_FILE))
+    file = SOURCE_TOKENIZER_FILE if source else TARGET_TOKENIZER_FILE
+    bundle.require(file)
+    tokenizer = Tokenizer(bundle.folder / file)
     ids = bundle.manifest.source_ids if source else bundle.manifest.target_ids
     size = bundle.manifest.model[f"{side}_vocab_size"]
     if len(tokenizer) != size or tokenizer.special_ids != ids:

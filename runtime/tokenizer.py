@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import sentencepiece
-
 from kvx.runtime.errors import TokenizerError
 from kvx.runtime.manifest import SpecialIds
 
@@ -23,6 +21,8 @@ class Tokenizer:
                 expected="a sentencepiece model",
                 remedy="Name it with --source-tokenizer or --target-tokenizer.",
             ) from None
+        import sentencepiece  # slow to import, and needed only where texts are read
+
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
         except (RuntimeError, ValueError, TypeError):

@@ -6,7 +6,7 @@ import importlib.util
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Self
 
@@ -14,14 +14,16 @@ from kvx.runtime.backend import Backend
 from kvx.runtime.bundle import Bundle
 from kvx.runtime.decode import decode
 from kvx.runtime.errors import DeviceError, InputError, OptionError
-from kvx.runtime.schedule import DecodeStats, Hypothesis, Limits, Source
-from kvx.runtime.search import Greedy
-from kvx.runtime.sources import OnLong, SourceReader, SourceText, load_tokenizer
+from kvx.runtime.plan import DEFAULT_CACHE_BYTES, DEFAULT_ROWS, Plan
+from kvx.runtime.schedule import DecodeStats, Hypothesis, Source
+from kvx.runtime.scoring import RankBy, Ranking, Score, Target, rank
+from kvx.runtime.search import Greedy, Search
+from kvx.runtime.sources import OnLong, SourceReader, SourceText, load_tokenizer, refuse_string
+from kvx.runtime.workers import decode_in_parallel
 
 FinishReason = Literal["end", "length"]
 
-DEFAULT_ROWS = 64
-WINDOW_PER_ROW = 16  # sentences read ahead and sorted by length together, for every row
+WINDOW_PER_ROW = 8  # sentences read ahead and sorted by length together, for every row
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,21 +49,24 @@ class TranslateOptions:
 
     `max_new_tokens`: tokens after bos, eos included (default: the bundle's). `scores`: also give log-probabilities.
     `on_long`: what happens to a source of more positions than the model has, bos and eos counted. `rows`: sentences
-    decoded at a time. `window`: texts read ahead and sorted by length together. Raises OptionError.
+    that a worker decodes at a time (default: as many as fit, up to 64). `workers`: decode loops side by side
+    (default: what the backend is fastest with, where there are sentences enough). `cache_bytes`: the most that all
+    their caches together may hold (default: 1 GiB). `window`: texts read ahead and sorted by length together. Raises
+    OptionError.
     """
 
     max_new_tokens: int | None = None
     scores: bool = False
     on_long: OnLong = "error"
-    rows: int = DEFAULT_ROWS
+    rows: int | None = None
+    workers: int | None = None
+    cache_bytes: int | None = None
     window: int | None = None
 
     def __post_init__(self) -> None:
-        problems = [
-            f"{name} = {value}"
-            for name, value in (("max_new_tokens", self.max_new_tokens), ("rows", self.rows), ("window", self.window))
-            if value is not None and value < 1
-        ]
+        counts = ("max_new_tokens", "rows", "workers", "cache_bytes", "window")
+        values = [(name, getattr(self, name)) for name in counts]
+        problems = [f"{name} = {value}" for name, value in values if value is not None and value < 1]
         if self.on_long not in ("error", "truncate"):
             problems.append(f"on_long = {self.on_long!r}")
         if problems:
@@ -106,70 +111,141 @@ class Translator:
         max_new_tokens: int | None = None,
         scores: bool = False,
         on_long: OnLong = "error",
-        rows: int = DEFAULT_ROWS,
+        rows: int | None = None,
+        workers: int | None = None,
     ) -> list[Translation]:
-        """The translation of each text, in order. Raises InputError before anything is decoded, and OptionError."""
-        _refuse_string(texts)
+        """The translation of each text, in order.
+
+        The options are those of TranslateOptions. Raises InputError before anything is decoded, OptionError and
+        CapacityError.
+        """
+        refuse_string(texts)
         options = TranslateOptions(
             max_new_tokens=max_new_tokens,
             scores=scores,
             on_long=on_long,
-            rows=max(1, min(rows, len(texts))),
+            rows=rows,
+            workers=workers,
             window=max(1, len(texts)),
         )
-        prepared = list(self._sources.read(texts, options.on_long))
-        return list(self._run(iter(prepared), options, DecodeStats()))
+        plan, workers = self.plan(options, sentences=len(texts))
+        read = list(self.read_sources(texts, plan, on_long))
+        return list(self._run(iter(read), options, plan, workers, DecodeStats()))
 
     def translate_iter(
         self, texts: Iterable[str], options: TranslateOptions | None = None, stats: DecodeStats | None = None
     ) -> Iterator[Translation]:
-        """The translation of each text, in order, reading no more than a window ahead.
+        """The translation of each text, in order, reading no more than two windows and the rows ahead.
 
-        Where a text is refused, those before it are still given; then InputError is raised. `stats` is filled as it
-        goes.
+        Where a text is refused, those before it are still given; then InputError is raised. `stats` is filled at the
+        end, however it comes. Raises OptionError and CapacityError.
         """
-        _refuse_string(texts)
+        refuse_string(texts)
         options = options or TranslateOptions()
-        return self._run(self._sources.read(texts, options.on_long), options, stats or DecodeStats())
+        plan, workers = self.plan(options, sentences=options.window)
+        read = self.read_sources(texts, plan, options.on_long)
+        return self._run(read, options, plan, workers, stats or DecodeStats())
+
+    def score(
+        self, sources: Sequence[str], targets: Sequence[Target], options: TranslateOptions | None = None
+    ) -> list[Score]:
+        """The log-probability of each given translation of each source, as `rank` of one candidate."""
+        refuse_string(sources)
+        refuse_string(targets)
+        rankings = self.rank(sources, [[target] for target in targets], options=options)
+        return [ranking.scores[0] for ranking in rankings]
+
+    def rank(
+        self,
+        sources: Sequence[str],
+        candidates: Sequence[Sequence[Target]],
+        *,
+        by: RankBy = "sum",
+        options: TranslateOptions | None = None,
+    ) -> list[Ranking]:
+        """The log-probabilities of any number of candidates for each source, one encoder pass per source.
+
+        A candidate is a text, which eos follows, or ids after bos as they are. `by` compares sums or means per token.
+        Raises InputError where the counts differ or a source or candidate cannot be scored.
+        """
+        return rank(self, sources, candidates, by, options or TranslateOptions())
+
+    def plan(
+        self, options: TranslateOptions, *, sentences: int | None = None, max_new_tokens: int | None = None
+    ) -> tuple[Plan, int]:
+        """What each worker's cache may hold, and how many workers there are, for at most so many sentences at hand.
+
+        Raises OptionError and CapacityError.
+        """
+        few = sentences is not None and sentences <= (options.rows or DEFAULT_ROWS)
+        workers = options.workers or (1 if few else self.backend.decodes)
+        plan = Plan.of(
+            self.manifest,
+            self.backend.cache_specs,
+            rows=options.rows,
+            cache_bytes=(options.cache_bytes or DEFAULT_CACHE_BYTES) // workers,
+            max_new_tokens=options.max_new_tokens if max_new_tokens is None else max_new_tokens,
+        )
+        return (plan if sentences is None else plan.for_sentences(sentences)), workers
+
+    def read_sources(self, texts: Iterable[str], plan: Plan, on_long: OnLong) -> Iterator[SourceText]:
+        """The ids of each text. Raises InputError, with the text's number, for what cannot be translated."""
+        for number, text in enumerate(self._sources.read(texts, on_long), 1):
+            if len(text.ids) > plan.source_positions:
+                raise InputError(
+                    f"{len(text.ids)} tokens, which need a cache of {plan.row_bytes(len(text.ids)):,} bytes",
+                    expected=f"at most {plan.cache_bytes:,} bytes",
+                    remedy="Plan more bytes (--cache-mb) or fewer new tokens (--max-new-tokens).",
+                    line=number,
+                )
+            yield text
+
+    def decode(
+        self, sources: Iterable[Source], search: Search, plan: Plan, stats: DecodeStats, workers: int
+    ) -> Iterator[Hypothesis]:
+        """The hypotheses of all sources as they finish, from one decode or several side by side."""
+        if workers == 1:
+            return decode(self.backend, sources, search, plan, stats)
+        return decode_in_parallel(
+            [lambda shared, own: decode(self.backend, shared, search, plan, own)] * workers, sources, stats
+        )
 
     def _run(
-        self, prepared: Iterator[SourceText], options: TranslateOptions, stats: DecodeStats
+        self, texts: Iterator[SourceText], options: TranslateOptions, plan: Plan, workers: int, stats: DecodeStats
     ) -> Iterator[Translation]:
-        limits = Limits.of(self.manifest, rows=options.rows, max_new_tokens=options.max_new_tokens)
+        queue = _Queue(texts, options.window or plan.rows * workers * WINDOW_PER_ROW, options.scores)
         search = Greedy(scores=options.scores)
-        queue = _Queue(prepared, options.window or options.rows * WINDOW_PER_ROW)
         while not queue.exhausted:
-            for hypothesis in decode(self.backend, queue.sources(), search, limits, stats):
-                queue.finished[hypothesis.index] = self._translation(hypothesis, queue.truncated, options)
+            for hypothesis in self.decode(queue.sources(), search, plan, stats, workers):
+                queue.finish(hypothesis.index, self._translation(hypothesis))
                 yield from queue.in_order()
             yield from queue.in_order()
         if queue.error is not None:
             raise queue.error
 
-    def _translation(self, hypothesis: Hypothesis, truncated: set[int], options: TranslateOptions) -> Translation:
+    def _translation(self, hypothesis: Hypothesis) -> Translation:
         pieces = hypothesis.ids[:-1] if hypothesis.ended else hypothesis.ids
-        was_cut = hypothesis.index in truncated
-        truncated.discard(hypothesis.index)
         return Translation(
             text=self.target_tokenizer.decode(pieces),
             tokens=self.target_tokenizer.pieces(pieces),
             ids=hypothesis.ids,
             score=hypothesis.score,
             finish_reason="end" if hypothesis.ended else "length",
-            truncated=was_cut,
+            truncated=False,
         )
 
 
 @dataclass(slots=True)
 class _Queue:
-    """Texts on their way to the decoder, longest first within a window, and back in order."""
+    """Texts on their way to the decoder, longest first within a window, and their translations back in order."""
 
-    prepared: Iterator[SourceText]
+    texts: Iterator[SourceText]
     window: int
-    finished: dict[int, Translation] = field(default_factory=dict)
-    truncated: set[int] = field(default_factory=set)
+    scores: bool
     exhausted: bool = False
     error: InputError | None = None
+    _finished: dict[int, Translation] = field(default_factory=dict)
+    _truncated: set[int] = field(default_factory=set)
     _read: int = 0
     _given: int = 0
 
@@ -181,35 +257,35 @@ class _Queue:
                 return
             yield from sorted(sources, key=lambda source: len(source.ids), reverse=True)
 
+    def finish(self, index: int, translation: Translation) -> None:
+        """Takes the translation of text `index`."""
+        if index in self._truncated:
+            self._truncated.remove(index)
+            translation = replace(translation, truncated=True)
+        self._finished[index] = translation
+
     def in_order(self) -> Iterator[Translation]:
         """The translations that are finished and whose turn it is."""
-        while self._given in self.finished:
-            yield self.finished.pop(self._given)
+        while self._given in self._finished:
+            yield self._finished.pop(self._given)
             self._given += 1
 
     def _read_window(self) -> list[tuple[int, SourceText]]:
         window: list[tuple[int, SourceText]] = []
         try:
-            for prepared in itertools.islice(self.prepared, self.window):
-                window.append((self._read, prepared))
+            for text in itertools.islice(self.texts, self.window):
+                window.append((self._read, text))
                 self._read += 1
         except InputError as error:
             self.error = error
         self.exhausted = len(window) < self.window
-        for index, text in window:
-            if not text.ids:
-                self.finished[index] = EMPTY
-            if text.truncated:
-                self.truncated.add(index)
+        self._truncated.update(index for index, text in window if text.truncated)
+        nothing = replace(NOTHING, score=0.0) if self.scores else NOTHING
+        self._finished.update((index, nothing) for index, text in window if not text.ids)
         return window
 
 
-EMPTY = Translation(text="", tokens=(), ids=(), score=None, finish_reason="end", truncated=False)
-
-
-def _refuse_string(texts: Iterable[str]) -> None:
-    if isinstance(texts, str):
-        raise InputError("one str", expected="a sequence of texts", remedy="Pass [text].")
+NOTHING = Translation(text="", tokens=(), ids=(), score=None, finish_reason="end", truncated=False)
 
 
 def _files_in_use(bundle: Bundle, backend: str) -> list[str]:

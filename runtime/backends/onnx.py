@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from kvx.runtime.backend import IntArray, StepOutput, Tensors
 from kvx.runtime.cache import KVCache
-from kvx.runtime.errors import BundleError, DeviceError
+from kvx.runtime.errors import BundleError, DeviceError, OptionError
 from kvx.runtime.signature import (
     Dimensions,
     Signature,
@@ -23,10 +22,12 @@ from kvx.runtime.signature import (
     encoder_signature,
     step_signature,
 )
+from kvx.runtime.threads import available_threads
 
 ENCODER_FILE = "encoder.onnx"
 STEP_FILE = "decoder_step.onnx"
 ERRORS_ONLY_AS_EXCEPTIONS = 4
+WARNINGS = 2  # ONNX Runtime's default
 ELEMENT_TYPES = {"tensor(int64)": "int64", "tensor(float)": "float32"}
 
 
@@ -49,6 +50,9 @@ class OnnxBackend:
         threads: int | None = None,
         device: str = "cpu",
     ) -> None:
+        if threads is not None and threads < 1:
+            raise OptionError(f"threads = {threads}", expected="1 or more", remedy="Correct it or leave it out.")
+        self.decodes = threads or available_threads()
         self.cache_specs = cache_specs(dimensions)
         self.step_signature = step_signature(dimensions, features)
         self.encoder_signature = encoder_signature(dimensions)
@@ -82,30 +86,35 @@ class BoundStep:
         self._session = session
         self._cache = cache
         self._signature = signature
-        self._outputs = {
-            spec.name: np.zeros(spec.shape(cache.capacity.sizes), spec.dtype)
-            for spec in signature.outputs
-            if spec.name not in signature.presents
-        }
-        self._input_ids = np.zeros(cache.capacity.rows, np.int64)
         self._bindings: dict[int, ort.IOBinding] = {}
-        self._generation = cache.generation
+        self._allocate()
 
     def __call__(self, input_ids: IntArray) -> StepOutput:
         """input_ids [n] for the n active rows → logits [n, V], valid until the next step."""
         n = self._cache.active
+        if self._generation != self._cache.generation:
+            self._allocate()
         self._input_ids[:n] = input_ids
         self._session.run_with_iobinding(self._binding(n))
         next_ids = self._outputs.get("next_ids")
         return StepOutput(self._outputs["logits"][:n], None if next_ids is None else next_ids[:n])
 
     def _binding(self, n: int) -> ort.IOBinding:
-        if self._generation != self._cache.generation:
-            self._bindings.clear()
-            self._generation = self._cache.generation
         if n not in self._bindings:
             self._bindings[n] = self._bind(n)
         return self._bindings[n]
+
+    def _allocate(self) -> None:
+        """Buffers for what is not in the cache, for as many rows as the cache has; earlier bindings are void."""
+        sizes = self._cache.capacity.sizes
+        self._generation = self._cache.generation
+        self._bindings.clear()
+        self._input_ids = np.zeros(sizes["B"], np.int64)
+        self._outputs = {
+            spec.name: np.zeros(spec.shape(sizes), spec.dtype)
+            for spec in self._signature.outputs
+            if spec.name not in self._signature.presents
+        }
 
     def _bind(self, n: int) -> ort.IOBinding:
         cache = self._cache
@@ -127,17 +136,13 @@ class BoundStep:
         return binding
 
 
-def available_threads() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _session(path: Path, threads: int | None, device: str) -> ort.InferenceSession:
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or available_threads()
+    options.intra_op_num_threads = available_threads() if threads is None else threads
     options.log_severity_level = ERRORS_ONLY_AS_EXCEPTIONS
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     wanted, providers = _providers(device)
+    ort.set_default_logger_severity(ERRORS_ONLY_AS_EXCEPTIONS)  # a provider that fails to load is logged there
     try:
         session = ort.InferenceSession(path, options, providers=providers)
     except Exception as error:  # ONNX Runtime raises a type of its own for each status
@@ -146,6 +151,8 @@ def _session(path: Path, threads: int | None, device: str) -> ort.InferenceSessi
             expected="a graph written by kvx export",
             remedy="Export the bundle again.",
         ) from None
+    finally:
+        ort.set_default_logger_severity(WARNINGS)
     got = session.get_providers()[0]
     if got != wanted:
         raise DeviceError(

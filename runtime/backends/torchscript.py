@@ -31,6 +31,7 @@ class TorchScriptBackend:
     """
 
     name = "torchscript"
+    decodes = 1  # torch's compute threads are one pool, which a second decode would only fight for
 
     def __init__(
         self,

@@ -1,0 +1,87 @@
+"""What the defaults rest on: rows, encoder groups, threads and workers, measured in one interleaved run.
+
+    python benchmarks/settings.py BUNDLE TEXT [--repeat 5]
+
+Prints a Markdown table of seconds per run over the lines of TEXT: minimum and median of the repetitions. Compare rows
+of one run only; machines are noisy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from kvx import Translator
+from kvx.runtime.lines import open_lines, read_lines
+from kvx.runtime.schedule import DecodeStats, Source
+from kvx.runtime.search import Greedy
+from kvx.runtime.translator import TranslateOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """`threads` compute threads an operator, `workers` decode loops of `rows` rows, the encoder run on `group`."""
+
+    threads: int
+    workers: int
+    rows: int
+    group: int
+
+
+def settings(threads: int) -> list[Setting]:
+    """What is compared: the default with one thing changed at a time."""
+    default = Setting(threads=1, workers=threads, rows=64, group=16)
+    return [
+        default,
+        *(replace(default, group=group) for group in (4, 8, 32, 64)),
+        *(replace(default, rows=rows) for rows in (8, 16, 32, 128)),
+        replace(default, workers=1),
+        replace(default, threads=threads, workers=1),
+        replace(default, threads=threads),
+    ]
+
+
+def seconds(translator: Translator, sources: list[Source], setting: Setting) -> float:
+    """Wall time to decode all sources, longest first."""
+    options = TranslateOptions(rows=setting.rows, workers=setting.workers)
+    plan, workers = translator.plan(options)
+    started = time.perf_counter()
+    found = translator.decode(sources, Greedy(), replace(plan, group=setting.group), DecodeStats(), workers)
+    count = sum(1 for _ in found)
+    assert count == len(sources)
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    """Runs every setting in turn, as often as asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    translators = {n: Translator.load(arguments.bundle, threads=n) for n in {1, arguments.threads}}
+    plan, _ = translators[1].plan(TranslateOptions())
+    with open_lines(arguments.text) as stream:
+        texts = translators[1].read_sources(read_lines(stream), plan, "error")
+        sources = [Source(index, text.ids) for index, text in enumerate(texts) if text.ids]
+    sources.sort(key=lambda source: len(source.ids), reverse=True)
+    measured: dict[Setting, list[float]] = {setting: [] for setting in settings(arguments.threads)}
+    for _ in range(arguments.repeat):
+        for setting, times in measured.items():
+            times.append(seconds(translators[setting.threads], sources, setting))
+    print(f"{len(sources)} sentences, {arguments.repeat} interleaved runs\n")
+    print("| threads | workers | rows | group | minimum s | median s | sentences/s |")
+    print("|---:|---:|---:|---:|---:|---:|---:|")
+    for setting, times in measured.items():
+        print(
+            f"| {setting.threads} | {setting.workers} | {setting.rows} | {setting.group} | {min(times):.2f} | "
+            f"{statistics.median(times):.2f} | {len(sources) / min(times):.0f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""How large a decode may get: known, and refused if need be, before anything is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Self
+
+from kvx.runtime.cache import Capacity
+from kvx.runtime.errors import CapacityError, OptionError
+from kvx.runtime.manifest import Manifest
+from kvx.runtime.signature import TensorSpec
+
+DEFAULT_ROWS = 64
+DEFAULT_CACHE_BYTES = 2**30
+DEFAULT_GROUP = 16
+GROUP_POSITIONS = 4096  # the most source positions, padding included, that the encoder gets at once
+SMALLEST_CAPACITY = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Where targets start and stop, and how much cache there may be.
+
+    `rows` sentences at a time at the most, encoded up to `group` at a time; `max_new_tokens` after bos, eos included;
+    `source_positions` of the longest source; `cache_bytes` for the buffers `row_bytes` describes: bytes of one row
+    per target and per source position.
+    """
+
+    bos: int
+    eos: int
+    pad: int
+    rows: int
+    max_new_tokens: int
+    source_positions: int
+    cache_bytes: int
+    target_bytes: int
+    source_bytes: int
+    group: int = DEFAULT_GROUP
+
+    @classmethod
+    def of(
+        cls,
+        manifest: Manifest,
+        specs: Iterable[TensorSpec],
+        *,
+        rows: int | None = None,
+        cache_bytes: int | None = None,
+        max_new_tokens: int | None = None,
+    ) -> Self:
+        """The plan for a bundle and the cache buffers of a backend. By default as many rows as fit, up to 64 in 1 GiB.
+
+        Raises OptionError for more new tokens than the model has positions, CapacityError for rows that cannot fit.
+        """
+        specs, budget = tuple(specs), DEFAULT_CACHE_BYTES if cache_bytes is None else cache_bytes
+        limit = manifest.max_new_tokens if max_new_tokens is None else max_new_tokens
+        _check_limit(limit, manifest.model["target_positions"])
+        target_bytes, source_bytes = Capacity(1, 1, 0).bytes(specs), Capacity(1, 0, 1).bytes(specs)
+        positions = manifest.model["source_positions"]
+        smallest = limit * target_bytes + min(SMALLEST_CAPACITY, positions) * source_bytes
+        wanted = min(DEFAULT_ROWS, budget // smallest) if rows is None else rows
+        if wanted < 1 or wanted * smallest > budget:
+            raise CapacityError(
+                f"a cache of {max(wanted, 1)} rows × {smallest:,} bytes ({limit} target and "
+                f"{min(SMALLEST_CAPACITY, positions)} source positions) = {max(wanted, 1) * smallest:,} bytes",
+                expected=f"at most {budget:,} bytes, which hold {budget // smallest} such rows",
+                remedy="Plan fewer rows (--rows), fewer new tokens (--max-new-tokens) or more bytes (--cache-mb).",
+            )
+        room = budget - limit * target_bytes
+        return cls(
+            bos=manifest.target_ids.bos,
+            eos=manifest.target_ids.eos,
+            pad=manifest.source_ids.pad,
+            rows=wanted,
+            max_new_tokens=limit,
+            source_positions=min(positions, room // source_bytes) if source_bytes else positions,
+            cache_bytes=budget,
+            target_bytes=target_bytes,
+            source_bytes=source_bytes,
+        )
+
+    def for_sentences(self, count: int) -> Self:
+        """The plan where there are never more than so many sentences at hand."""
+        rows = max(1, min(self.rows, count))
+        return replace(self, rows=rows, group=min(self.group, rows))
+
+    def row_bytes(self, source: int) -> int:
+        """Bytes of a row with room for all its new tokens and `source` positions."""
+        return self.max_new_tokens * self.target_bytes + source * self.source_bytes
+
+    def capacity(self, *, target: int, source: int) -> Capacity:
+        """The smallest size of the ladder that holds these positions, with the rows that fit.
+
+        Rows are counted at their full length, so that a sentence that was let in can always go on.
+        """
+        held = _rung(source, self.source_positions)
+        rows = min(self.rows, self.cache_bytes // self.row_bytes(held))
+        return Capacity(rows, _rung(target, self.max_new_tokens), held)
+
+
+def _check_limit(limit: int, positions: int) -> None:
+    if not 1 <= limit <= positions:
+        raise OptionError(
+            f"max_new_tokens {limit}",
+            expected=f"1 to {positions}, the model's target positions",
+            remedy="Correct --max-new-tokens.",
+        )
+
+
+def _rung(need: int, most: int) -> int:
+    """The size that is allocated for a need: doubled from the smallest until it holds, `most` at the most."""
+    size = SMALLEST_CAPACITY
+    while size < need:
+        size *= 2
+    return min(size, most)

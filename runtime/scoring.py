@@ -1,0 +1,129 @@
+"""Log-probabilities of given translations, on the same rows and cache as generation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from kvx.runtime.errors import InputError
+from kvx.runtime.schedule import DecodeStats, Source
+from kvx.runtime.search import Greedy
+from kvx.runtime.sources import refuse_string
+
+if TYPE_CHECKING:
+    from kvx.runtime.translator import TranslateOptions, Translator
+
+Target = str | Sequence[int]
+RankBy = Literal["sum", "per_token"]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Natural log-probabilities of a target's ids, one for each, given its source.
+
+    `sum` is theirs, `per_token` their mean, `tokens` their number; a text's eos counts.
+    """
+
+    ids: tuple[int, ...]
+    log_probabilities: tuple[float, ...]
+
+    @property
+    def sum(self) -> float:
+        """log P(target | source), in nats."""
+        return math.fsum(self.log_probabilities)
+
+    @property
+    def tokens(self) -> int:
+        """How many ids were scored."""
+        return len(self.log_probabilities)
+
+    @property
+    def per_token(self) -> float:
+        """The mean log-probability of an id, in nats."""
+        return self.sum / self.tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """The scores of a source's candidates, in their order; `best` is the index of the best one, `margin` its lead
+    over the second best, or None where there is only one.
+    """
+
+    scores: tuple[Score, ...]
+    best: int
+    margin: float | None
+
+
+def rank(
+    translator: Translator,
+    sources: Sequence[str],
+    candidates: Sequence[Sequence[Target]],
+    by: RankBy,
+    options: TranslateOptions,
+) -> list[Ranking]:
+    """See Translator.rank."""
+    refuse_string(sources)
+    targets = list(_read_targets(translator, sources, candidates))
+    longest = max((len(ids) for given in targets for ids in given), default=1)
+    plan, workers = translator.plan(options, sentences=sum(map(len, targets)), max_new_tokens=longest)
+    special = translator.manifest.source_ids
+    texts = translator.read_sources(sources, plan, options.on_long)
+    jobs = [
+        Source(index, text.ids or (special.bos, special.eos), given)
+        for index, (text, given) in enumerate(zip(texts, targets, strict=True))
+    ]
+    jobs.sort(key=lambda job: len(job.ids), reverse=True)
+    scores: dict[tuple[int, int], Score] = {}
+    for found in translator.decode(jobs, Greedy(scores=True), plan, DecodeStats(), workers):
+        scores[found.index, found.target] = Score(found.ids, found.log_probabilities or ())
+    return [
+        _ranking(tuple(scores[index, target] for target in range(len(given))), by)
+        for index, given in enumerate(targets)
+    ]
+
+
+def _ranking(scores: tuple[Score, ...], by: RankBy) -> Ranking:
+    values = [score.sum if by == "sum" else score.per_token for score in scores]
+    best = values.index(max(values))
+    others = values[:best] + values[best + 1 :]
+    return Ranking(scores, best, values[best] - max(others) if others else None)
+
+
+def _read_targets(
+    translator: Translator, sources: Sequence[str], candidates: Sequence[Sequence[Target]]
+) -> Iterator[tuple[tuple[int, ...], ...]]:
+    """The ids of every source's candidates, each within the model's positions."""
+    if len(sources) != len(candidates):
+        raise InputError(
+            f"{len(sources)} sources and {len(candidates)} targets",
+            expected="as many targets as sources",
+            remedy="Check that both belong together.",
+        )
+    for number, given in enumerate(candidates, 1):
+        if isinstance(given, str) or not given:
+            raise InputError(
+                "no candidates" if not given else "one str instead of candidates",
+                expected="at least one candidate for each source",
+                remedy="Add them, or leave the source out.",
+                line=number,
+            )
+        yield tuple(_target_ids(translator, target, number) for target in given)
+
+
+def _target_ids(translator: Translator, target: Target, number: int) -> tuple[int, ...]:
+    manifest = translator.manifest
+    if isinstance(target, str):
+        ids = (*translator.target_tokenizer.encode(target), manifest.target_ids.eos)
+    else:
+        ids = tuple(target)
+    positions, vocabulary = manifest.model["target_positions"], manifest.model["target_vocab_size"]
+    if not 1 <= len(ids) <= positions or not all(0 <= one < vocabulary for one in ids):
+        raise InputError(
+            f"a target of {len(ids)} ids{'' if len(ids) > positions else ', some beyond the vocabulary'}",
+            expected=f"1 to {positions} ids (eos counted) below {vocabulary}",
+            remedy="Shorten or correct it.",
+            line=number,
+        )
+    return ids

@@ -1,0 +1,10 @@
+"""How many compute threads there may be."""
+
+from __future__ import annotations
+
+import os
+
+
+def available_threads() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

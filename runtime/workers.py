@@ -1,0 +1,96 @@
+"""Several decodes side by side: one copy of the weights, one stream of sources, one stream of results.
+
+The consumer's thread alone draws from the sources, so that they may be anything, also what blocks or answers Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from kvx.runtime.schedule import DecodeStats, Hypothesis, Source
+
+Decode = Callable[[Iterator[Source], DecodeStats], Iterator[Hypothesis]]
+
+SOURCES_AT_ONCE = 16
+
+
+def decode_in_parallel(
+    decodes: Sequence[Decode], sources: Iterable[Source], stats: DecodeStats
+) -> Iterator[Hypothesis]:
+    """Each decode in a thread of its own, all fed from `sources` → the hypotheses of all, as they finish.
+
+    An exception of one ends all and is raised here. Closing the iterator ends them at their next hypothesis. `stats`
+    gets the sum of what they did.
+    """
+    drawn = iter(sources)
+    news: queue.SimpleQueue[_News] = queue.SimpleQueue()
+    workers = [_Worker(decode, news) for decode in decodes]
+    for worker in workers:
+        worker.start()
+    running = len(workers)
+    try:
+        while running:
+            match news.get():
+                case Hypothesis() as hypothesis:
+                    yield hypothesis
+                case _Worker() as hungry:
+                    hungry.feed(list(itertools.islice(drawn, SOURCES_AT_ONCE)))
+                case BaseException() as error:
+                    raise error
+                case None:
+                    running -= 1
+    finally:
+        for worker in workers:
+            worker.stop()
+        for worker in workers:
+            worker.join()
+            stats.add(worker.stats)
+
+
+class _Worker(threading.Thread):
+    """One decode. What it finds, its hunger for sources (itself) and its end (None, or what went wrong) are news.
+
+    Nothing bounds the queue but this: who is fed only after the news before have been taken cannot run away.
+    """
+
+    def __init__(self, decode: Decode, news: queue.SimpleQueue[_News]) -> None:
+        super().__init__(daemon=True)
+        self.stats = DecodeStats()
+        self._decode = decode
+        self._news = news
+        self._food: queue.SimpleQueue[list[Source]] = queue.SimpleQueue()
+        self._stopped = False
+
+    def run(self) -> None:
+        """Decodes until there are no more sources, or nobody wants the results."""
+        try:
+            for hypothesis in self._decode(self._sources(), self.stats):
+                self._news.put(hypothesis)
+                if self._stopped:
+                    return
+            self._news.put(None)
+        except BaseException as error:  # raised again in the consumer's thread
+            self._news.put(error)
+
+    def feed(self, sources: list[Source]) -> None:
+        """Gives the worker sources; none means that there are no more."""
+        self._food.put(sources)
+
+    def stop(self) -> None:
+        """Ends the worker at its next hypothesis."""
+        self._stopped = True
+        self.feed([])
+
+    def _sources(self) -> Iterator[Source]:
+        while not self._stopped:
+            self._news.put(self)
+            food = self._food.get()
+            if not food:
+                return
+            yield from food
+
+
+_News = Hypothesis | _Worker | BaseException | None

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import pytest
+
+from kvx import CapacityError, InputError, OptionError, Translator
+from kvx.runtime.cache import KVCache
+from kvx.runtime.plan import DEFAULT_ROWS, SMALLEST_CAPACITY, Plan
+from kvx.runtime.translator import TranslateOptions
+
+
+def _plan(translator: Translator, **wishes: int) -> Plan:
+    return Plan.of(translator.manifest, translator.backend.cache_specs, **wishes)
+
+
+def test_a_plan_takes_as_many_rows_as_fit_up_to_the_default(numbers_translator: Translator) -> None:
+    plan = _plan(numbers_translator)
+    smallest = plan.row_bytes(SMALLEST_CAPACITY)
+    assert plan.rows == DEFAULT_ROWS
+    assert _plan(numbers_translator, cache_bytes=5 * smallest + 1).rows == 5
+
+
+def test_what_a_plan_allows_is_never_more_than_its_bytes(numbers_translator: Translator) -> None:
+    specs = numbers_translator.backend.cache_specs
+    budget = 10 * _plan(numbers_translator).row_bytes(40)
+    plan = _plan(numbers_translator, cache_bytes=budget)
+    for source in range(1, plan.source_positions + 1):
+        capacity = plan.capacity(target=plan.max_new_tokens, source=source)
+        assert capacity.rows >= 1
+        assert capacity.source >= source
+        assert KVCache(specs, capacity).bytes == capacity.bytes(specs) <= budget
+
+
+def test_rows_that_cannot_fit_are_refused_with_the_numbers(numbers_translator: Translator) -> None:
+    smallest = _plan(numbers_translator).row_bytes(SMALLEST_CAPACITY)
+    with pytest.raises(CapacityError, match=rf"8 rows × {smallest:,} bytes .* which hold 7 such rows"):
+        _plan(numbers_translator, rows=8, cache_bytes=8 * smallest - 1)
+
+
+def test_a_budget_below_one_row_is_refused(numbers_translator: Translator) -> None:
+    with pytest.raises(CapacityError, match="which hold 0 such rows"):
+        _plan(numbers_translator, cache_bytes=1000)
+
+
+@pytest.mark.parametrize("limit", [0, 65, -1])
+def test_more_new_tokens_than_positions_are_refused(numbers_translator: Translator, limit: int) -> None:
+    with pytest.raises(OptionError, match=f"max_new_tokens {limit}; expected 1 to 64"):
+        _plan(numbers_translator, max_new_tokens=limit)
+
+
+def test_a_sentence_that_the_budget_cannot_hold_is_named_with_what_it_needs(numbers_translator: Translator) -> None:
+    budget = _plan(numbers_translator).row_bytes(40)
+    options = TranslateOptions(cache_bytes=budget, workers=1)
+    texts = ["one", " ".join(["seven"] * 50), "two"]
+    results = numbers_translator.translate_iter(texts, options)
+    assert next(results).text == "eins"
+    with pytest.raises(
+        InputError, match=rf"line 2: 52 tokens, which need a cache of [\d,]+ bytes; .* {budget:,} bytes"
+    ):
+        list(results)

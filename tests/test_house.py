@@ -1,0 +1,213 @@
+"""The house rules: packages, import arrows, the public face, the wheel."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import types
+import venv
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import kvx
+from kvx.runtime import errors
+
+ROOT = Path(__file__).resolve().parent.parent
+OUTSIDE = {"tests", "scripts", "docs", "benchmarks", "artifacts", "build", "dist"}
+FOLDERS = [path for path in ROOT.iterdir() if path.is_dir() and path.name not in OUTSIDE and path.name[0] != "."]
+SOURCES = sorted(
+    path.relative_to(ROOT) for paths in (ROOT.glob("*.py"), *(path.rglob("*.py") for path in FOLDERS)) for path in paths
+)
+IMPORT_SECONDS = 0.5
+
+
+def python(script: str, *arguments: str | Path) -> str:
+    """What a fresh interpreter prints."""
+    line = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file names in an import, wherever it stands; `from a import b` counts as a.b and as a."""
+    package = ["kvx", *path.parent.parts]
+    for node in ast.walk(ast.parse((ROOT / path).read_bytes())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def inside(name: str, *packages: str) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def in_package(*parts: str) -> list[Path]:
+    found = [path for path in SOURCES if path.parts[: len(parts)] == parts]
+    assert found
+    return found
+
+
+def test_the_packages_are_the_folders_that_are_packages() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        listed = tomllib.load(file)["tool"]["setuptools"]["packages"]
+    found = [".".join(["kvx", *path.parent.parts]) for path in SOURCES if path.name == "__init__.py"]
+    assert sorted(listed) == sorted(found)
+
+
+def test_every_module_lies_in_a_package() -> None:
+    folders = {path.parent for path in SOURCES}
+    assert {folder for folder in folders if not (ROOT / folder / "__init__.py").is_file()} == set()
+
+
+def test_importing_kvx_loads_nothing_heavy() -> None:
+    loaded = set(python("import kvx, sys; print(*sys.modules)").split())
+    assert "kvx.runtime.translator" in loaded
+    for name in ("onnxruntime", "sentencepiece", "torch", "onnx", "typer", "kvx.models", "kvx.exporter"):
+        assert name not in loaded
+
+
+def test_importing_kvx_is_quick() -> None:
+    script = "import time; start = time.perf_counter(); import kvx; print(time.perf_counter() - start)"
+    assert min(float(python(script)) for _ in range(3)) < IMPORT_SECONDS
+
+
+def test_translating_leaves_torch_alone(numbers_bundle: Path) -> None:
+    script = (
+        "import sys; from kvx import Translator\n"
+        "print(Translator.load(sys.argv[1]).translate(['twelve'], scores=True)[0].text)\n"
+        "print(*sys.modules)"
+    )
+    text, modules = python(script, numbers_bundle).splitlines()
+    assert text == "zwölf"
+    assert "onnxruntime" in modules.split()
+    for name in ("torch", "onnx", "typer", "kvx.models", "kvx.exporter"):
+        assert name not in modules.split()
+
+
+@pytest.mark.parametrize("path", in_package("runtime"), ids=str)
+def test_the_runtime_knows_neither_torch_nor_what_lies_above_it(path: Path) -> None:
+    above = {"kvx.models", "kvx.exporter", "kvx.cli", "onnx", "typer"}
+    if path != Path("runtime/backends/torchscript.py"):
+        above.add("torch")
+    assert [name for name in imports(path) if inside(name, *above)] == []
+
+
+@pytest.mark.parametrize("path", in_package("models"), ids=str)
+def test_models_know_only_the_contract_of_the_runtime(path: Path) -> None:
+    contract = (f"kvx.runtime.{name}" for name in ("backend", "cache", "errors", "signature"))
+    allowed = ("kvx.models", *contract)
+    assert [name for name in imports(path) if inside(name, "kvx") and not inside(name, *allowed)] == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=str)
+def test_nothing_but_the_command_knows_the_command_line(path: Path) -> None:
+    if path not in (Path("cli.py"), Path("__main__.py")):
+        assert [name for name in imports(path) if inside(name, "kvx.cli", "typer", "rich")] == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=str)
+def test_modules_are_imported_by_the_packages_name(path: Path) -> None:
+    bare = ("runtime", "models", "exporter", "cli", "tests", "scripts")
+    assert [name for name in imports(path) if inside(name, *bare)] == []
+
+
+def test_the_public_face_is_explicit_and_complete() -> None:
+    [assigned] = [
+        node.value
+        for node in ast.parse((ROOT / "__init__.py").read_bytes()).body
+        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["__all__"]
+    ]
+    public = {
+        name
+        for name, value in vars(kvx).items()
+        if not name.startswith("_") and not isinstance(value, types.ModuleType)
+    }
+    assert ast.literal_eval(assigned) == kvx.__all__
+    assert len(kvx.__all__) == len(set(kvx.__all__))
+    assert set(kvx.__all__) == public | {"__version__"}
+    assert all(hasattr(kvx, name) for name in kvx.__all__)
+
+
+def test_every_error_is_exported() -> None:
+    found = {name: value for name, value in vars(errors).items() if isinstance(value, type)}
+    assert found
+    for name, error in found.items():
+        assert issubclass(error, kvx.KvxError)
+        assert getattr(kvx, name) is error
+        assert name in kvx.__all__
+
+
+def listed_files() -> list[Path]:
+    """What is tracked, or would be if it were added."""
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("this is no git checkout")
+    line = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()]
+
+
+def test_no_file_names_a_folder_of_this_machine() -> None:
+    root = ROOT.parent if ROOT.parent.parent != ROOT.parent else ROOT
+    pattern = re.compile(rb"(?<![\w.~-])" + re.escape(os.fsencode(root)) + rb"/")
+    naming = [path.relative_to(ROOT) for path in listed_files() if pattern.search(path.read_bytes())]
+    assert naming == []
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from a copy so that nothing is left in the repository or taken from an earlier build."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for path in listed_files():
+        copy = folder / "source" / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+    line = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    built = subprocess.run([*line, "-w", folder, folder / "source"], capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr[-1000:]
+    [found] = folder.glob("*.whl")
+    return found
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+    names = {Path(name) for name in zipfile.ZipFile(wheel).namelist()}
+    package = {name for name in names if not name.parts[0].endswith(".dist-info")}
+    assert package == {Path("kvx") / path for path in [*SOURCES, Path("py.typed")]}
+    [metadata] = [name for name in names if name.name == "METADATA"]
+    content = zipfile.ZipFile(wheel).read(str(metadata)).decode()
+    assert f"\nVersion: {kvx.__version__}\n" in content
+
+
+def test_the_wheel_runs_in_a_clean_environment(wheel: Path, numbers_bundle: Path, tmp_path: Path) -> None:
+    venv.create(tmp_path / "venv", with_pip=False)
+    [site] = (tmp_path / "venv").glob("lib/python*/site-packages")
+    zipfile.ZipFile(wheel).extractall(site)
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")  # runs no .pth file there
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
+
+    def run(*arguments: str | Path) -> str:
+        line = [tmp_path / "venv" / "bin" / "python", *arguments]
+        done = subprocess.run(
+            line, cwd=elsewhere, env=environment, capture_output=True, text=True, check=False, timeout=60
+        )
+        assert done.returncode == 0, done.stderr[-500:]
+        return done.stdout
+
+    assert Path(run("-c", "import kvx; print(kvx.__file__)").strip()) == site / "kvx" / "__init__.py"
+    assert run("-m", "kvx", "--version") == f"kvx {kvx.__version__}\n"
+    translate = ("-m", "kvx", "translate", "--model", numbers_bundle, "--device", "cpu")
+    assert run(*translate, "twelve") == "zwölf\n"
+    assert run(*translate, "--backend", "torch", "twelve") == "zwölf\n"  # models and exporter are in it too
