@@ -15,7 +15,7 @@ from kvx.models.transformer import Transformer
 from kvx.runtime.backends.onnx import ENCODER_FILE, STEP_FILE, OnnxBackend
 from kvx.runtime.backends.torchscript import TorchScriptBackend
 from kvx.runtime.bundle import CHECKPOINT_FILE, Bundle
-from kvx.runtime.errors import BundleError
+from kvx.runtime.errors import BundleError, InputError
 from kvx.runtime.lines import open_lines, read_lines
 from kvx.runtime.manifest import Manifest
 from kvx.runtime.plan import Plan
@@ -107,5 +107,11 @@ def _check_onnx(bundle: Bundle) -> Check:
 
 
 def _read_sources(bundle: Bundle, path: Path) -> Iterator[tuple[int, ...]]:
+    empty = True
     with open_lines(path) as stream:
-        yield from (text.ids for text in SourceReader(bundle).read(read_lines(stream)) if text.ids)
+        for text in SourceReader(bundle).read(read_lines(stream)):
+            if text.ids:
+                empty = False
+                yield text.ids
+    if empty:
+        raise InputError(f"{path} without a text", expected="at least one line of text", remedy="Check the file.")

@@ -6,7 +6,9 @@ Files are read with `weights_only=True`: nothing in them is ever executed.
 from __future__ import annotations
 
 import os
+import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +112,9 @@ def _read(path: Path) -> object:
             remedy="Check the path.",
         )
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol", category=UserWarning)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what an unpickler makes of a damaged file can be any exception
         code = re.search(r"(?:unsupported|Unsupported)[\w :]* (?:GLOBAL|class) ([\w.]+)", str(error))
         if code and not _ends_with(path, code[1].rpartition(".")[2]):
@@ -219,7 +223,8 @@ def _choose_heads(d_model: int, heads: int | None) -> tuple[int, tuple[str, ...]
 
 def _count_layers(state: StateDict, side: str) -> int:
     found = (re.match(rf"transformer\.{side}\.layers\.(\d+)\.", name) for name in state)
-    return 1 + max((int(match[1]) for match in found if match), default=0)
+    highest = max((int(match[1]) for match in found if match), default=0)
+    return 1 + min(highest, len(state))  # what is beyond has gaps below it, which are missing tensors
 
 
 def _expected_shapes(config: ModelConfig) -> dict[str, torch.Size]:
@@ -278,4 +283,6 @@ def _describe(value: object) -> str:
 
 
 def _first_line(error: Exception) -> str:
+    if isinstance(error, pickle.UnpicklingError):  # torch's own words end in the advice to run what is in the file
+        return "no pickle of tensors"
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -10,6 +10,7 @@ from typing import Self
 from kvx.runtime.errors import CheckpointError
 
 LARGEST_SIZE = 2**24
+MOST_LAYERS = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +37,7 @@ class ModelConfig:
         if problems:
             raise CheckpointError(
                 f"model configuration with {'; '.join(problems)}",
-                expected=f"sizes from 1 to {LARGEST_SIZE} and heads that divide d_model",
+                expected=f"sizes from 1 to {LARGEST_SIZE}, layers up to {MOST_LAYERS} and heads that divide d_model",
                 remedy="Correct the configuration (--heads sets the head count).",
             )
 
@@ -47,7 +48,7 @@ class ModelConfig:
             kind = bool if field.name == "attention_bias" else int
             if type(value) is not kind:
                 wrong.append(f"{field.name} = {value!r} (not {kind.__name__})")
-            elif kind is int and not 1 <= value <= LARGEST_SIZE:
+            elif kind is int and not 1 <= value <= (MOST_LAYERS if field.name.endswith("_layers") else LARGEST_SIZE):
                 wrong.append(f"{field.name} = {value}")
         if not wrong and self.d_model % self.heads:
             wrong.append(f"{self.heads} heads that do not divide d_model {self.d_model}")

@@ -16,6 +16,8 @@ from kvx.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from kvx.models.config import ModelConfig
 from kvx.models.transformer import Transformer
 
+torch.set_num_threads(1)  # two threads on a busy machine wait for each other most of the time
+
 ROOT = Path(__file__).resolve().parent.parent
 NUMBERS = ROOT / "artifacts" / "numbers-checkpoint"
 SEED = ROOT.parent / "shared" / "seed"
