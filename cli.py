@@ -49,13 +49,14 @@ class _Commands(TyperGroup):
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
         except BrokenPipeError:  # the reader has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _drop_output()
             raise typer.Exit(0) from None
         except OSError as error:
             _say(
                 f"error: {error.strerror} ({error.filename or 'input or output'}); expected files and streams that "
                 "can be read and written. Free some space, or choose others."
             )
+            _drop_output()
             raise typer.Exit(2) from None
 
 
@@ -625,6 +626,12 @@ def _require(*modules: str, extra: str) -> None:
             expected=f"the {extra} extra",
             remedy=f"Install it with: pip install 'kvx[{extra}]'",
         )
+
+
+def _drop_output() -> None:
+    """Sends what is still buffered for a standard output that takes no more to nowhere."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _say(text: str) -> None:

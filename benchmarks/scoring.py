@@ -1,0 +1,122 @@
+"""Scoring token by token on the cache against one full pass: is a step over several tokens worth its keep?
+
+    python benchmarks/scoring.py [--repeat 3]
+
+A base-size model (6 + 6 layers, d_model 512, 32,000 tokens, random weights) scores targets of 100 tokens: kvx steps
+over its rows on ONNX Runtime, eager PyTorch does all positions of all targets in one teacher-forced pass, both on the
+threads given. Prints a Markdown table: minimum seconds of the interleaved repetitions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from kvx.exporter.graphs import EncoderGraph, StepGraph
+from kvx.exporter.onnx import write_onnx
+from kvx.exporter.standard import StandardOperators
+from kvx.models.config import ModelConfig
+from kvx.models.transformer import Transformer
+from kvx.runtime.backends.onnx import ENCODER_FILE, STEP_FILE, OnnxBackend
+from kvx.runtime.cache import Capacity
+from kvx.runtime.decode import decode
+from kvx.runtime.plan import Plan
+from kvx.runtime.schedule import Source
+from kvx.runtime.search import Greedy
+from kvx.runtime.signature import Dimensions, StepFeatures
+
+BASE = ModelConfig(
+    source_vocab_size=32_000,
+    target_vocab_size=32_000,
+    d_model=512,
+    heads=8,
+    d_ff=2048,
+    encoder_layers=6,
+    decoder_layers=6,
+    source_positions=256,
+    target_positions=256,
+)
+SOURCE_TOKENS, TARGET_TOKENS = 20, 100
+BOS, EOS = 2, 3
+
+
+def build(folder: Path, threads: int) -> tuple[Transformer, OnnxBackend]:
+    """A random model, eager and as ONNX graphs."""
+    torch.manual_seed(0)
+    model = Transformer(BASE).eval().requires_grad_(requires_grad=False)
+    write_onnx(EncoderGraph(model, StandardOperators()), folder / ENCODER_FILE)
+    write_onnx(StepGraph(model, StandardOperators()), folder / STEP_FILE)
+    backend = OnnxBackend(folder, Dimensions.of_model(BASE.to_dict()), StepFeatures(), threads=threads)
+    return model, backend
+
+
+def by_steps(backend: OnnxBackend, targets: int) -> list[float]:
+    """The scores of equal targets of one source, a token at a time."""
+    target = tuple(range(10, 10 + TARGET_TOKENS))
+    plan = Plan(
+        bos=BOS,
+        eos=EOS,
+        pad=0,
+        rows=targets,
+        max_new_tokens=TARGET_TOKENS,
+        source_positions=BASE.source_positions,
+        cache_bytes=2**32,
+        target_bytes=Capacity(1, 1, 0).bytes(backend.cache_specs),
+        source_bytes=Capacity(1, 0, 1).bytes(backend.cache_specs),
+    )
+    source = Source(0, tuple(range(10, 10 + SOURCE_TOKENS)), (target,) * targets)
+    return [found.score or 0.0 for found in decode(backend, [source], Greedy(scores=True), plan)]
+
+
+def by_one_pass(model: Transformer, targets: int) -> list[float]:
+    """The same scores from one teacher-forced pass over all positions."""
+    source = torch.arange(10, 10 + SOURCE_TOKENS).expand(targets, -1)
+    target = torch.arange(10, 10 + TARGET_TOKENS).expand(targets, -1)
+    given = torch.cat([torch.full((targets, 1), BOS), target[:, :-1]], dim=1)
+    with torch.inference_mode():
+        logits = model(source, torch.full((targets,), SOURCE_TOKENS), given)
+        scores: list[float] = logits.log_softmax(-1).gather(-1, target[..., None]).sum((1, 2)).tolist()
+        return scores
+
+
+def seconds(run: Callable[[], list[float]]) -> float:
+    """Wall time of one run."""
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    """Measures both ways for several numbers of targets."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        model, backend = build(Path(folder), arguments.threads)
+        counts = (1, 4, 16, 64)
+        ways = {"steps": lambda n: by_steps(backend, n), "one pass": lambda n: by_one_pass(model, n)}
+        for count in counts:
+            worst = max(abs(a - b) for a, b in zip(ways["steps"](count), ways["one pass"](count), strict=True))
+            assert worst < 1e-2, worst
+        times: dict[tuple[str, int], float] = {}
+        for _ in range(arguments.repeat):
+            for name, way in ways.items():
+                for count in counts:
+                    taken = seconds(lambda way=way, count=count: way(count))  # type: ignore[misc]
+                    times[name, count] = min(taken, times.get((name, count), taken))
+    print("| targets of 100 tokens | a token at a time, s | one pass, eager, s | ratio |")
+    print("|---:|---:|---:|---:|")
+    for count in counts:
+        steps, whole = times["steps", count], times["one pass", count]
+        print(f"| {count} | {steps:.2f} | {whole:.2f} | {steps / whole:.1f} |")
+
+
+if __name__ == "__main__":
+    main()
