@@ -11,7 +11,8 @@ from kvx.runtime.errors import (
     ParityError,
     TokenizerError,
 )
-from kvx.runtime.translator import Translation, Translator
+from kvx.runtime.scoring import Ranking, Score
+from kvx.runtime.translator import TranslateOptions, Translation, Translator
 
 __version__ = "0.1.0"
 
@@ -24,7 +25,10 @@ __all__ = [
     "KvxError",
     "OptionError",
     "ParityError",
+    "Ranking",
+    "Score",
     "TokenizerError",
+    "TranslateOptions",
     "Translation",
     "Translator",
     "__version__",

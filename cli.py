@@ -1,6 +1,6 @@
 """The `kvx` command: parse → one frozen options object → one call.
 
-Exit codes: 0 success; 1 a proof found a difference; 2 bad input or usage; 130 Ctrl-C.
+Exit codes: 0 success; 1 a proof found a difference; 2 bad input or usage; 70 a fault of kvx; 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
@@ -27,13 +27,15 @@ from kvx.runtime.errors import DeviceError, KvxError, OptionError, ParityError
 if TYPE_CHECKING:
     from kvx import Translation, Translator
     from kvx.exporter.report import Report
+    from kvx.runtime.evaluation import Evaluation
     from kvx.runtime.schedule import DecodeStats
     from kvx.runtime.scoring import Ranking
     from kvx.runtime.translator import TranslateOptions
 
 ARTIFACTS = Path("artifacts")
-EXPORT_NEEDS = ("torch", "onnx", "onnxscript")
+EXPORT_NEEDS = ("torch", "onnx", "onnx_ir", "onnxscript")
 NAMED_LINES = 10
+INTERNAL_ERROR = 70  # EX_SOFTWARE of sysexits.h
 
 
 class _Commands(TyperGroup):
@@ -53,8 +55,8 @@ class _Commands(TyperGroup):
             raise typer.Exit(0) from None
         except OSError as error:
             _say(
-                f"error: {error.strerror} ({error.filename or 'input or output'}); expected files and streams that "
-                "can be read and written. Free some space, or choose others."
+                f"error: {error.strerror or error} ({error.filename or 'input or output'}); expected files and streams "
+                "that can be read and written. Check permissions and free space."
             )
             _drop_output()
             raise typer.Exit(2) from None
@@ -85,6 +87,14 @@ class BackendName(StrEnum):
     TORCHSCRIPT = "torchscript"
     TORCH = "torch"
     TORCH_NO_CACHE = "torch-no-cache"
+
+
+BACKEND_FILES = {
+    BackendName.ONNX: ("encoder.onnx", "decoder_step.onnx"),
+    BackendName.TORCHSCRIPT: ("encoder.ts", "decoder_step.ts"),
+    BackendName.TORCH: ("model.pt",),
+    BackendName.TORCH_NO_CACHE: ("model.pt",),
+}
 
 
 class RankMeasure(StrEnum):
@@ -225,18 +235,23 @@ class Machine:
         """The device: auto is the one that bundles are proven on."""
         return "cpu" if self.device == "auto" else self.device
 
-    def load(self, path: Path, *, bulk: bool) -> tuple[Translator, int | None]:
-        """The translator of a bundle, and the workers to ask it for; `bulk` work gets a thread a worker by default."""
+    def check(self, path: Path) -> None:
+        """Raises BundleError where the bundle has not what the backend needs."""
+        from kvx.runtime.bundle import Bundle
+
+        Bundle.open(path).require(*BACKEND_FILES[self.backend])
+
+    def load(self, path: Path, *, bulk: bool) -> Translator:
+        """The translator of a bundle; for `bulk` work the threads are shared out to as many workers."""
         if self.backend in (BackendName.TORCH, BackendName.TORCH_NO_CACHE):
-            return _eager_translator(path, self), self.workers
+            return _eager_translator(path, self)
         from kvx import Translator
         from kvx.runtime.threads import available_threads
 
-        threads = self.threads or available_threads()
-        side_by_side = bulk and self.backend is BackendName.ONNX
-        workers = self.workers or (threads if side_by_side else 1)
-        loaded = Translator.load(path, backend=self.backend, threads=max(1, threads // workers), device=self.place)
-        return loaded, workers
+        workers = self.workers
+        if workers is None and bulk and self.backend is BackendName.ONNX:
+            workers = self.threads or available_threads()
+        return Translator.load(path, backend=self.backend, threads=self.threads, workers=workers, device=self.place)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -317,10 +332,10 @@ def translate(
         workers=workers,
         window=1 if command.interactive else len(command.texts) or None,
     )
-    translator, loops = _announce(command.model, machine, bulk=not command.texts and not command.interactive)
+    translator = _announce(command.model, machine, bulk=not command.texts and not command.interactive)
     if command.interactive:
         _say("reading standard input, a text a line, until Ctrl-D")
-    _translate(translator, command, replace(options, workers=loops))
+    _translate(translator, command, options)
 
 
 @app.command()
@@ -352,7 +367,7 @@ def evaluate(
     from kvx.runtime.translator import TranslateOptions
 
     names = [_backend(name) for name in backend.split(",")]
-    test_set = evaluation.TestSet(_read_file(source, limit), _read_file(reference, limit))
+    test_set = evaluation.ParallelText(_read_file(source, limit), _read_file(reference, limit))
     options = TranslateOptions(
         max_new_tokens=max_new_tokens,
         on_long=on_long.value,
@@ -360,28 +375,23 @@ def evaluate(
         cache_bytes=_cache_bytes(cache_mb),
         workers=workers,
     )
+    machines = [Machine(backend=name, device=device, threads=threads, workers=workers) for name in names]
+    for machine in machines:
+        machine.check(bundle)
     found: list[evaluation.Evaluation] = []
-    for name in names:
-        machine = Machine(backend=name, device=device, threads=threads, workers=workers)
-        translator, loops = machine.load(bundle, bulk=True)
-        with _spinner(f"{name}: {len(test_set.sources)} sentences"):
-            result, lines = evaluation.evaluate(
-                translator, test_set, replace(options, workers=loops), tokenize=tokenize
-            )
-        found.append(result)
-        if hypotheses:
-            _write_lines(_named_for(hypotheses, name) if len(names) > 1 else hypotheses, lines)
-        if not result.complete:
-            break
-    for line in evaluation.comparison(found):
-        typer.echo(line)
-    for signature in dict.fromkeys((found[0].bleu.signature, found[0].chrf.signature)):
-        typer.echo(signature)
-    if json_file:
-        _write_lines(json_file, json.dumps({"backends": [asdict(result) for result in found]}, indent=1).split("\n"))
-    if not found[-1].complete:
-        _say(f"interrupted: {found[-1].name} covers the first {found[-1].sentences} sentences")
-        raise typer.Exit(130)
+    try:
+        for machine in machines:
+            translator = machine.load(bundle, bulk=True)
+            with _spinner(f"{machine.backend}: {len(test_set.sources)} sentences"):
+                result, lines = evaluation.evaluate(translator, test_set, options, tokenize=tokenize)
+            found.append(result)
+            if hypotheses:
+                _write_lines(_named_for(hypotheses, machine.backend) if len(names) > 1 else hypotheses, lines)
+            if not result.complete:
+                _say(f"interrupted: {result.name} covers the first {result.sentences} sentences")
+                raise typer.Exit(130)
+    finally:
+        _show_evaluations(found, json_file)
 
 
 @app.command()
@@ -415,13 +425,26 @@ def score(
     sources, lines = _read_file(source), _read_file(target)
     candidates = [line.split("\t") if choices else [line] for line in lines]
     machine = Machine(backend=backend, device=device, threads=threads, workers=workers)
-    translator, loops = _announce(model, machine, bulk=True)
-    options = TranslateOptions(rows=rows, cache_bytes=_cache_bytes(cache_mb), workers=loops)
+    options = TranslateOptions(rows=rows, cache_bytes=_cache_bytes(cache_mb), workers=workers)
+    translator = _announce(model, machine, bulk=True)
     with _spinner(f"scoring {len(lines)} lines"):
         rankings = translator.rank(sources, candidates, by=by.value, options=options)
     with _output_file(output) as out:
         for given, ranking in zip(candidates, rankings, strict=True):
             out.write(_format_ranking(given, ranking, choices=choices, as_json=as_json) + "\n")
+
+
+def _show_evaluations(found: list[Evaluation], json_file: Path | None) -> None:
+    from kvx.runtime.evaluation import comparison
+
+    if not found:
+        return
+    for line in comparison(found):
+        typer.echo(line)
+    for signature in (found[0].bleu.signature, found[0].chrf.signature):
+        typer.echo(signature)
+    if json_file:
+        _write_lines(json_file, json.dumps({"backends": [asdict(result) for result in found]}, indent=1).split("\n"))
 
 
 def _translate(translator: Translator, command: TranslateCommand, options: TranslateOptions) -> None:
@@ -444,7 +467,7 @@ def _translate(translator: Translator, command: TranslateCommand, options: Trans
         _say(_format_stats(stats, time.perf_counter() - started))
 
 
-def _announce(model: Path | None, machine: Machine, *, bulk: bool) -> tuple[Translator, int | None]:
+def _announce(model: Path | None, machine: Machine, *, bulk: bool) -> Translator:
     """Loads the bundle, or the newest, and says what was chosen where the user left it open."""
     from kvx.runtime.bundle import newest_bundle
 
@@ -457,7 +480,7 @@ def _announce(model: Path | None, machine: Machine, *, bulk: bool) -> tuple[Tran
 
 def _eager_translator(path: Path, machine: Machine) -> Translator:
     """The bundle's own checkpoint on eager PyTorch, which only the command line offers."""
-    _require(*EXPORT_NEEDS, extra="export")
+    _require("torch", extra="export")
     import torch
 
     from kvx import Translator
@@ -640,7 +663,11 @@ def _say(text: str) -> None:
 
 def main() -> None:
     """The entry point of the `kvx` command."""
-    app(prog_name="kvx")
+    try:
+        app(prog_name="kvx")
+    except Exception as error:  # a fault of ours or of what we stand on, not the user's
+        _say(f"internal error: {type(error).__name__}: {error}; expected nothing of the kind. Please report it.")
+        sys.exit(INTERNAL_ERROR)
 
 
 if __name__ == "__main__":

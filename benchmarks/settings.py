@@ -11,14 +11,17 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kvx import Translator
+from kvx.runtime.decode import decode
 from kvx.runtime.lines import open_lines, read_lines
-from kvx.runtime.schedule import DecodeStats, Source
+from kvx.runtime.schedule import DecodeStats, Hypothesis, Source
 from kvx.runtime.search import Greedy
 from kvx.runtime.translator import TranslateOptions
+from kvx.runtime.workers import side_by_side
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +51,13 @@ def seconds(translator: Translator, sources: list[Source], setting: Setting) -> 
     """Wall time to decode all sources, longest first."""
     options = TranslateOptions(rows=setting.rows, workers=setting.workers)
     plan, workers = translator.plan(options)
+    plan = replace(plan, group=setting.group)
+
+    def greedy(shared: Iterator[Source], stats: DecodeStats) -> Iterator[Hypothesis]:
+        return decode(translator.backend, shared, Greedy(), plan, stats)
+
     started = time.perf_counter()
-    found = translator.decode(sources, Greedy(), replace(plan, group=setting.group), DecodeStats(), workers)
-    count = sum(1 for _ in found)
+    count = sum(1 for _ in side_by_side(greedy, workers, sources, DecodeStats()))
     assert count == len(sources)
     return time.perf_counter() - started
 

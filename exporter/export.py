@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import os
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -22,8 +22,10 @@ from kvx.exporter.verify import prove_bundle
 from kvx.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from kvx.runtime.backends import onnx, torchscript
 from kvx.runtime.bundle import CHECKPOINT_FILE, SOURCE_TOKENIZER_FILE, TARGET_TOKENIZER_FILE, Bundle
-from kvx.runtime.errors import OptionError, ParityError, TokenizerError
-from kvx.runtime.manifest import MANIFEST_FILE, FileEntry, Manifest
+from kvx.runtime.errors import BundleError, OptionError, ParityError, TokenizerError
+from kvx.runtime.manifest import CHUNK_FILE, FileEntry, Manifest
+from kvx.runtime.plan import check_limit
+from kvx.runtime.signature import CHUNK_FEATURES
 from kvx.runtime.tokenizer import Tokenizer
 
 Format = Literal["onnx", "torchscript", "both"]
@@ -77,11 +79,17 @@ def export(options: ExportOptions, report: Report | None = None) -> Manifest:
     report = report or Report()
     report.phase("reading the checkpoint")
     checkpoint = load_checkpoint(options.checkpoint, heads=options.heads)
+    if options.heads not in (None, checkpoint.model.config.heads):
+        raise OptionError(
+            f"--heads {options.heads}",
+            expected=f"the checkpoint's own {checkpoint.model.config.heads}",
+            remedy="Leave it out.",
+        )
     for note in checkpoint.notes:
         report.note(note)
     tokenizers = _load_tokenizers(options, checkpoint)
     checkpoint = _with_limit(checkpoint, options.max_new_tokens)
-    with _whole_or_nothing(options.folder) as folder:
+    with _whole_or_nothing(options.folder, replace_bundle=options.force) as folder:
         _write_files(folder, options, checkpoint, report)
         manifest = _describe(folder, options, checkpoint, tokenizers)
         manifest.write(folder)
@@ -102,13 +110,21 @@ def _check_output(options: ExportOptions) -> None:
         return
     if checkpoint.is_relative_to(folder.resolve()):
         remedy = "Name another folder with --output: this one holds the checkpoint."
-    elif not (folder / MANIFEST_FILE).is_file() or folder.is_symlink():
+    elif folder.is_symlink() or not _is_bundle(folder):
         remedy = "Name another folder with --output: this one is no bundle, so it is never replaced."
     elif not options.force:
         remedy = "Replace it with --force, or name another folder with --output."
     else:
         return
     raise OptionError(f"output {folder}, which exists", expected="a new folder", remedy=remedy)
+
+
+def _is_bundle(folder: Path) -> bool:
+    try:
+        Manifest.read(folder)
+    except BundleError:
+        return False
+    return True
 
 
 def _load_tokenizers(options: ExportOptions, checkpoint: Checkpoint) -> tuple[Tokenizer, Tokenizer]:
@@ -131,14 +147,8 @@ def _load_tokenizers(options: ExportOptions, checkpoint: Checkpoint) -> tuple[To
 
 
 def _with_limit(checkpoint: Checkpoint, limit: int | None) -> Checkpoint:
-    positions = checkpoint.model.config.target_positions
     limit = checkpoint.max_new_tokens if limit is None else limit
-    if not 1 <= limit <= positions:
-        raise OptionError(
-            f"max_new_tokens {limit}",
-            expected=f"1 to {positions}, the model's target positions",
-            remedy="Correct --max-new-tokens.",
-        )
+    check_limit(limit, checkpoint.model.config.target_positions)
     return replace(checkpoint, max_new_tokens=limit)
 
 
@@ -149,7 +159,10 @@ def _write_files(folder: Path, options: ExportOptions, checkpoint: Checkpoint, r
         report.phase("exporting the encoder to ONNX")
         write_onnx(EncoderGraph(model, ops), folder / onnx.ENCODER_FILE)
         report.phase("exporting the decoder step to ONNX")
-        write_onnx(StepGraph(model, ops), folder / onnx.STEP_FILE)
+        write_onnx(StepGraph(model, ops), folder / onnx.STEP_FILE, external_data_above=0)
+        report.phase("exporting the decoder for several tokens at once to ONNX")
+        chunk = StepGraph(model, ops, CHUNK_FEATURES)
+        write_onnx(chunk, folder / CHUNK_FILE, weights_of=folder / onnx.STEP_FILE)
     if "torchscript" in options.formats:
         report.phase("tracing TorchScript")
         write_torchscript(EncoderGraph(model), folder / torchscript.ENCODER_FILE)
@@ -194,10 +207,10 @@ def _require_parity(checks: Iterable[Check], options: ParityOptions) -> ParityRe
 
 
 @contextlib.contextmanager
-def _whole_or_nothing(folder: Path) -> Iterator[Path]:
+def _whole_or_nothing(folder: Path, *, replace_bundle: bool) -> Iterator[Path]:
     """A hidden folder beside `folder` that takes its place at the end, or vanishes."""
     folder = folder.absolute()
-    partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{what}") for what in ("partial", "old"))
+    partial, old = (folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.{what}") for what in ("partial", "old"))
     try:
         partial.mkdir(parents=True)
     except OSError as error:
@@ -208,6 +221,10 @@ def _whole_or_nothing(folder: Path) -> Iterator[Path]:
         ) from None
     try:
         yield partial
+        if folder.exists() and not (replace_bundle and _is_bundle(folder)):
+            raise OptionError(
+                f"output {folder}, which has appeared meanwhile", expected="a new folder", remedy="Export again."
+            )
         if folder.exists():
             folder.rename(old)
         partial.rename(folder)

@@ -31,7 +31,9 @@ class EncoderGraph(nn.Module):
 
 
 class StepGraph(nn.Module):
-    """One token per row: ids and lengths [B], self caches [B, H, T, D], cross caches [B, H, S, D] → logits, caches."""
+    """One token per row, or Q: ids [B] or [B, Q], lengths [B], self caches [B, H, T, D], cross caches [B, H, S, D]
+    → logits [B, V] or [B, Q, V], caches.
+    """
 
     def __init__(self, model: Transformer, ops: Operators = EAGER, features: StepFeatures | None = None) -> None:
         super().__init__()
@@ -55,7 +57,7 @@ class StepGraph(nn.Module):
 
 def example_inputs(graph: EncoderGraph | StepGraph) -> tuple[Tensor, ...]:
     """Inputs for tracing. Every free axis has a size of its own above 1, which a tracer would take for a constant."""
-    sizes = {"B": 2, "S": 5, "T": 7}
+    sizes = {"B": 2, "Q": 3, "S": 5, "T": 7}
     inputs = []
     for spec in graph.signature.inputs:
         shape = spec.shape(sizes)

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir
 import torch
@@ -18,9 +19,18 @@ from kvx.exporter.standard import IR_VERSION, OPSET
 EXTERNAL_DATA_ABOVE = 512 * 2**20  # bytes of weights; protobuf ends at 2 GiB
 
 
-def write_onnx(graph: EncoderGraph | StepGraph, path: Path, *, external_data_above: int = EXTERNAL_DATA_ABOVE) -> None:
-    """One graph → an ONNX file that the checker passes, its weights beside it as `<path>.data` where they are large."""
-    letters = {letter: torch.export.Dim(letter, min=1) for letter in ("B", "S", "T")}
+def write_onnx(
+    graph: EncoderGraph | StepGraph,
+    path: Path,
+    *,
+    external_data_above: int = EXTERNAL_DATA_ABOVE,
+    weights_of: Path | None = None,
+) -> None:
+    """One graph → an ONNX file that the checker passes, its weights beside it as `<path>.data` where they are large.
+
+    With `weights_of`, another graph in the same folder with its weights beside it, they are shared with that one.
+    """
+    letters = {letter: torch.export.Dim(letter, min=1) for letter in ("B", "Q", "S", "T")}
     shapes = [
         {axis: letters[letter] for axis, letter in enumerate(spec.axes) if isinstance(letter, str)}
         for spec in graph.signature.inputs
@@ -41,8 +51,20 @@ def write_onnx(graph: EncoderGraph | StepGraph, path: Path, *, external_data_abo
     assert program is not None
     program.model.ir_version = IR_VERSION
     _clear_metadata(program.model)
-    program.save(path, external_data=weights > external_data_above)
+    if weights_of is not None:
+        _share_weights(program.model, weights_of)
+    program.save(path, external_data=weights > external_data_above if weights_of is None else None)
     onnx.checker.check_model(path, full_check=True)
+
+
+def _share_weights(model: onnx_ir.Model, other: Path) -> None:
+    """Lets the model's weights be those in another graph's data file, wherever that has the same ones."""
+    theirs = onnx_ir.load(other).graph.initializers
+    for name, value in model.graph.initializers.items():
+        tensor = theirs[name].const_value if name in theirs else None
+        own = value.const_value
+        if isinstance(tensor, onnx_ir.ExternalTensor) and own and np.array_equal(tensor.numpy(), own.numpy()):
+            value.const_value = tensor
 
 
 def _clear_metadata(model: onnx_ir.Model) -> None:

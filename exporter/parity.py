@@ -27,6 +27,7 @@ from kvx.runtime.signature import Dimensions, StepFeatures, encoder_signature, s
 POISON = 1e30  # any finite number may lie beyond a row's length
 ROWS = 5
 LONGEST_SOURCE = 23
+CHUNKS = (3, 1, 4, 2)
 DRAWN_SENTENCES = 16
 DRAWN_TOKENS = 32
 
@@ -115,6 +116,8 @@ def prove(
     trial = Trial(model, options)
     yield trial.check_encoder(backend)
     yield from trial.check_steps(backend)
+    if backend.query_tokens:
+        yield trial.check_chunks(backend)
     yield trial.check_greedy(
         backend,
         trial.drawn_sources(),
@@ -133,10 +136,12 @@ class Differences:
         self._scale: dict[str, float] = {}
 
     def add(self, name: str, expected: NDArray[Any], got: NDArray[Any]) -> None:
-        """Compares two arrays of one shape; a value that is not finite differs by infinity."""
-        difference = np.abs(got - expected).max(initial=0.0) if np.isfinite(got).all() else np.inf
-        self.worst[name] = max(self.worst.get(name, 0.0), float(difference))
-        self._scale[name] = max(self._scale.get(name, 1.0), float(np.abs(expected).max(initial=0.0)))
+        """Compares two arrays; another shape, or a value on either side that is not finite, differs by infinity."""
+        comparable = got.shape == expected.shape and bool(np.isfinite(got).all() and np.isfinite(expected).all())
+        difference = float(np.abs(got - expected).max(initial=0.0)) if comparable else np.inf
+        size = float(np.abs(expected).max(initial=0.0)) if comparable else 0.0
+        self.worst[name] = max(self.worst.get(name, 0.0), difference)
+        self._scale[name] = max(self._scale.get(name, 1.0), size)
 
     def require_equal(self, name: str, expected: NDArray[Any], got: NDArray[Any]) -> None:
         """Records any difference at all as infinite."""
@@ -209,6 +214,22 @@ class Trial:
         yield caches.check(backend, "caches written by these steps", tolerance)
         yield places.check(backend, "in place against out of place", tolerance)
 
+    def check_chunks(self, backend: ExportedGraphs) -> Check:
+        """Several tokens of each row at once against one after the other, rows at different positions, poisoned."""
+        found = Differences()
+        truth, tried = self._cache(), self._cache()
+        eager_step, step = self.eager.bind(truth), backend.bind(tried)
+        for number, size in enumerate(CHUNKS):
+            ids = self.random.integers(0, self.model.config.target_vocab_size, (ROWS, size))
+            _poison(tried, self.random)
+            got = step(ids).logits
+            for position in range(size):
+                found.add("logits", eager_step(ids[:, position]).logits, got[:, position])
+                truth.advance()
+            tried.lengths += size
+            truth.lengths[number] = tried.lengths[number] = 0
+        return found.check(backend, "several tokens at once", self.options.tolerance)
+
     def check_greedy(self, backend: Backend, sources: Sequence[tuple[int, ...]], plan: Plan, name: str) -> Check:
         """Greedy translations of the same sources, in different numbers of rows; a near-tie of eager may fall
         either way.
@@ -241,7 +262,7 @@ class Trial:
         return Divergence(sentence, position, expected[position], got[position], margin, margin <= uncertainty)
 
     def _cache(self) -> KVCache:
-        cache = KVCache(self.eager.cache_specs, Capacity(ROWS, self.steps, self.input_ids.shape[1]))
+        cache = KVCache(self.eager.cache_specs, Capacity(ROWS, max(self.steps, sum(CHUNKS)), self.input_ids.shape[1]))
         tensors = self.eager.encode(self.input_ids, self.source_lengths)
         for index, length in enumerate(self.source_lengths.tolist()):
             cache.admit(EncodedSource(tensors, index, length))

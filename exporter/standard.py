@@ -39,23 +39,32 @@ class StandardOperators(Operators):
     def cached_attention(
         self, attention: Attention, x: Tensor, past: KeyValue, past_lengths: Tensor
     ) -> tuple[Tensor, KeyValue]:
-        """One token: x [B, E], past [B, H, T, D], past_lengths [B] → [B, E], present [B, H, T, D]."""
-        new = attention.token_keys_values(x)
+        """One token, x [B, E], or several, [B, Q, E]; past [B, H, T, D] → like x, and present [B, H, T, D].
+
+        With lengths given, the operator's causal mask ends at them: the last of Q tokens sees past_lengths + Q.
+        """
+        several = x.ndim == 3
+        query, new = _queries(attention, x), (attention.keys_values if several else attention.token_keys_values)(x)
         present = KeyValue(_scatter(past.key, new.key, past_lengths), _scatter(past.value, new.value, past_lengths))
-        attended = _attention(attention.token_query(x), present, past_lengths + 1)
-        return attention.merge_token(attended), present
+        attended = _attention(query, present, past_lengths + query.shape[2], causal=several)
+        return (attention.merge if several else attention.merge_token)(attended), present
 
     def cross_attention(self, attention: Attention, x: Tensor, cross: KeyValue, source_lengths: Tensor) -> Tensor:
-        """One token: x [B, E], cross [B, H, S, D], source_lengths [B] → [B, E]."""
-        return attention.merge_token(_attention(attention.token_query(x), cross, source_lengths))
+        """One token, x [B, E], or several, [B, Q, E]; cross [B, H, S, D], source_lengths [B] → like x."""
+        attended = _attention(_queries(attention, x), cross, source_lengths)
+        return (attention.merge if x.ndim == 3 else attention.merge_token)(attended)
 
 
-def _attention(query: Tensor, past: KeyValue, lengths: Tensor) -> Tensor:
+def _queries(attention: Attention, x: Tensor) -> Tensor:
+    return attention.queries(x) if x.ndim == 3 else attention.token_query(x)
+
+
+def _attention(query: Tensor, past: KeyValue, lengths: Tensor, *, causal: bool = False) -> Tensor:
     """query [B, H, Q, D], keys and values [B, H, K, D] of which lengths [B] count → [B, H, Q, D]."""
     result: Tensor = torch.onnx.ops.symbolic(
         "Attention",
         (query, past.key, past.value, None, None, None, lengths),
-        {},
+        {"is_causal": 1} if causal else {},
         dtype=query.dtype,
         shape=query.shape,
         version=OPSET,
@@ -64,7 +73,7 @@ def _attention(query: Tensor, past: KeyValue, lengths: Tensor) -> Tensor:
 
 
 def _scatter(cache: Tensor, update: Tensor, positions: Tensor) -> Tensor:
-    """cache [B, H, T, D], update [B, H, 1, D] → the cache with each row's position written [B, H, T, D]."""
+    """cache [B, H, T, D], update [B, H, Q, D] → the cache with each row's Q positions written [B, H, T, D]."""
     result: Tensor = torch.onnx.ops.symbolic(
         "TensorScatter",
         (cache, update, positions),

@@ -17,7 +17,7 @@ from kvx.runtime.backends.torchscript import TorchScriptBackend
 from kvx.runtime.bundle import CHECKPOINT_FILE, Bundle
 from kvx.runtime.errors import BundleError, InputError
 from kvx.runtime.lines import open_lines, read_lines
-from kvx.runtime.manifest import Manifest
+from kvx.runtime.manifest import CHUNK_FILE, Manifest
 from kvx.runtime.plan import Plan
 from kvx.runtime.signature import cache_specs
 from kvx.runtime.sources import SourceReader
@@ -99,7 +99,7 @@ def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
 
 def _check_onnx(bundle: Bundle) -> Check:
     try:
-        for name in (ENCODER_FILE, STEP_FILE):
+        for name in {ENCODER_FILE, STEP_FILE, CHUNK_FILE} & bundle.manifest.files.keys():
             onnx.checker.check_model(bundle.folder / name, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         return Check("onnx", "ONNX checker", False, str(error))

@@ -19,6 +19,7 @@ class TorchBackend:
     """Eager PyTorch with the cache of the contract."""
 
     name = "torch"
+    query_tokens = True
     decodes = 1  # torch's compute threads are one pool, which a second decode would only fight for
 
     def __init__(self, model: Transformer) -> None:
@@ -56,6 +57,7 @@ class NoCacheBackend(TorchBackend):
     """Eager PyTorch that keeps only the ids and computes every earlier position again at each step."""
 
     name = "torch-no-cache"
+    query_tokens = False
 
     def __init__(self, model: Transformer) -> None:
         super().__init__(model)

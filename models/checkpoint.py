@@ -27,7 +27,7 @@ REFERENCE_TOKEN_LIMIT = 59  # the reference script stops at 60 positions, bos in
 REFERENCE_HEAD_WIDTH = 64
 NAMED_PROBLEMS = 10
 
-# The reference model's names, as pieces of ours; longer pieces first where one contains another.
+# The reference model's names of our modules and parameters.
 REFERENCE_NAMES = {
     "source_embedding.tokens": "transformer.src_embedding.embed",
     "target_embedding.tokens": "transformer.tgt_embedding.embed",
@@ -79,11 +79,12 @@ class Checkpoint:
 def load_checkpoint(path: Path, *, heads: int | None = None) -> Checkpoint:
     """The checkpoint at `path`: kvx's own file, or a bare state dict of the reference model.
 
-    `heads` overrides the head count, which a state dict cannot tell. Raises CheckpointError.
+    `heads` is the head count of a state dict, which cannot tell; kvx's own file can, and is believed. Raises
+    CheckpointError.
     """
     content = _read(path)
     if isinstance(content, dict) and content.get("format") == KVX_FORMAT:
-        return _read_kvx(content, path, heads)
+        return _read_kvx(content, path)
     if isinstance(content, dict) and _is_state_dict(content):
         return _read_reference(content, path, heads)
     raise CheckpointError(
@@ -142,7 +143,7 @@ def _is_state_dict(content: Mapping[object, object]) -> bool:
     return bool(content) and named and all(isinstance(value, Tensor) for value in content.values())
 
 
-def _read_kvx(content: Mapping[str, object], path: Path, heads: int | None) -> Checkpoint:
+def _read_kvx(content: Mapping[str, object], path: Path) -> Checkpoint:
     config, state, limit = (content.get(name) for name in ("config", "state_dict", "max_new_tokens"))
     if not isinstance(config, dict) or not isinstance(state, dict) or type(limit) is not int or limit < 1:
         raise CheckpointError(
@@ -150,8 +151,6 @@ def _read_kvx(content: Mapping[str, object], path: Path, heads: int | None) -> C
             expected="config, state_dict and max_new_tokens",
             remedy="Write the checkpoint again with kvx.",
         )
-    if heads is not None:
-        config = config | {"heads": heads}
     return Checkpoint(_build(ModelConfig.from_dict(config), state, path), limit)
 
 

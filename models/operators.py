@@ -61,20 +61,24 @@ class Operators:
     def cached_attention(
         self, attention: Attention, x: Tensor, past: KeyValue, past_lengths: Tensor
     ) -> tuple[Tensor, KeyValue]:
-        """One token: x [B, E], past [B, H, T, D], past_lengths [B] → [B, E] and past with one position written.
+        """One token, x [B, E], or several, [B, Q, E]; past [B, H, T, D], past_lengths [B] → like x, and past with
+        their positions written. Each token sees itself and those before it.
 
         The write is in place: past and present are the same memory.
         """
-        rows = torch.arange(x.shape[0], device=x.device)
-        for buffer, update in zip(past, attention.token_keys_values(x), strict=True):
-            buffer[rows, :, past_lengths] = update[:, :, 0]
-        visible = positions_below(past_lengths + 1, past.key.shape[2])[:, None, None]
-        return attention.merge_token(attend(attention.token_query(x), past, visible)), past
+        tokens = x.reshape(x.shape[0], -1, x.shape[-1])
+        positions = past_lengths[:, None] + torch.arange(tokens.shape[1], device=x.device)
+        rows = torch.arange(x.shape[0], device=x.device)[:, None]
+        for buffer, update in zip(past, attention.keys_values(tokens), strict=True):
+            buffer[rows, :, positions] = update.transpose(1, 2)
+        visible = torch.arange(past.key.shape[2], device=x.device) <= positions[..., None]
+        return attention.merge(attend(attention.queries(tokens), past, visible[:, None])).reshape(x.shape), past
 
     def cross_attention(self, attention: Attention, x: Tensor, cross: KeyValue, source_lengths: Tensor) -> Tensor:
-        """One token: x [B, E], cross [B, H, S, D], source_lengths [B] → [B, E]."""
+        """One token, x [B, E], or several, [B, Q, E]; cross [B, H, S, D], source_lengths [B] → like x."""
+        tokens = x.reshape(x.shape[0], -1, x.shape[-1])
         visible = positions_below(source_lengths, cross.key.shape[2])[:, None, None]
-        return attention.merge_token(attend(attention.token_query(x), cross, visible))
+        return attention.merge(attend(attention.queries(tokens), cross, visible)).reshape(x.shape)
 
 
 EAGER = Operators()

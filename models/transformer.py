@@ -159,7 +159,9 @@ class DecoderLayer(nn.Module):
     def step(
         self, x: Tensor, past: KeyValue, past_lengths: Tensor, cross: KeyValue, source_lengths: Tensor, ops: Operators
     ) -> tuple[Tensor, KeyValue]:
-        """One target position: x [B, E], past [B, H, T, D], cross [B, H, S, D] → [B, E] and present [B, H, T, D]."""
+        """One target position, x [B, E], or several, [B, Q, E]; past [B, H, T, D], cross [B, H, S, D] → like x, and
+        present [B, H, T, D].
+        """
         normed = ops.normalize(self.self_attention_norm, x)
         attended, present = ops.cached_attention(self.self_attention, normed, past, past_lengths)
         x = x + attended
@@ -212,12 +214,18 @@ class Transformer(nn.Module):
         cross: Sequence[KeyValue],
         ops: Operators = EAGER,
     ) -> tuple[Tensor, list[KeyValue]]:
-        """One token per row: input_ids [B], past_lengths [B] = its position, source_lengths [B], past [B, H, T, D]
-        and cross [B, H, S, D] per layer → logits [B, V] and present [B, H, T, D] per layer.
+        """One token per row, input_ids [B], or several, [B, Q], at the positions from past_lengths [B] on;
+        source_lengths [B], past [B, H, T, D] and cross [B, H, S, D] per layer → logits [B, V] or [B, Q, V] and present
+        [B, H, T, D] per layer.
 
-        The eager operators write past in place and return it; a row's position must be below T.
+        The eager operators write past in place and return it; T must hold every position. Where a row has fewer than
+        Q tokens left, the rest may be any: what stands beyond its length is never seen.
         """
-        x = self.target_embedding(input_ids, past_lengths)
+        positions = past_lengths
+        if input_ids.ndim == 2:
+            several = past_lengths[:, None] + torch.arange(input_ids.shape[1], device=input_ids.device)
+            positions = several.clamp(max=self.config.target_positions - 1)  # beyond stands only what is never seen
+        x = self.target_embedding(input_ids, positions)
         presents = []
         for layer, own, source in zip(self._decoder_layers(), past, cross, strict=True):
             x, present = layer.step(x, own, past_lengths, source, source_lengths, ops)

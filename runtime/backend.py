@@ -20,7 +20,7 @@ Tensors = Mapping[str, NDArray[Any]]
 
 
 class StepOutput(NamedTuple):
-    """logits [B, V], valid until the next step; next_ids [B] where the graph gives them."""
+    """logits [B, V], or [B, Q, V] of Q tokens, valid until the next step; next_ids [B] where the graph gives them."""
 
     logits: FloatArray
     next_ids: IntArray | None = None
@@ -30,9 +30,10 @@ class Step(Protocol):
     """A decoder step bound to one cache."""
 
     def __call__(self, input_ids: IntArray) -> StepOutput:
-        """input_ids [n], one token for each of the cache's n active rows → logits [n, V].
+        """input_ids [n], one token for each of the cache's n active rows → logits [n, V]; or [n, Q] → [n, Q, V].
 
-        Writes position `cache.lengths` of every active row in place; advancing the lengths is the caller's.
+        Writes the positions from `cache.lengths` on of every active row in place; advancing the lengths is the
+        caller's. Several tokens at once only where the backend takes `query_tokens`.
         """
         ...
 
@@ -48,6 +49,11 @@ class Backend(Protocol):
     @property
     def decodes(self) -> int:
         """How many decodes side by side pay off, measured: see docs/performance.md."""
+        ...
+
+    @property
+    def query_tokens(self) -> bool:
+        """Whether a step may take several tokens of a row at once."""
         ...
 
     @property

@@ -42,10 +42,6 @@ class Bundle:
             if got != expected:
                 raise _altered(self.folder, f"{name} with sha256 {got[:12]}…", f"{expected[:12]}…")
 
-    def files_of(self, stem: str) -> list[str]:
-        """The files of one graph: those called `stem`, and its external data."""
-        return [name for name in self.manifest.files if name == stem or name.startswith(stem + ".")]
-
     def require(self, *names: str) -> None:
         """Raises BundleError unless the bundle holds these files."""
         missing = [name for name in names if name not in self.manifest.files]
@@ -77,7 +73,8 @@ def newest_bundle(artifacts: Path) -> Path:
 def _check_name(folder: Path, name: str) -> None:
     """Only plain names of regular files: no path, and no link, leads out of the folder."""
     plain = PurePosixPath(name).name == name == PureWindowsPath(name).name and name not in ("", ".", "..")
-    if not plain or "\0" in name or len(name.encode()) > LONGEST_NAME or (folder / name).is_symlink():
+    plain = plain and name.isprintable() and len(name.encode()) <= LONGEST_NAME
+    if not plain or (folder / name).is_symlink():
         raise BundleError(
             f"{folder} with the file {name!r}",
             expected="plain files inside the folder",

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Iterator
 from kvx.runtime.backend import Backend
 from kvx.runtime.plan import Plan
 from kvx.runtime.schedule import DecodeStats, Hypothesis, Schedule, Source
-from kvx.runtime.search import Search
+from kvx.runtime.search import Search, log_probabilities
+
+TOKENS_AT_ONCE = 128  # of all rows together: what fills a matrix product (docs/performance.md)
 
 
 def decode(
@@ -22,5 +24,21 @@ def decode(
     step = backend.bind(schedule.cache)
     while schedule.fill():
         output = step(schedule.next_ids())
-        choice = search.choose(output, schedule.given_ids())
-        yield from schedule.record(choice)
+        yield from schedule.record(search.choose(output))
+
+
+def score(
+    backend: Backend, plan: Plan, sources: Iterable[Source], stats: DecodeStats | None = None
+) -> Iterator[Hypothesis]:
+    """Sources whose targets are all given → their log-probabilities, as they finish.
+
+    On the rows and cache of `decode`, but several tokens of a row at a time while few rows leave a step half empty.
+    """
+    at_once = TOKENS_AT_ONCE if backend.query_tokens else 1
+    schedule = Schedule(backend, iter(sources), plan, stats or DecodeStats(), at_once=at_once)
+    step = backend.bind(schedule.cache)
+    while schedule.fill():
+        input_ids, following = schedule.next_given()
+        logits = step(input_ids if input_ids.shape[1] > 1 else input_ids[:, 0]).logits
+        scores = log_probabilities(logits.reshape(following.size, -1), following.reshape(-1))
+        yield from schedule.record_given(scores.reshape(following.shape))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from kvx.runtime.errors import InputError, OptionError
 from kvx.runtime.memory import peak_bytes, reset_peak
 from kvx.runtime.schedule import DecodeStats
+from kvx.runtime.translator import Translation
 
 if TYPE_CHECKING:
     from sacrebleu.metrics.base import Metric as SacrebleuMetric
@@ -53,7 +54,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True, slots=True)
-class TestSet:
+class ParallelText:
     """Sources and one reference for each. Raises InputError where the numbers differ or there is nothing."""
 
     sources: tuple[str, ...]
@@ -69,7 +70,7 @@ class TestSet:
 
 
 def evaluate(
-    translator: Translator, test_set: TestSet, options: TranslateOptions, *, tokenize: str | None = None
+    translator: Translator, test_set: ParallelText, options: TranslateOptions, *, tokenize: str | None = None
 ) -> tuple[Evaluation, list[str]]:
     """Translates the sources and compares with the references → the evaluation and the hypotheses.
 
@@ -78,17 +79,18 @@ def evaluate(
     tokenizer, before anything is translated.
     """
     bleu, chrf = _metrics(tokenize)
-    stats, hypotheses, complete = DecodeStats(), list[str](), False
+    stats, translations, complete = DecodeStats(), list[Translation](), False
     reset_peak()
     started = time.perf_counter()
-    results = translator.translate_iter(test_set.sources, options, stats)
     try:
-        hypotheses.extend(translation.text for translation in results)
+        translations.extend(translator.translate_iter(test_set.sources, options, stats))
         complete = True
     except KeyboardInterrupt:
-        if not hypotheses:
+        if not translations:
             raise
     seconds = time.perf_counter() - started
+    hypotheses = [translation.text for translation in translations]
+    tokens = sum(len(translation.ids) for translation in translations)
     references = list(islice(test_set.references, len(hypotheses)))
     evaluation = Evaluation(
         name=translator.backend.name,
@@ -97,8 +99,8 @@ def evaluate(
         sentences=len(hypotheses),
         seconds=seconds,
         sentences_per_second=len(hypotheses) / seconds,
-        tokens=stats.tokens,
-        tokens_per_second=stats.tokens / seconds,
+        tokens=tokens,
+        tokens_per_second=tokens / seconds,
         steps=stats.steps,
         occupancy=stats.occupancy,
         repacks=stats.repacks,
@@ -110,8 +112,8 @@ def evaluate(
 
 
 def comparison(evaluations: Sequence[Evaluation]) -> list[str]:
-    """The evaluations side by side, as the lines of a Markdown table; speed relative to the last one."""
-    slowest = evaluations[-1].sentences_per_second
+    """The evaluations side by side, as the lines of a Markdown table; speed relative to the slowest."""
+    slowest = min(result.sentences_per_second for result in evaluations)
     header = [
         "backend",
         "BLEU",
@@ -168,7 +170,14 @@ def _metrics(tokenize: str | None) -> tuple[SacrebleuMetric, SacrebleuMetric]:
             expected=f"one of sacrebleu's: {', '.join(sorted(map(str, BLEU.TOKENIZERS)))}",
             remedy="Correct --tokenize.",
         )
-    return BLEU(tokenize=tokenize), CHRF()
+    try:
+        return BLEU(tokenize=tokenize), CHRF()
+    except (ImportError, RuntimeError) as error:
+        raise OptionError(
+            f"tokenizer {tokenize!r}, which sacrebleu cannot load ({str(error).strip().splitlines()[0]})",
+            expected="one that is installed",
+            remedy="Install what it needs, or choose another.",
+        ) from None
 
 
 def _score(metric: SacrebleuMetric, hypotheses: list[str], references: list[str]) -> Metric:

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from kvx.runtime.bundle import Bundle
-from kvx.runtime.signature import Signature, encoder_signature, step_signature
+from kvx.runtime.signature import Signature
 
 
 def describe(bundle: Bundle) -> Iterator[str]:
     """Lines on a bundle's model, graphs, files, limits, cache and proof."""
     manifest = bundle.manifest
-    model, dimensions = manifest.model, manifest.dimensions
+    model = manifest.model
     yield f"{bundle.folder}, created {manifest.created} by kvx {manifest.kvx_version}"
     yield (
         f"model: {model['encoder_layers']} + {model['decoder_layers']} layers, d_model {model['d_model']}, "
@@ -21,10 +21,7 @@ def describe(bundle: Bundle) -> Iterator[str]:
     )
     yield f"{', '.join(manifest.formats)}; {manifest.precision}, lowering {manifest.lowering}, opset {manifest.opset}"
     yield ""
-    for name, signature in (
-        ("encoder", encoder_signature(dimensions)),
-        ("decoder step", step_signature(dimensions, manifest.features)),
-    ):
+    for name, signature in manifest.graphs.items():
         yield from _describe_signature(name, signature)
     yield "files"
     for name, entry in manifest.files.items():

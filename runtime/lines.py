@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, TextIO
@@ -57,7 +57,7 @@ def complete_file(path: Path) -> Iterator[TextIO]:
     """
     path = path.resolve()  # a link stays one
     special = path.exists() and not path.is_file()
-    partial = path if special else path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path if special else path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         file = partial.open("w" if special else "x", encoding="utf-8", newline="")
     except OSError as error:

@@ -13,10 +13,19 @@ from typing import Any, Self
 
 from kvx.runtime.cache import Capacity
 from kvx.runtime.errors import BundleError
-from kvx.runtime.signature import Dimensions, Signature, StepFeatures, cache_specs, encoder_signature, step_signature
+from kvx.runtime.signature import (
+    CHUNK_FEATURES,
+    Dimensions,
+    Signature,
+    StepFeatures,
+    cache_specs,
+    encoder_signature,
+    step_signature,
+)
 
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1
+CHUNK_FILE = "decoder_chunk.onnx"
 FORMATS = {"onnx": ".onnx", "torchscript": ".ts"}
 LARGEST_MANIFEST = 16 * 2**20  # bytes
 LARGEST_SIZE = 2**24
@@ -87,6 +96,17 @@ class Manifest:
         return Dimensions.of_model(self.model)
 
     @property
+    def graphs(self) -> dict[str, Signature]:
+        """The graphs that the bundle has, by name."""
+        graphs = {
+            "encoder": encoder_signature(self.dimensions),
+            "decoder_step": step_signature(self.dimensions, self.features),
+        }
+        if CHUNK_FILE in self.files:
+            graphs["decoder_chunk"] = step_signature(self.dimensions, CHUNK_FEATURES)
+        return graphs
+
+    @property
     def formats(self) -> tuple[str, ...]:
         """Which of FORMATS have a file in the bundle."""
         endings = {Path(name).suffix for name in self.files}
@@ -113,7 +133,7 @@ class Manifest:
             wrong.append("max_new_tokens")
         if not self.formats:
             wrong.append("files, which hold no graph")
-        if self.parity is not None and not self.parity.keys() >= {"passed", "tolerance", "checks"}:
+        if self.parity is not None and not _is_report(self.parity):
             wrong.append("parity")
         wrong += [f"files.{name}" for name, entry in self.files.items() if not entry.is_plausible]
         datetime.datetime.fromisoformat(self.created)
@@ -129,10 +149,7 @@ class Manifest:
                 "cache_bytes_per_source_token": self.cache_bytes(target=0, source=1),
                 "cache_bytes_per_target_token": self.cache_bytes(target=1, source=0),
             },
-            "graphs": {
-                "encoder": _signature_to_dict(encoder_signature(self.dimensions)),
-                "decoder_step": _signature_to_dict(step_signature(self.dimensions, self.features)),
-            },
+            "graphs": {name: _signature_to_dict(signature) for name, signature in self.graphs.items()},
         }
 
     @classmethod
@@ -189,6 +206,24 @@ class Manifest:
         if contradicted:
             raise _damaged(folder, f"contradicts itself in {' and '.join(contradicted)}")
         return manifest
+
+
+def _is_report(parity: Mapping[str, Any]) -> bool:
+    """Whether this is a parity report as an export writes it."""
+    texts = ("backend", "name", "detail")
+    return (
+        type(parity.get("passed")) is bool
+        and type(parity.get("tolerance")) is float
+        and isinstance(parity.get("checks"), list)
+        and all(
+            isinstance(check, dict)
+            and all(isinstance(check.get(name), str) for name in texts)
+            and type(check.get("passed")) is bool
+            and isinstance(check.get("differences"), dict)
+            and all(value is None or isinstance(value, (int, float)) for value in check["differences"].values())
+            for check in parity["checks"]
+        )
+    )
 
 
 def _signature_to_dict(signature: Signature) -> dict[str, Any]:

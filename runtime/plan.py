@@ -23,8 +23,8 @@ class Plan:
     """Where targets start and stop, and how much cache there may be.
 
     `rows` sentences at a time at the most, encoded up to `group` at a time; `max_new_tokens` after bos, eos included;
-    `source_positions` of the longest source; `cache_bytes` for the buffers `row_bytes` describes: bytes of one row
-    per target and per source position.
+    `source_positions` of the longest source; `cache_bytes` for all buffers, of which a row takes
+    `target_bytes` and `source_bytes` for each of its positions.
     """
 
     bos: int
@@ -54,7 +54,7 @@ class Plan:
         """
         specs, budget = tuple(specs), DEFAULT_CACHE_BYTES if cache_bytes is None else cache_bytes
         limit = manifest.max_new_tokens if max_new_tokens is None else max_new_tokens
-        _check_limit(limit, manifest.model["target_positions"])
+        check_limit(limit, manifest.model["target_positions"])
         target_bytes, source_bytes = Capacity(1, 1, 0).bytes(specs), Capacity(1, 0, 1).bytes(specs)
         positions = manifest.model["source_positions"]
         smallest = limit * target_bytes + min(SMALLEST_CAPACITY, positions) * source_bytes
@@ -73,7 +73,7 @@ class Plan:
             pad=manifest.source_ids.pad,
             rows=wanted,
             max_new_tokens=limit,
-            source_positions=min(positions, room // source_bytes) if source_bytes else positions,
+            source_positions=min(positions, room // source_bytes),
             cache_bytes=budget,
             target_bytes=target_bytes,
             source_bytes=source_bytes,
@@ -83,6 +83,23 @@ class Plan:
         """The plan where there are never more than so many sentences at hand."""
         rows = max(1, min(self.rows, count))
         return replace(self, rows=rows, group=min(self.group, rows))
+
+    def most_shares(self) -> int:
+        """How many decodes could have all these rows, within the bytes, for short sources."""
+        return max(1, self.cache_bytes // (self.rows * self.row_bytes(min(SMALLEST_CAPACITY, self.source_positions))))
+
+    def share_of(self, workers: int) -> Self:
+        """One worker's plan where several share the bytes. Raises CapacityError where that leaves no row."""
+        share = self.cache_bytes // workers
+        rows = min(self.rows, share // self.row_bytes(min(SMALLEST_CAPACITY, self.source_positions)))
+        if rows < 1:
+            raise CapacityError(
+                f"{self.cache_bytes:,} bytes of cache for {workers} workers",
+                expected=f"at least {self.row_bytes(SMALLEST_CAPACITY):,} for each, one row",
+                remedy="Use fewer workers (--workers) or more bytes (--cache-mb).",
+            )
+        room = (share - self.max_new_tokens * self.target_bytes) // self.source_bytes
+        return replace(self, rows=rows, cache_bytes=share, source_positions=min(self.source_positions, room))
 
     def row_bytes(self, source: int) -> int:
         """Bytes of a row with room for all its new tokens and `source` positions."""
@@ -98,7 +115,8 @@ class Plan:
         return Capacity(rows, _rung(target, self.max_new_tokens), held)
 
 
-def _check_limit(limit: int, positions: int) -> None:
+def check_limit(limit: int, positions: int) -> None:
+    """Raises OptionError unless so many new tokens fit the model's target positions."""
     if not 1 <= limit <= positions:
         raise OptionError(
             f"max_new_tokens {limit}",

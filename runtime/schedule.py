@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvx.runtime.backend import Backend, IntArray
 from kvx.runtime.cache import EncodedSource, KVCache
 from kvx.runtime.plan import GROUP_POSITIONS, Plan
-from kvx.runtime.search import FREE, Choice
+from kvx.runtime.search import Choice
 
 SHRINK_BELOW = 4  # buffers this many times too large are worth a repack
 
@@ -21,7 +22,7 @@ SHRINK_BELOW = 4  # buffers this many times too large are worth a repack
 class Source:
     """A sentence for the encoder: `ids` with bos and eos, known to its owner as `index`.
 
-    Each of its `targets` takes a row: ids after bos that are given and only scored, or none, to be searched for.
+    Each of its `targets` takes a row: none, to be searched for, or the ids after bos that are to be scored.
     """
 
     index: int
@@ -50,8 +51,8 @@ class Hypothesis:
 
 @dataclass(slots=True)
 class DecodeStats:
-    """What a decode did: `row_steps` is the sum over steps of the rows that ran, `row_places` of those there were
-    room for; `cache_bytes` the most that the buffers held.
+    """What a decode did: `row_steps` is the sum over steps of the rows that ran, `row_places` of those planned;
+    `cache_bytes` the most that the buffers held at a time.
     """
 
     sentences: int = 0
@@ -68,9 +69,10 @@ class DecodeStats:
         return self.row_steps / self.row_places if self.row_places else 0.0
 
     def add(self, other: DecodeStats) -> None:
-        """Adds what another decode did beside this one."""
+        """Adds what another decode did, but for the bytes, which depend on what else was held meanwhile."""
         for name in self.__slots__:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+            if name != "cache_bytes":
+                setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +88,19 @@ class _Waiting:
 class Schedule:
     """Fills free rows from a stream of sources and retires those that have ended.
 
-    Row i of the cache, of the tokens and of the seats always belong to the same target.
+    Row i of the cache, of the tokens and of the seats always belong to the same target. Where all targets are given,
+    up to `at_once` tokens of all rows together may be taken in one step.
     """
 
-    def __init__(self, backend: Backend, sources: Iterator[Source], plan: Plan, stats: DecodeStats) -> None:
+    def __init__(
+        self, backend: Backend, sources: Iterator[Source], plan: Plan, stats: DecodeStats, *, at_once: int = 1
+    ) -> None:
         self.cache = KVCache(backend.cache_specs, plan.capacity(target=1, source=1))
         self._backend = backend
         self._sources = sources
         self._plan = plan
         self._stats = stats
+        self._at_once = at_once
         self._held_back: Source | None = None
         self._ready: deque[_Waiting] = deque()
         self._seats: list[_Waiting] = []
@@ -106,16 +112,34 @@ class Schedule:
         """Seats waiting sentences in the free rows; true while any row is active."""
         while self.cache.active < self._plan.rows and self._can_seat(self.cache.active):
             self._seat(self.cache.active)
-        self._fit()
+        self._fit(self._tokens_ahead())
         return self.cache.active > 0
 
     def next_ids(self) -> IntArray:
         """The token that each active row feeds to the next step [n]."""
-        return self._at(0)
+        rows = np.arange(self.cache.active)
+        ids: IntArray = self._tokens[rows, self.cache.lengths[rows]]
+        return ids
 
-    def given_ids(self) -> IntArray:
-        """The token that must come out of the next step for each active row, or FREE [n]."""
-        return self._at(1)
+    def next_given(self) -> tuple[IntArray, IntArray]:
+        """Of given targets, as many tokens of each active row as the step should take, and those that must follow,
+        both [n, Q]; any id stands where a row has fewer left.
+        """
+        ahead = np.arange(self._tokens_ahead())
+        n = self.cache.active
+        columns = np.minimum(self.cache.lengths[:n, None] + ahead, self._tokens.shape[1] - 2)
+        rows = np.arange(n)[:, None]
+        return self._tokens[rows, columns], self._tokens[rows, columns + 1]
+
+    def record_given(self, log_probabilities: NDArray[np.float64]) -> Iterator[Hypothesis]:
+        """Notes the log-probabilities [n, Q] of the tokens that `next_given` said must follow, as `record` does."""
+        cache, n = self.cache, self.cache.active
+        taken = np.minimum(self._limits[:n] - cache.lengths[:n], log_probabilities.shape[1])
+        for row, (start, count) in enumerate(zip(cache.lengths[:n].tolist(), taken.tolist(), strict=True)):
+            self._log_probabilities[row, start : start + count] = log_probabilities[row, :count]
+        cache.lengths[:n] += taken
+        self._count_step(n)
+        yield from self._finish(np.flatnonzero(cache.lengths[:n] == self._limits[:n]), np.zeros(n, bool), scored=True)
 
     def record(self, choice: Choice) -> Iterator[Hypothesis]:
         """Appends the chosen tokens; gives the targets that end with them, then their rows to who waits.
@@ -128,21 +152,31 @@ class Schedule:
             self._log_probabilities[rows, cache.lengths[:n]] = choice.log_probabilities
         cache.advance()
         lengths = cache.lengths[:n]
-        ended = (choice.ids == self._plan.eos) & (self._tokens[rows, lengths] == FREE)
+        ended = choice.ids == self._plan.eos
         self._tokens[rows, lengths] = choice.ids
-        self._stats.steps += 1
-        self._stats.row_steps += n
-        self._stats.row_places += self._plan.rows
+        self._count_step(n)
         over = np.flatnonzero(ended | (lengths == self._limits[:n]))
+        yield from self._finish(over, ended, scored=choice.log_probabilities is not None)
+
+    def _count_step(self, rows: int) -> None:
+        self._stats.steps += 1
+        self._stats.row_steps += rows
+        self._stats.row_places += self._plan.rows
+
+    def _tokens_ahead(self) -> int:
+        """How many tokens of each row the next step takes."""
+        n, lengths = self.cache.active, self.cache.lengths[: self.cache.active]
+        if self._at_once == 1 or n == 0:
+            return 1
+        left, room = self._limits[:n] - lengths, self._plan.max_new_tokens - lengths
+        return int(max(1, min(self._at_once // n, left.max(), room.min())))
+
+    def _finish(self, over: IntArray, ended: NDArray[np.bool_], *, scored: bool) -> Iterator[Hypothesis]:
+        """The hypotheses of the rows that are `over`; then the rows go to who waits."""
         for row in over.tolist():
-            yield self._hypothesis(row, ended=bool(ended[row]), scored=choice.log_probabilities is not None)
+            yield self._hypothesis(row, ended=bool(ended[row]), scored=scored)
         for row in over[::-1].tolist():  # from the end, so that a row that moves in has not ended itself
             self._give_back(row)
-
-    def _at(self, ahead: int) -> IntArray:
-        rows = np.arange(self.cache.active)
-        ids: IntArray = self._tokens[rows, self.cache.lengths[rows] + ahead]
-        return ids
 
     def _hypothesis(self, row: int, *, ended: bool, scored: bool) -> Hypothesis:
         length, seat = int(self.cache.lengths[row]), self._seats[row]
@@ -175,7 +209,6 @@ class Schedule:
         self.cache.admit(seat.encoded, row)
         self._seats[row : row + 1] = [seat]
         self._limits[row] = len(seat.given) or self._plan.max_new_tokens
-        self._tokens[row, 1:] = FREE
         self._tokens[row, 1 : len(seat.given) + 1] = seat.given
 
     def _vacate(self, row: int) -> None:
@@ -211,10 +244,10 @@ class Schedule:
                 return
             yield source
 
-    def _fit(self) -> None:
-        """Makes room for the next position of every row, or gives up room that nobody needs."""
+    def _fit(self, tokens: int) -> None:
+        """Makes room for the next tokens of every row, or gives up room that nobody needs."""
         cache, held = self.cache, self.cache.capacity
-        target = int(cache.lengths[: cache.active].max(initial=0)) + 1
+        target = int(cache.lengths[: cache.active].max(initial=0)) + tokens
         source = int(cache.source_lengths[: cache.active].max(initial=1))
         need = self._plan.capacity(target=target, source=source)
         too_large = need.target * SHRINK_BELOW <= held.target or need.source * SHRINK_BELOW <= held.source

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from numbers import Integral
 from typing import TYPE_CHECKING, Literal
 
+from kvx.runtime.decode import score
 from kvx.runtime.errors import InputError
 from kvx.runtime.schedule import DecodeStats, Source
-from kvx.runtime.search import Greedy
-from kvx.runtime.sources import refuse_string
+from kvx.runtime.sources import encode_text, refuse_string
+from kvx.runtime.workers import side_by_side
 
 if TYPE_CHECKING:
     from kvx.runtime.translator import TranslateOptions, Translator
@@ -76,7 +79,7 @@ def rank(
     ]
     jobs.sort(key=lambda job: len(job.ids), reverse=True)
     scores: dict[tuple[int, int], Score] = {}
-    for found in translator.decode(jobs, Greedy(scores=True), plan, DecodeStats(), workers):
+    for found in side_by_side(partial(score, translator.backend, plan), workers, jobs, DecodeStats()):
         scores[found.index, found.target] = Score(found.ids, found.log_probabilities or ())
     return [
         _ranking(tuple(scores[index, target] for target in range(len(given))), by)
@@ -115,15 +118,16 @@ def _read_targets(
 def _target_ids(translator: Translator, target: Target, number: int) -> tuple[int, ...]:
     manifest = translator.manifest
     if isinstance(target, str):
-        ids = (*translator.target_tokenizer.encode(target), manifest.target_ids.eos)
+        ids = (*encode_text(translator.target_tokenizer, target, number), manifest.target_ids.eos)
     else:
         ids = tuple(target)
     positions, vocabulary = manifest.model["target_positions"], manifest.model["target_vocab_size"]
-    if not 1 <= len(ids) <= positions or not all(0 <= one < vocabulary for one in ids):
+    odd = [one for one in ids if isinstance(one, bool) or not isinstance(one, Integral) or not 0 <= one < vocabulary]
+    if odd or not 1 <= len(ids) <= positions:
         raise InputError(
-            f"a target of {len(ids)} ids{'' if len(ids) > positions else ', some beyond the vocabulary'}",
-            expected=f"1 to {positions} ids (eos counted) below {vocabulary}",
+            f"a target with the id {odd[0]!r}" if odd else f"a target of {len(ids)} ids",
+            expected=f"1 to {positions} ids, eos counted, each from 0 to {vocabulary - 1}",
             remedy="Shorten or correct it.",
             line=number,
         )
-    return ids
+    return tuple(int(one) for one in ids)

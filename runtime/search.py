@@ -10,8 +10,6 @@ from numpy.typing import NDArray
 
 from kvx.runtime.backend import FloatArray, IntArray, StepOutput
 
-FREE = -1  # stands where a target's next token is not given but to be chosen
-
 
 class Choice(NamedTuple):
     """ids [n] of the next tokens and, where asked for, their natural log-probabilities [n]."""
@@ -23,24 +21,23 @@ class Choice(NamedTuple):
 class Search(Protocol):
     """A strategy that picks one next token for each row."""
 
-    def choose(self, output: StepOutput, given_ids: IntArray) -> Choice:
-        """logits [n, V], given_ids [n] of tokens that must be chosen, or FREE → the choice for each row."""
+    def choose(self, output: StepOutput) -> Choice:
+        """logits [n, V] → the choice for each row."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Greedy:
-    """The given token, else the most probable one, the lowest id on ties.
+    """The most probable token, the lowest id on ties.
 
     `scores` also gives its log-probability, which costs a pass over the logits.
     """
 
     scores: bool = False
 
-    def choose(self, output: StepOutput, given_ids: IntArray) -> Choice:
-        """logits [n, V], given_ids [n] → given, else argmax [n]."""
-        best: IntArray = output.logits.argmax(axis=-1) if output.next_ids is None else output.next_ids
-        ids = np.where(given_ids == FREE, best, given_ids)
+    def choose(self, output: StepOutput) -> Choice:
+        """logits [n, V] → argmax [n]."""
+        ids: IntArray = output.logits.argmax(axis=-1) if output.next_ids is None else output.next_ids
         return Choice(ids, log_probabilities(output.logits, ids) if self.scores else None)
 
 

@@ -1,7 +1,8 @@
 """The contract of the graphs: the one place that knows tensor names, types and axes.
 
 Letters: B rows of the batch, S source positions, T capacity of a row's cache, H heads, D head width, L decoder
-layers, V target vocabulary. An axis is a letter where its size may differ from run to run, else its size.
+layers, Q query tokens, V target vocabulary. An axis is a letter where its size may differ from run to run, else its
+size.
 """
 
 from __future__ import annotations
@@ -67,10 +68,16 @@ class Dimensions:
 class StepFeatures:
     """What a decoder step may have beyond the contract's core, declared in the manifest.
 
-    `next_ids`: the step also gives the argmax of its logits, int64 [B], the lowest id on ties.
+    `next_ids`: the step also gives the argmax of its logits, int64 [B], the lowest id on ties. `query_tokens`: it
+    takes Q tokens of each row at once, input_ids [B, Q], at the positions from past_lengths on, and gives logits
+    [B, Q, V]; T must hold past_lengths + Q, and what a row has fewer than Q tokens for is padding by length again.
     """
 
     next_ids: bool = False
+    query_tokens: bool = False
+
+
+CHUNK_FEATURES = StepFeatures(query_tokens=True)
 
 
 def key_value_names(prefix: str, layer: int, side: str) -> tuple[str, str]:
@@ -88,16 +95,18 @@ def encoder_signature(dimensions: Dimensions) -> Signature:
 
 def step_signature(dimensions: Dimensions, features: StepFeatures) -> Signature:
     """One token per row and the caches → logits [B, V] and the self-attention caches with one position written."""
-    scalars = tuple(TensorSpec(name, "int64", ("B",)) for name in ("input_ids", "past_lengths", "source_lengths"))
-    next_ids = (TensorSpec("next_ids", "int64", ("B",)),) if features.next_ids else ()
+    tokens: tuple[Axis, ...] = ("B", "Q") if features.query_tokens else ("B",)
+    lengths = tuple(TensorSpec(name, "int64", ("B",)) for name in ("past_lengths", "source_lengths"))
+    next_ids = (TensorSpec("next_ids", "int64", tokens),) if features.next_ids else ()
     return Signature(
         inputs=(
-            *scalars,
+            TensorSpec("input_ids", "int64", tokens),
+            *lengths,
             *_keys_values(dimensions, PAST, "decoder", "T"),
             *_keys_values(dimensions, PAST, "encoder", "S"),
         ),
         outputs=(
-            TensorSpec("logits", "float32", ("B", dimensions.vocab_size)),
+            TensorSpec("logits", "float32", (*tokens, dimensions.vocab_size)),
             *next_ids,
             *_keys_values(dimensions, PRESENT, "decoder", "T"),
         ),

@@ -34,7 +34,7 @@ class SourceReader:
         is cut, keeping both.
         """
         for number, text in enumerate(texts, 1):
-            pieces = self._pieces(text, number)
+            pieces = encode_text(self._tokenizer, text, number)
             long = len(pieces) + 2 > self._positions
             if long and on_long == "error":
                 raise InputError(
@@ -46,16 +46,18 @@ class SourceReader:
             kept = pieces[: self._positions - 2]
             yield SourceText((self._special.bos, *kept, self._special.eos) if pieces else (), long)
 
-    def _pieces(self, text: str, number: int) -> list[int]:
-        try:
-            if isinstance(text, str):
-                text.encode()  # what no UTF-8 can say, sentencepiece cannot read
-                return self._tokenizer.encode(text) if text.strip() else []
-        except UnicodeEncodeError:
-            pass
-        raise InputError(
-            f"{text!r:.60}, which is no text", expected="a str of valid Unicode", remedy="Decode it first.", line=number
-        )
+
+def encode_text(tokenizer: Tokenizer, text: str, number: int) -> list[int]:
+    """The ids of a text's pieces; none for white space. Raises InputError for what is no text."""
+    try:
+        if isinstance(text, str):
+            text.encode()  # what no UTF-8 can say, sentencepiece cannot read
+            return tokenizer.encode(text) if text.strip() else []
+    except UnicodeEncodeError:
+        pass
+    raise InputError(
+        f"{text!r:.60}, which is no text", expected="a str of valid Unicode", remedy="Decode it first.", line=number
+    )
 
 
 def refuse_string(texts: Iterable[object]) -> None:

@@ -14,15 +14,16 @@ from kvx.runtime.backend import Backend
 from kvx.runtime.bundle import Bundle
 from kvx.runtime.decode import decode
 from kvx.runtime.errors import DeviceError, InputError, OptionError
-from kvx.runtime.plan import DEFAULT_CACHE_BYTES, DEFAULT_ROWS, Plan
+from kvx.runtime.plan import DEFAULT_ROWS, Plan
 from kvx.runtime.schedule import DecodeStats, Hypothesis, Source
 from kvx.runtime.scoring import RankBy, Ranking, Score, Target, rank
-from kvx.runtime.search import Greedy, Search
+from kvx.runtime.search import Greedy
 from kvx.runtime.sources import OnLong, SourceReader, SourceText, load_tokenizer, refuse_string
-from kvx.runtime.workers import decode_in_parallel
+from kvx.runtime.workers import side_by_side
 
 FinishReason = Literal["end", "length"]
 
+WINDOWS_AHEAD = 4
 WINDOW_PER_ROW = 8  # sentences read ahead and sorted by length together, for every row
 
 
@@ -88,18 +89,27 @@ class Translator:
 
     @classmethod
     def load(
-        cls, bundle: str | Path, *, backend: str = "onnx", threads: int | None = None, device: str = "cpu"
+        cls,
+        bundle: str | Path,
+        *,
+        backend: str = "onnx",
+        threads: int | None = None,
+        workers: int | None = None,
+        device: str = "cpu",
     ) -> Self:
-        """The translator of the bundle at this path, after its files' names, sizes and sha256 have been checked.
+        """The translator of the bundle at this path. Names and sizes of its files are checked before they are read,
+        sha256 beside the reading and before anything is translated.
 
         `backend`: "onnx" or "torchscript" (which needs torch). `threads`: compute threads (default: the cores this
-        process may use). `device`: "cpu", "cuda" or "cuda:<index>". Raises BundleError, DeviceError, TokenizerError.
+        process may use). `workers`: decode loops that share them out, for many sentences at a time; by default each
+        operator has all threads, which is best for few. `device`: "cpu", "cuda" or "cuda:<index>". Raises BundleError,
+        DeviceError, OptionError, TokenizerError.
         """
         opened = Bundle.open(Path(bundle))
         with ThreadPoolExecutor(max_workers=1) as pool:
             hashes = pool.submit(opened.check_hashes, _files_in_use(opened, backend))
             try:
-                made = _make_backend(opened, backend, threads, device)
+                made = _make_backend(opened, backend, threads, workers, device)
             finally:
                 hashes.result()  # an altered file explains whatever the backend made of it
         return cls(opened, made)
@@ -135,7 +145,7 @@ class Translator:
     def translate_iter(
         self, texts: Iterable[str], options: TranslateOptions | None = None, stats: DecodeStats | None = None
     ) -> Iterator[Translation]:
-        """The translation of each text, in order, reading no more than two windows and the rows ahead.
+        """The translation of each text, in order, reading no more than four windows ahead of what was given.
 
         Where a text is refused, those before it are still given; then InputError is raised. `stats` is filled at the
         end, however it comes. Raises OptionError and CapacityError.
@@ -177,16 +187,18 @@ class Translator:
 
         Raises OptionError and CapacityError.
         """
-        few = sentences is not None and sentences <= (options.rows or DEFAULT_ROWS)
-        workers = options.workers or (1 if few else self.backend.decodes)
         plan = Plan.of(
             self.manifest,
             self.backend.cache_specs,
             rows=options.rows,
-            cache_bytes=(options.cache_bytes or DEFAULT_CACHE_BYTES) // workers,
+            cache_bytes=options.cache_bytes,
             max_new_tokens=options.max_new_tokens if max_new_tokens is None else max_new_tokens,
         )
-        return (plan if sentences is None else plan.for_sentences(sentences)), workers
+        if sentences is not None:
+            plan = plan.for_sentences(sentences)
+        few = sentences is not None and sentences <= (options.rows or DEFAULT_ROWS)
+        workers = options.workers or (1 if few else min(self.backend.decodes, plan.most_shares()))
+        return plan.share_of(workers), workers
 
     def read_sources(self, texts: Iterable[str], plan: Plan, on_long: OnLong) -> Iterator[SourceText]:
         """The ids of each text. Raises InputError, with the text's number, for what cannot be translated."""
@@ -200,23 +212,17 @@ class Translator:
                 )
             yield text
 
-    def decode(
-        self, sources: Iterable[Source], search: Search, plan: Plan, stats: DecodeStats, workers: int
-    ) -> Iterator[Hypothesis]:
-        """The hypotheses of all sources as they finish, from one decode or several side by side."""
-        if workers == 1:
-            return decode(self.backend, sources, search, plan, stats)
-        return decode_in_parallel(
-            [lambda shared, own: decode(self.backend, shared, search, plan, own)] * workers, sources, stats
-        )
-
     def _run(
         self, texts: Iterator[SourceText], options: TranslateOptions, plan: Plan, workers: int, stats: DecodeStats
     ) -> Iterator[Translation]:
         queue = _Queue(texts, options.window or plan.rows * workers * WINDOW_PER_ROW, options.scores)
         search = Greedy(scores=options.scores)
+
+        def decode_greedily(sources: Iterator[Source], own: DecodeStats) -> Iterator[Hypothesis]:
+            return decode(self.backend, sources, search, plan, own)
+
         while not queue.exhausted:
-            for hypothesis in self.decode(queue.sources(), search, plan, stats, workers):
+            for hypothesis in side_by_side(decode_greedily, workers, queue.sources(), stats, at_once=plan.group):
                 queue.finish(hypothesis.index, self._translation(hypothesis))
                 yield from queue.in_order()
             yield from queue.in_order()
@@ -250,8 +256,10 @@ class _Queue:
     _given: int = 0
 
     def sources(self) -> Iterator[Source]:
-        """Sentences for the decoder; ends early after a window of nothing but empty texts, so that they can leave."""
-        while window := self._read_window():
+        """Sentences for the decoder. Ends early, so that what is finished can leave, after a window of nothing but
+        empty texts, and where one slow sentence has kept back too many others.
+        """
+        while self._read - self._given <= self.window * (WINDOWS_AHEAD - 1) and (window := self._read_window()):
             sources = [Source(index, text.ids) for index, text in window if text.ids]
             if not sources:
                 return
@@ -293,13 +301,13 @@ def _files_in_use(bundle: Bundle, backend: str) -> list[str]:
     return [name for name in bundle.manifest.files if name.endswith((*endings, ".model"))]
 
 
-def _make_backend(bundle: Bundle, name: str, threads: int | None, device: str) -> Backend:
+def _make_backend(bundle: Bundle, name: str, threads: int | None, workers: int | None, device: str) -> Backend:
     arguments = (bundle.folder, bundle.manifest.dimensions, bundle.manifest.features)
     if name == "onnx":
         from kvx.runtime.backends import onnx
 
         bundle.require(onnx.ENCODER_FILE, onnx.STEP_FILE)
-        return onnx.OnnxBackend(*arguments, threads=threads, device=device)
+        return onnx.OnnxBackend(*arguments, threads=threads, workers=workers, device=device)
     if name == "torchscript":
         if importlib.util.find_spec("torch") is None:
             raise DeviceError(

@@ -17,8 +17,17 @@ Decode = Callable[[Iterator[Source], DecodeStats], Iterator[Hypothesis]]
 SOURCES_AT_ONCE = 16
 
 
+def side_by_side(
+    decode: Decode, workers: int, sources: Iterable[Source], stats: DecodeStats, *, at_once: int = SOURCES_AT_ONCE
+) -> Iterator[Hypothesis]:
+    """The hypotheses of all sources as they finish, from so many decodes, each given up to `at_once` sources."""
+    if workers == 1:
+        return decode(iter(sources), stats)
+    return decode_in_parallel([decode] * workers, sources, stats, at_once=at_once)
+
+
 def decode_in_parallel(
-    decodes: Sequence[Decode], sources: Iterable[Source], stats: DecodeStats
+    decodes: Sequence[Decode], sources: Iterable[Source], stats: DecodeStats, *, at_once: int = SOURCES_AT_ONCE
 ) -> Iterator[Hypothesis]:
     """Each decode in a thread of its own, all fed from `sources` → the hypotheses of all, as they finish.
 
@@ -37,7 +46,7 @@ def decode_in_parallel(
                 case Hypothesis() as hypothesis:
                     yield hypothesis
                 case _Worker() as hungry:
-                    hungry.feed(list(itertools.islice(drawn, SOURCES_AT_ONCE)))
+                    hungry.feed(list(itertools.islice(drawn, at_once)))
                 case BaseException() as error:
                     raise error
                 case None:
@@ -48,6 +57,7 @@ def decode_in_parallel(
         for worker in workers:
             worker.join()
             stats.add(worker.stats)
+        stats.cache_bytes = max(stats.cache_bytes, sum(worker.stats.cache_bytes for worker in workers))
 
 
 class _Worker(threading.Thread):

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from numpy.typing import NDArray
 
-from kvx.runtime.backend import IntArray, StepOutput, Tensors
+from kvx.runtime.backend import IntArray, Step, StepOutput, Tensors
 from kvx.runtime.cache import KVCache
 from kvx.runtime.errors import BundleError, DeviceError, OptionError
+from kvx.runtime.manifest import CHUNK_FILE
 from kvx.runtime.signature import (
+    CHUNK_FEATURES,
     Dimensions,
     Signature,
     StepFeatures,
@@ -26,6 +27,7 @@ from kvx.runtime.threads import available_threads
 
 ENCODER_FILE = "encoder.onnx"
 STEP_FILE = "decoder_step.onnx"
+CPU = "CPUExecutionProvider"
 ERRORS_ONLY_AS_EXCEPTIONS = 4
 WARNINGS = 2  # ONNX Runtime's default
 ELEMENT_TYPES = {"tensor(int64)": "int64", "tensor(float)": "float32"}
@@ -34,7 +36,8 @@ ELEMENT_TYPES = {"tensor(int64)": "int64", "tensor(float)": "float32"}
 class OnnxBackend:
     """Two sessions over one bundle's weights; every decode has buffers and bindings of its own.
 
-    `threads` compute threads per operator (default: the cores this process may use); `device` is "cpu", "cuda" or
+    `threads` compute threads (default: the cores this process may use), all in each operator, or shared out to
+    `workers` where their number is given; `device` is "cpu", "cuda" or
     "cuda:<index>". Raises BundleError where a graph is not the contract's, DeviceError where the session runs
     elsewhere than asked.
     """
@@ -48,11 +51,18 @@ class OnnxBackend:
         features: StepFeatures,
         *,
         threads: int | None = None,
+        workers: int | None = None,
         device: str = "cpu",
     ) -> None:
-        if threads is not None and threads < 1:
-            raise OptionError(f"threads = {threads}", expected="1 or more", remedy="Correct it or leave it out.")
-        self.decodes = threads or available_threads()
+        all_threads = available_threads() if threads is None else threads
+        self.decodes = all_threads if workers is None else workers
+        if not 1 <= self.decodes <= all_threads:
+            raise OptionError(
+                f"threads = {all_threads}, workers = {self.decodes}",
+                expected="at least one thread, and no more workers than threads",
+                remedy="Correct them or leave them out.",
+            )
+        threads = all_threads // (workers or 1)
         self.cache_specs = cache_specs(dimensions)
         self.step_signature = step_signature(dimensions, features)
         self.encoder_signature = encoder_signature(dimensions)
@@ -60,15 +70,37 @@ class OnnxBackend:
         self._step = _session(folder / STEP_FILE, threads, device)
         _check_contract(self._encoder, self.encoder_signature, ENCODER_FILE)
         _check_contract(self._step, self.step_signature, STEP_FILE)
+        self.query_tokens = (folder / CHUNK_FILE).is_file()
+        self._chunk_signature = step_signature(dimensions, CHUNK_FEATURES)
+        self._chunk_session_of = folder / CHUNK_FILE, threads, device
+        self._chunk_lock = threading.Lock()
+        self._chunk: ort.InferenceSession | None = None
 
     def encode(self, input_ids: IntArray, source_lengths: IntArray) -> Tensors:
         """input_ids [B, S], source_lengths [B] → cross keys and values [B, H, S, D] by the cache's names."""
         outputs = self.run_encoder({"input_ids": input_ids, "source_lengths": source_lengths})
         return {past: outputs[present] for present, past in self.encoder_signature.presents.items()}
 
-    def bind(self, cache: KVCache) -> BoundStep:
+    def bind(self, cache: KVCache) -> Step:
         """The step with the cache's buffers as its inputs and outputs."""
-        return BoundStep(self._step, self.step_signature, cache)
+        one = BoundStep(self._step, self.step_signature, cache)
+
+        def step(input_ids: IntArray) -> StepOutput:
+            return one(input_ids) if input_ids.ndim == 1 else several(input_ids)
+
+        def several(input_ids: IntArray) -> StepOutput:
+            chunk = {"input_ids": input_ids, "past_lengths": cache.lengths, "source_lengths": cache.source_lengths}
+            return _run_chunk(self._chunk_session(), self._chunk_signature, cache, chunk)
+
+        return step
+
+    def _chunk_session(self) -> ort.InferenceSession:
+        """The graph for several tokens, loaded when it is first needed: most services never score."""
+        with self._chunk_lock:
+            if self._chunk is None:
+                self._chunk = _session(*self._chunk_session_of)
+                _check_contract(self._chunk, self._chunk_signature, CHUNK_FILE)
+            return self._chunk
 
     def run_encoder(self, feeds: Tensors) -> Tensors:
         """The encoder graph as it is: its inputs by name → its outputs by name."""
@@ -118,31 +150,50 @@ class BoundStep:
 
     def _bind(self, n: int) -> ort.IOBinding:
         cache = self._cache
-        buffers: Mapping[str, NDArray[Any]] = {
+        buffers: Tensors = {
             "input_ids": self._input_ids,
             "past_lengths": cache.lengths,
             "source_lengths": cache.source_lengths,
             **cache.buffers,
             **self._outputs,
         }
-        # The leading rows of a C-ordered array are contiguous: these values share its memory.
-        values = {name: ort.OrtValue.ortvalue_from_numpy(buffer[:n]) for name, buffer in buffers.items()}
-        binding = self._session.io_binding()
-        for spec in self._signature.inputs:
-            binding.bind_ortvalue_input(spec.name, values[spec.name])
-        for spec in self._signature.outputs:
-            bound = self._signature.presents.get(spec.name, spec.name)
-            binding.bind_ortvalue_output(spec.name, values[bound])
-        return binding
+        return _bind(self._session, self._signature, buffers, n)
 
 
-def _session(path: Path, threads: int | None, device: str) -> ort.InferenceSession:
+def _run_chunk(session: ort.InferenceSession, signature: Signature, cache: KVCache, tokens: Tensors) -> StepOutput:
+    """Several tokens of each active row, bound for this one run, whose logits [n, Q, V] nothing else will reuse."""
+    n, query = tokens["input_ids"].shape
+    vocabulary = signature.outputs[0].shape({"B": n, "Q": query})
+    logits = np.empty(vocabulary, np.float32)
+    ids = np.ascontiguousarray(tokens["input_ids"])
+    session.run_with_iobinding(
+        _bind(session, signature, {**tokens, "input_ids": ids, "logits": logits, **cache.buffers}, n)
+    )
+    return StepOutput(logits)
+
+
+def _bind(session: ort.InferenceSession, signature: Signature, buffers: Tensors, n: int) -> ort.IOBinding:
+    """Binds the leading n rows of the buffers, `present` onto those of `past`.
+
+    The leading rows of a C-ordered array are contiguous: the values share its memory.
+    """
+    values = {name: ort.OrtValue.ortvalue_from_numpy(buffer[:n]) for name, buffer in buffers.items()}
+    binding = session.io_binding()
+    for spec in signature.inputs:
+        binding.bind_ortvalue_input(spec.name, values[spec.name])
+    for spec in signature.outputs:
+        binding.bind_ortvalue_output(spec.name, values[signature.presents.get(spec.name, spec.name)])
+    return binding
+
+
+def _session(path: Path, threads: int, device: str) -> ort.InferenceSession:
     options = ort.SessionOptions()
-    options.intra_op_num_threads = available_threads() if threads is None else threads
+    options.intra_op_num_threads = threads
     options.log_severity_level = ERRORS_ONLY_AS_EXCEPTIONS
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     wanted, providers = _providers(device)
-    ort.set_default_logger_severity(ERRORS_ONLY_AS_EXCEPTIONS)  # a provider that fails to load is logged there
+    if wanted != CPU:
+        ort.set_default_logger_severity(ERRORS_ONLY_AS_EXCEPTIONS)  # a provider that fails to load is logged there
     try:
         session = ort.InferenceSession(path, options, providers=providers)
     except Exception as error:  # ONNX Runtime raises a type of its own for each status
@@ -152,7 +203,8 @@ def _session(path: Path, threads: int | None, device: str) -> ort.InferenceSessi
             remedy="Export the bundle again.",
         ) from None
     finally:
-        ort.set_default_logger_severity(WARNINGS)
+        if wanted != CPU:
+            ort.set_default_logger_severity(WARNINGS)
     got = session.get_providers()[0]
     if got != wanted:
         raise DeviceError(
@@ -166,12 +218,12 @@ def _session(path: Path, threads: int | None, device: str) -> ort.InferenceSessi
 def _providers(device: str) -> tuple[str, list[Any]]:
     kind, _, index = device.partition(":")
     if kind == "cpu" and not index:
-        return "CPUExecutionProvider", ["CPUExecutionProvider"]
+        return CPU, [CPU]
     if kind == "cuda" and (not index or index.isdecimal()):
         cuda = "CUDAExecutionProvider"
         if cuda in ort.get_available_providers():
-            return cuda, [(cuda, {"device_id": int(index or 0)}), "CPUExecutionProvider"]
-        return cuda, ["CPUExecutionProvider"]
+            return cuda, [(cuda, {"device_id": int(index or 0)}), CPU]
+        return cuda, [CPU]
     raise DeviceError(f"device {device!r}", expected="cpu, cuda or cuda:<index>", remedy="Correct the device.")
 
 

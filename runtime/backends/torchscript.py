@@ -10,7 +10,7 @@ import torch
 
 from kvx.runtime.backend import IntArray, Step, StepOutput, Tensors
 from kvx.runtime.cache import KVCache
-from kvx.runtime.errors import BundleError, DeviceError
+from kvx.runtime.errors import BundleError, DeviceError, OptionError
 from kvx.runtime.signature import (
     Dimensions,
     Signature,
@@ -31,6 +31,7 @@ class TorchScriptBackend:
     """
 
     name = "torchscript"
+    query_tokens = False
     decodes = 1  # torch's compute threads are one pool, which a second decode would only fight for
 
     def __init__(
@@ -44,6 +45,8 @@ class TorchScriptBackend:
     ) -> None:
         if device != "cpu":
             raise DeviceError(f"device {device!r} for torchscript", expected="cpu", remedy="Use --device cpu.")
+        if threads is not None and threads < 1:
+            raise OptionError(f"threads = {threads}", expected="1 or more", remedy="Correct it or leave it out.")
         if threads is not None:
             torch.set_num_threads(threads)
         self.cache_specs = cache_specs(dimensions)
@@ -69,9 +72,9 @@ class TorchScriptBackend:
                 "source_lengths": cache.source_lengths[:n],
             } | {name: buffer[:n] for name, buffer in cache.buffers.items()}
             with torch.inference_mode():
-                logits, *others = self._step(*(torch.from_numpy(arrays[name]) for name in names))
-            next_ids = others[0].numpy() if self.step_signature.outputs[1].name == "next_ids" else None
-            return StepOutput(logits.numpy(), next_ids)
+                outputs = self._step(*(torch.from_numpy(arrays[name]) for name in names))
+            named = {spec.name: output for spec, output in zip(self.step_signature.outputs, outputs, strict=True)}
+            return StepOutput(named["logits"].numpy(), named["next_ids"].numpy() if "next_ids" in named else None)
 
         return step
 

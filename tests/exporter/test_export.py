@@ -39,6 +39,7 @@ TOKENIZERS = {"source.model", "target.model"}
 ONNX_FILES = {"encoder.onnx", "decoder_step.onnx"}
 TORCHSCRIPT_FILES = {"encoder.ts", "decoder_step.ts"}
 GRAPHS = ONNX_FILES | TORCHSCRIPT_FILES
+SHARED = {"decoder_chunk.onnx", "decoder_step.onnx.data"}
 
 
 @pytest.fixture
@@ -66,9 +67,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("written", "files"),
     [
-        ("onnx", ONNX_FILES),
+        ("onnx", ONNX_FILES | SHARED),
         ("torchscript", TORCHSCRIPT_FILES),
-        ("both", GRAPHS | {"model.pt"}),
+        ("both", GRAPHS | SHARED | {"model.pt"}),
     ],
 )
 def test_a_bundle_holds_the_files_of_its_format(options: ExportOptions, written: Format, files: set[str]) -> None:
@@ -580,3 +581,26 @@ def test_another_model_pt_is_found_even_where_the_manifest_vouches_for_it(
     save_checkpoint(Checkpoint(change(tiny), max_new_tokens=18), bundle / "model.pt")
     replace_file(bundle, "model.pt", (bundle / "model.pt").read_bytes())
     assert "model, configuration and weights" in failed(prove_again(bundle, options.checkpoint))
+
+
+def test_a_folder_that_only_looks_like_a_bundle_is_never_replaced(options: ExportOptions, tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / MANIFEST_FILE).write_text("{}")
+    (tmp_path / "work" / "thesis.txt").write_text("years of work")
+    with pytest.raises(OptionError, match="no bundle"):
+        export(with_output(options, tmp_path / "work"))
+    assert (tmp_path / "work" / "thesis.txt").read_text() == "years of work"
+
+
+def test_heads_that_contradict_the_checkpoint_are_refused(options: ExportOptions) -> None:
+    with pytest.raises(OptionError, match="--heads 1; expected the checkpoint's own 2"):
+        export(dataclasses.replace(options, heads=1))
+
+
+def test_the_graphs_for_one_and_for_several_tokens_share_their_weights(bundle: Path) -> None:
+    model = onnx.load(bundle / "decoder_chunk.onnx", load_external_data=False)
+    places = {
+        entry.value for part in model.graph.initializer for entry in part.external_data if entry.key == "location"
+    }
+    assert places == {"decoder_step.onnx.data"}
+    assert not (bundle / "decoder_chunk.onnx.data").exists()

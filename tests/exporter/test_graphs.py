@@ -24,7 +24,7 @@ from kvx.models.transformer import Transformer
 from kvx.runtime.backend import IntArray, Tensors
 from kvx.runtime.backends.onnx import ENCODER_FILE, STEP_FILE, OnnxBackend
 from kvx.runtime.cache import Capacity, EncodedSource, KVCache
-from kvx.runtime.search import FREE, Greedy
+from kvx.runtime.search import Greedy
 from kvx.runtime.signature import Dimensions, Signature, StepFeatures, encoder_signature, step_signature
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -216,7 +216,7 @@ def test_greedy_search_takes_next_ids_where_the_graph_gives_them(
     output.logits[:] = 0  # whoever looked at them would choose 0
     assert output.next_ids is not None
     assert output.next_ids.any()
-    np.testing.assert_array_equal(Greedy().choose(output, np.full(3, FREE)).ids, output.next_ids)
+    np.testing.assert_array_equal(Greedy().choose(output).ids, output.next_ids)
 
 
 def test_large_weights_lie_beside_the_graph(features_folder: Path) -> None:

@@ -45,6 +45,7 @@ class Faultless:
 
     name = "tried"
     decodes = 1
+    query_tokens = False
 
     def __init__(self, graphs: ExportedGraphs) -> None:
         self.graphs = graphs
@@ -401,3 +402,38 @@ def test_a_failing_proof_leaves_the_old_bundle_as_it_was(
         export(ExportOptions(checkpoint=checkpoint, output=output, format="torchscript", force=True))
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite_differ_on_either_side(value: float) -> None:
+    for expected, got in (([value], [0.0]), ([0.0], [value]), ([value], [value])):
+        found = Differences()
+        found.add("x", np.array(expected, np.float32), np.array(got, np.float32))
+        found.add("x", np.zeros(1, np.float32), np.zeros(1, np.float32))
+        assert found.worst["x"] == np.inf
+        assert not found.check(Faultless, "x", 1e-4).passed  # type: ignore[arg-type]  # has a name, which is enough
+
+
+def test_arrays_of_other_shapes_differ() -> None:
+    found = Differences()
+    found.add("x", np.zeros((4, 3), np.float32), np.zeros((1, 3), np.float32))
+    assert found.worst["x"] == np.inf
+
+
+def test_several_tokens_at_once_are_proven(tiny: Transformer, graphs: OnnxBackend, plan: Plan) -> None:
+    class Chunks(Faultless):
+        query_tokens = True
+
+    class OffByALittle(Chunks):
+        def bind(self, cache: KVCache) -> Step:
+            step = super().bind(cache)
+
+            def shifted(input_ids: IntArray) -> StepOutput:
+                output = step(input_ids)
+                return StepOutput(output.logits + np.float32(1e-2)) if input_ids.ndim == 2 else output
+
+            return shifted
+
+    assert all(check.passed for check in prove(tiny, Chunks(graphs), plan, FEW_STEPS))
+    found = prove(tiny, OffByALittle(graphs), plan, FEW_STEPS)
+    assert [check.name for check in found if not check.passed] == ["several tokens at once"]

@@ -73,6 +73,7 @@ def derive(values: dict[str, Any]) -> None:
     graphs = {
         "encoder": encoder_signature(dimensions),
         "decoder_step": step_signature(dimensions, StepFeatures(**values["features"])),
+        "decoder_chunk": step_signature(dimensions, StepFeatures(query_tokens=True)),
     }
     values["graphs"] = {
         name: {

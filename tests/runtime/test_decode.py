@@ -45,6 +45,7 @@ class FakeBackend:
 
     name = "fake"
     decodes = 1
+    query_tokens = False
 
     def __init__(self) -> None:
         self.cache_specs = SPECS

@@ -11,8 +11,7 @@ import pytest
 import sacrebleu
 
 from kvx import InputError, OptionError, Translation, Translator
-from kvx.runtime.evaluation import TestSet as Lines
-from kvx.runtime.evaluation import evaluate
+from kvx.runtime.evaluation import ParallelText, evaluate
 from kvx.runtime.schedule import DecodeStats
 from kvx.runtime.translator import TranslateOptions
 
@@ -37,7 +36,9 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_metrics_are_sacrebleus(numbers_translator: Translator) -> None:
-    found, hypotheses = evaluate(numbers_translator, Lines(SOURCES, REFERENCES), TranslateOptions(), tokenize="char")
+    found, hypotheses = evaluate(
+        numbers_translator, ParallelText(SOURCES, REFERENCES), TranslateOptions(), tokenize="char"
+    )
     bleu = sacrebleu.corpus_bleu(hypotheses, [list(REFERENCES)], tokenize="char")
     assert found.bleu.score == bleu.score
     assert "tok:char" in found.bleu.signature
@@ -57,7 +58,7 @@ def test_an_interrupted_run_says_what_it_had(numbers_translator: Translator, mon
             yield translation
 
     monkeypatch.setattr(numbers_translator, "translate_iter", interrupted)
-    found, hypotheses = evaluate(numbers_translator, Lines(SOURCES, REFERENCES), TranslateOptions())
+    found, hypotheses = evaluate(numbers_translator, ParallelText(SOURCES, REFERENCES), TranslateOptions())
     assert not found.complete
     assert found.sentences == len(hypotheses) == 2
     assert found.chrf.score == pytest.approx(100)
@@ -66,12 +67,12 @@ def test_an_interrupted_run_says_what_it_had(numbers_translator: Translator, mon
 @pytest.mark.parametrize(("sources", "references"), [(("a", "b"), ("a",)), ((), ())])
 def test_files_that_do_not_belong_together_are_refused(sources: tuple[str, ...], references: tuple[str, ...]) -> None:
     with pytest.raises(InputError, match=f"{len(sources)} sources and {len(references)} references"):
-        Lines(sources, references)
+        ParallelText(sources, references)
 
 
 def test_an_unknown_tokenizer_is_refused(numbers_translator: Translator) -> None:
     with pytest.raises(OptionError, match=r"13a.*zh"):
-        evaluate(numbers_translator, Lines(SOURCES, REFERENCES), TranslateOptions(), tokenize="klingon")
+        evaluate(numbers_translator, ParallelText(SOURCES, REFERENCES), TranslateOptions(), tokenize="klingon")
 
 
 def test_several_backends_stand_side_by_side(numbers_bundle: Path, files: tuple[Path, Path], tmp_path: Path) -> None:

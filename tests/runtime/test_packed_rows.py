@@ -51,6 +51,7 @@ class Poisoner:
         self.backend = backend
         self.name = backend.name
         self.decodes = 1
+        self.query_tokens = False
         self.cache_specs = backend.cache_specs
         self.encode = backend.encode
 

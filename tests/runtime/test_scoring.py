@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from kvx import InputError, Translator
 from kvx.models.checkpoint import Checkpoint, load_checkpoint
-from kvx.runtime.backend import IntArray, Tensors
+from kvx.runtime import decode
+from kvx.runtime.backend import Backend, IntArray, Tensors
+from kvx.runtime.schedule import DecodeStats, Source
 from kvx.runtime.translator import TranslateOptions
 
 if TYPE_CHECKING:
@@ -119,7 +121,7 @@ def test_a_target_with_eos_in_its_middle_is_scored_to_its_end(numbers_translator
         (["one"], ["eins"], "line 1: one str"),
         (["one"], [[[]]], "line 1: a target of 0 ids"),
         (["one"], [[[1] * 65]], "line 1: a target of 65 ids"),
-        (["one"], [[[10_000]]], "beyond the vocabulary"),
+        (["one"], [[[10_000]]], "line 1: a target with the id 10000"),
         (["one two " * 40], [["eins"]], "line 1: "),
     ],
 )
@@ -145,3 +147,28 @@ def test_scores_of_references_equal_the_oracles(
     for source, score in zip(sources, seed_translator.score(sources, references), strict=True):
         expected = _teacher_forced(seed_checkpoint.model, _source_ids(seed_translator, source), score.ids, bos)
         assert score.log_probabilities == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("target", [[3.5], ["a"], [True], [-1], "\ud800"])
+def test_a_target_that_is_neither_text_nor_ids_is_refused(numbers_translator: Translator, target: object) -> None:
+    with pytest.raises(InputError, match="line 2: "):
+        numbers_translator.score(["one", "two"], ["eins", target])  # type: ignore[list-item]
+
+
+def test_few_targets_are_scored_several_tokens_at_a_time(numbers_translator: Translator) -> None:
+    backend, eos = numbers_translator.backend, numbers_translator.manifest.target_ids.eos
+    plan, _ = numbers_translator.plan(TranslateOptions(rows=4, workers=1))
+    sources = [Source(index, (2, 5 + index, 3), ((7, 8, 9, 10 + index) * (1 + index) + (eos,),)) for index in range(6)]
+    stats = DecodeStats()
+    found = {one.index: one for one in decode.score(backend, plan, sources, stats)}
+    assert stats.steps < stats.tokens / 4
+    assert stats.tokens == sum(len(source.targets[0]) for source in sources)
+
+    class OneByOne:
+        def __getattr__(self, name: str) -> object:
+            return False if name == "query_tokens" else getattr(backend, name)
+
+    alone: Backend = OneByOne()  # type: ignore[assignment]
+    for one in decode.score(alone, plan, sources):
+        assert found[one.index].ids == one.ids
+        assert found[one.index].log_probabilities == pytest.approx(one.log_probabilities, abs=1e-4)

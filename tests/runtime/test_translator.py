@@ -50,6 +50,7 @@ class RecordingBackend:
     def __init__(self, backend: OnnxBackend) -> None:
         self._backend = backend
         self.name, self.cache_specs, self.decodes = backend.name, backend.cache_specs, backend.decodes
+        self.query_tokens = False
         self.encoded: list[tuple[int, ...]] = []
 
     def encode(self, input_ids: IntArray, source_lengths: IntArray) -> Tensors:
