@@ -37,6 +37,16 @@ class LayerNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(d_model))
 
 
+class Linear(nn.Linear):
+    """A projection of the last axis. All others are one to it, so that every graph has the weights in the same form."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., in] → [..., out]."""
+        if input.ndim == 2:
+            return super().forward(input)
+        return super().forward(input.flatten(0, -2)).reshape(*input.shape[:-1], self.out_features)
+
+
 class Embedding(nn.Module):
     """Token embeddings times √E plus a table of positions."""
 
@@ -59,10 +69,10 @@ class Attention(nn.Module):
     def __init__(self, d_model: int, heads: int, *, bias: bool) -> None:
         super().__init__()
         self.heads = heads
-        self.query = nn.Linear(d_model, d_model, bias=bias)
-        self.key = nn.Linear(d_model, d_model, bias=bias)
-        self.value = nn.Linear(d_model, d_model, bias=bias)
-        self.output = nn.Linear(d_model, d_model, bias=bias)
+        self.query = Linear(d_model, d_model, bias=bias)
+        self.key = Linear(d_model, d_model, bias=bias)
+        self.value = Linear(d_model, d_model, bias=bias)
+        self.output = Linear(d_model, d_model, bias=bias)
 
     def split(self, x: Tensor) -> Tensor:
         """[B, positions, E] → [B, H, positions, D]."""
@@ -106,8 +116,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, d_model: int, d_ff: int) -> None:
         super().__init__()
-        self.up = nn.Linear(d_model, d_ff)
-        self.down = nn.Linear(d_ff, d_model)
+        self.up = Linear(d_model, d_ff)
+        self.down = Linear(d_ff, d_model)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., E] → [..., E]."""
@@ -182,7 +192,7 @@ class Transformer(nn.Module):
         self.decoder_layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
         self.encoder_norm = LayerNorm(config.d_model)
         self.decoder_norm = LayerNorm(config.d_model)
-        self.head = nn.Linear(config.d_model, config.target_vocab_size, bias=False)
+        self.head = Linear(config.d_model, config.target_vocab_size, bias=False)
 
     def forward(self, input_ids: Tensor, source_lengths: Tensor, target_ids: Tensor) -> Tensor:
         """Teacher forcing: input_ids [B, S], source_lengths [B], target_ids [B, T] from bos → logits [B, T, V]."""
