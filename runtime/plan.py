@@ -88,15 +88,15 @@ class Plan:
         """How many decodes could have all these rows, within the bytes, for short sources."""
         return max(1, self.cache_bytes // (self.rows * self.row_bytes(min(SMALLEST_CAPACITY, self.source_positions))))
 
-    def share_of(self, workers: int) -> Self:
-        """One worker's plan where several share the bytes. Raises CapacityError where that leaves no row."""
-        share = self.cache_bytes // workers
-        rows = min(self.rows, share // self.row_bytes(min(SMALLEST_CAPACITY, self.source_positions)))
-        if rows < 1:
+    def share_of(self, workers: int, *, least_rows: int = 1) -> Self:
+        """One worker's plan where several share the bytes. Raises CapacityError where that leaves too few rows."""
+        share, row_bytes = self.cache_bytes // workers, self.row_bytes(min(SMALLEST_CAPACITY, self.source_positions))
+        rows = min(self.rows, share // row_bytes)
+        if rows < min(least_rows, self.rows):
             raise CapacityError(
-                f"{self.cache_bytes:,} bytes of cache for {workers} workers",
-                expected=f"at least {self.row_bytes(SMALLEST_CAPACITY):,} for each, one row",
-                remedy="Use fewer workers (--workers) or more bytes (--cache-mb).",
+                f"{self.cache_bytes:,} bytes of cache for {workers} workers, which hold {rows} rows for each",
+                expected=f"{min(least_rows, self.rows)} × {row_bytes:,} bytes for each",
+                remedy="Use fewer workers (--workers), fewer rows (--rows) or more bytes (--cache-mb).",
             )
         room = (share - self.max_new_tokens * self.target_bytes) // self.source_bytes
         return replace(self, rows=rows, cache_bytes=share, source_positions=min(self.source_positions, room))

@@ -198,7 +198,7 @@ class Translator:
             plan = plan.for_sentences(sentences)
         few = sentences is not None and sentences <= (options.rows or DEFAULT_ROWS)
         workers = options.workers or (1 if few else min(self.backend.decodes, plan.most_shares()))
-        return plan.share_of(workers), workers
+        return plan.share_of(workers, least_rows=options.rows or 1), workers
 
     def read_sources(self, texts: Iterable[str], plan: Plan, on_long: OnLong) -> Iterator[SourceText]:
         """The ids of each text. Raises InputError, with the text's number, for what cannot be translated."""

@@ -5,6 +5,7 @@ import pytest
 from kvx import CapacityError, InputError, OptionError, Translator
 from kvx.runtime.cache import KVCache
 from kvx.runtime.plan import DEFAULT_ROWS, SMALLEST_CAPACITY, Plan
+from kvx.runtime.schedule import DecodeStats
 from kvx.runtime.translator import TranslateOptions
 
 
@@ -57,3 +58,28 @@ def test_a_sentence_that_the_budget_cannot_hold_is_named_with_what_it_needs(numb
         InputError, match=rf"line 2: 52 tokens, which need a cache of [\d,]+ bytes; .* {budget:,} bytes"
     ):
         list(results)
+
+
+def test_workers_share_the_bytes_and_take_no_rows_away(numbers_translator: Translator) -> None:
+    smallest = _plan(numbers_translator).row_bytes(SMALLEST_CAPACITY)
+    options = TranslateOptions(cache_bytes=2 * 8 * smallest, rows=8, workers=2)
+    assert numbers_translator.plan(options)[0].rows == 8
+    with pytest.raises(CapacityError, match=r"for 2 workers, which hold 7 rows for each; expected 8 ×"):
+        numbers_translator.plan(TranslateOptions(cache_bytes=2 * 8 * smallest - 2, rows=8, workers=2))
+    with pytest.raises(CapacityError, match="hold 0 rows for each"):
+        numbers_translator.plan(TranslateOptions(cache_bytes=3 * smallest, workers=4))
+
+
+def test_by_default_there_are_no_more_workers_than_the_bytes_have_rows_for(numbers_translator: Translator) -> None:
+    smallest = _plan(numbers_translator).row_bytes(SMALLEST_CAPACITY)
+    plan, workers = numbers_translator.plan(TranslateOptions(cache_bytes=DEFAULT_ROWS * smallest))
+    assert (plan.rows, workers) == (DEFAULT_ROWS, 1)
+
+
+def test_a_cache_never_holds_more_than_planned_for_all_workers(numbers_translator: Translator) -> None:
+    budget = 2 * 6 * _plan(numbers_translator).row_bytes(40)
+    stats = DecodeStats()
+    texts = [" ".join(["seven"] * (1 + i % 30)) for i in range(200)]
+    options = TranslateOptions(cache_bytes=budget, workers=2)
+    assert len(list(numbers_translator.translate_iter(texts, options, stats))) == 200
+    assert 0 < stats.cache_bytes <= budget
