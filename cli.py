@@ -89,14 +89,6 @@ class BackendName(StrEnum):
     TORCH_NO_CACHE = "torch-no-cache"
 
 
-BACKEND_FILES = {
-    BackendName.ONNX: ("encoder.onnx", "decoder_step.onnx"),
-    BackendName.TORCHSCRIPT: ("encoder.ts", "decoder_step.ts"),
-    BackendName.TORCH: ("model.pt",),
-    BackendName.TORCH_NO_CACHE: ("model.pt",),
-}
-
-
 class RankMeasure(StrEnum):
     """What makes the best candidate."""
 
@@ -237,9 +229,10 @@ class Machine:
 
     def check(self, path: Path) -> None:
         """Raises BundleError where the bundle has not what the backend needs."""
-        from kvx.runtime.bundle import Bundle
+        from kvx.runtime.bundle import CHECKPOINT_FILE, Bundle
+        from kvx.runtime.manifest import GRAPH_FILES
 
-        Bundle.open(path).require(*BACKEND_FILES[self.backend])
+        Bundle.open(path).require(*GRAPH_FILES.get(self.backend, (CHECKPOINT_FILE,)))
 
     def load(self, path: Path, *, bulk: bool) -> Translator:
         """The translator of a bundle; for `bulk` work the threads are shared out to as many workers."""

@@ -6,7 +6,6 @@ Files are read with `weights_only=True`: nothing in them is ever executed.
 from __future__ import annotations
 
 import os
-import pickle
 import re
 import warnings
 from collections.abc import Mapping
@@ -282,6 +281,6 @@ def _describe(value: object) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    if isinstance(error, pickle.UnpicklingError):  # torch's own words end in the advice to run what is in the file
+    if not isinstance(error, (RuntimeError, OSError, EOFError)):  # torch's own words are advice to run what is in it
         return "no pickle of tensors"
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

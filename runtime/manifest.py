@@ -26,7 +26,10 @@ from kvx.runtime.signature import (
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1
 CHUNK_FILE = "decoder_chunk.onnx"
-FORMATS = {"onnx": ".onnx", "torchscript": ".ts"}
+GRAPH_FILES = {  # of each format: the encoder and the decoder step
+    "onnx": ("encoder.onnx", "decoder_step.onnx"),
+    "torchscript": ("encoder.ts", "decoder_step.ts"),
+}
 LARGEST_MANIFEST = 16 * 2**20  # bytes
 LARGEST_SIZE = 2**24
 MOST_LAYERS = 1024
@@ -108,9 +111,8 @@ class Manifest:
 
     @property
     def formats(self) -> tuple[str, ...]:
-        """Which of FORMATS have a file in the bundle."""
-        endings = {Path(name).suffix for name in self.files}
-        return tuple(name for name, ending in FORMATS.items() if ending in endings)
+        """The formats of which the bundle has a graph."""
+        return tuple(name for name, graphs in GRAPH_FILES.items() if not self.files.keys().isdisjoint(graphs))
 
     def cache_bytes(self, *, target: int, source: int) -> int:
         """Cache bytes of one row with room for so many target and source positions."""

@@ -14,6 +14,7 @@ from kvx.runtime.backend import Backend
 from kvx.runtime.bundle import Bundle
 from kvx.runtime.decode import decode
 from kvx.runtime.errors import DeviceError, InputError, OptionError
+from kvx.runtime.manifest import GRAPH_FILES
 from kvx.runtime.plan import DEFAULT_ROWS, Plan
 from kvx.runtime.schedule import DecodeStats, Hypothesis, Source
 from kvx.runtime.scoring import RankBy, Ranking, Score, Target, rank
@@ -306,7 +307,7 @@ def _make_backend(bundle: Bundle, name: str, threads: int | None, workers: int |
     if name == "onnx":
         from kvx.runtime.backends import onnx
 
-        bundle.require(onnx.ENCODER_FILE, onnx.STEP_FILE)
+        bundle.require(*GRAPH_FILES[name])
         return onnx.OnnxBackend(*arguments, threads=threads, workers=workers, device=device)
     if name == "torchscript":
         if importlib.util.find_spec("torch") is None:
@@ -315,6 +316,6 @@ def _make_backend(bundle: Bundle, name: str, threads: int | None, workers: int |
             )
         from kvx.runtime.backends import torchscript
 
-        bundle.require(torchscript.ENCODER_FILE, torchscript.STEP_FILE)
+        bundle.require(*GRAPH_FILES[name])
         return torchscript.TorchScriptBackend(*arguments, threads=threads, device=device)
     raise DeviceError(f"backend {name!r}", expected="onnx or torchscript", remedy="Correct the backend.")

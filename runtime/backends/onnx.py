@@ -12,7 +12,7 @@ import onnxruntime as ort
 from kvx.runtime.backend import IntArray, Step, StepOutput, Tensors
 from kvx.runtime.cache import KVCache
 from kvx.runtime.errors import BundleError, DeviceError, OptionError
-from kvx.runtime.manifest import CHUNK_FILE
+from kvx.runtime.manifest import CHUNK_FILE, GRAPH_FILES
 from kvx.runtime.signature import (
     CHUNK_FEATURES,
     Dimensions,
@@ -25,8 +25,7 @@ from kvx.runtime.signature import (
 )
 from kvx.runtime.threads import available_threads
 
-ENCODER_FILE = "encoder.onnx"
-STEP_FILE = "decoder_step.onnx"
+ENCODER_FILE, STEP_FILE = GRAPH_FILES["onnx"]
 CPU = "CPUExecutionProvider"
 ERRORS_ONLY_AS_EXCEPTIONS = 4
 WARNINGS = 2  # ONNX Runtime's default

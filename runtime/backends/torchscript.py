@@ -11,6 +11,7 @@ import torch
 from kvx.runtime.backend import IntArray, Step, StepOutput, Tensors
 from kvx.runtime.cache import KVCache
 from kvx.runtime.errors import BundleError, DeviceError, OptionError
+from kvx.runtime.manifest import GRAPH_FILES
 from kvx.runtime.signature import (
     Dimensions,
     Signature,
@@ -20,8 +21,7 @@ from kvx.runtime.signature import (
     step_signature,
 )
 
-ENCODER_FILE = "encoder.ts"
-STEP_FILE = "decoder_step.ts"
+ENCODER_FILE, STEP_FILE = GRAPH_FILES["torchscript"]
 
 
 class TorchScriptBackend:

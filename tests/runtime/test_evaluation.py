@@ -153,40 +153,23 @@ class TestScore:
         assert "4 sources and 1 targets" in done.stderr
 
 
-def test_the_reference_model_scores_the_same_on_every_backend(seed_bundle: Path, seed: Seed, tmp_path: Path) -> None:
+def _same_bleu_on_every_backend(bundle: Path, seed: Seed, folder: Path, expected: float, *limit: str) -> None:
     done = _kvx(
-        *(
-            "evaluate",
-            seed_bundle,
-            "--source",
-            seed.folder / "test_2016.de",
-            "--reference",
-            seed.folder / "test_2016.en",
-        ),
-        *("--backend", "onnx,torchscript,torch,torch-no-cache", "--limit", "40", "--json", "figures.json"),
-        cwd=tmp_path,
+        *("evaluate", bundle, "--source", seed.folder / "test_2016.de", "--reference", seed.folder / "test_2016.en"),
+        *("--backend", "onnx,torchscript,torch,torch-no-cache", "--json", "figures.json", *limit),
+        cwd=folder,
     )
     assert done.returncode == 0, done.stderr
-    figures = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))["backends"]
+    figures = json.loads((folder / "figures.json").read_text(encoding="utf-8"))["backends"]
+    assert [figure["bleu"]["score"] for figure in figures] == pytest.approx([expected] * 4, abs=0.05)
+
+
+def test_the_reference_model_scores_the_same_on_every_backend(seed_bundle: Path, seed: Seed, tmp_path: Path) -> None:
     texts = [str(line["text"]) for line in seed.greedy[:40]]
     expected = sacrebleu.corpus_bleu(texts, [seed.references[:40]]).score
-    assert [figure["bleu"]["score"] for figure in figures] == pytest.approx([expected] * 4, abs=0.05)
+    _same_bleu_on_every_backend(seed_bundle, seed, tmp_path, expected, "--limit", "40")
 
 
 @pytest.mark.proof
 def test_the_whole_test_set_reproduces_the_references_bleu(seed_bundle: Path, seed: Seed, tmp_path: Path) -> None:
-    done = _kvx(
-        *(
-            "evaluate",
-            seed_bundle,
-            "--source",
-            seed.folder / "test_2016.de",
-            "--reference",
-            seed.folder / "test_2016.en",
-        ),
-        *("--backend", "onnx,torchscript,torch,torch-no-cache", "--json", "figures.json"),
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    figures = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))["backends"]
-    assert [figure["bleu"]["score"] for figure in figures] == pytest.approx([seed.greedy_bleu] * 4, abs=0.05)
+    _same_bleu_on_every_backend(seed_bundle, seed, tmp_path, seed.greedy_bleu)
