@@ -139,6 +139,7 @@ def export(
 ) -> None:
     """Export a checkpoint to a bundle, and prove it equal to eager PyTorch."""
     _require(*EXPORT_NEEDS, extra="export")
+    _steady_torch()
     from kvx.exporter.export import ExportOptions
     from kvx.exporter.export import export as run
     from kvx.exporter.parity import ParityOptions
@@ -173,6 +174,7 @@ def verify(
 ) -> None:
     """Prove a bundle against its checkpoint again: hashes, graphs, translations."""
     _require(*EXPORT_NEEDS, extra="export")
+    _steady_torch()
     from kvx.exporter.parity import ParityOptions
     from kvx.exporter.verify import verify as run
     from kvx.runtime.inspect import describe_parity
@@ -623,6 +625,13 @@ def _reporting() -> Iterator[Report]:
                 _say(text)
 
         yield Spinner()
+
+
+def _steady_torch() -> None:
+    """One thread for torch: a proof takes no longer with it, and on busy cores several wait for each other."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @contextlib.contextmanager
