@@ -86,20 +86,25 @@ class Plan:
 
     def most_shares(self) -> int:
         """How many decodes could have all these rows, within the bytes, for short sources."""
-        return max(1, self.cache_bytes // (self.rows * self.row_bytes(min(SMALLEST_CAPACITY, self.source_positions))))
+        return max(1, self.cache_bytes // (self.rows * self.smallest_row_bytes))
 
     def share_of(self, workers: int, *, least_rows: int = 1) -> Self:
         """One worker's plan where several share the bytes. Raises CapacityError where that leaves too few rows."""
-        share, row_bytes = self.cache_bytes // workers, self.row_bytes(min(SMALLEST_CAPACITY, self.source_positions))
-        rows = min(self.rows, share // row_bytes)
+        share = self.cache_bytes // workers
+        rows = min(self.rows, share // self.smallest_row_bytes)
         if rows < min(least_rows, self.rows):
             raise CapacityError(
                 f"{self.cache_bytes:,} bytes of cache for {workers} workers, which hold {rows} rows for each",
-                expected=f"{min(least_rows, self.rows)} × {row_bytes:,} bytes for each",
+                expected=f"{min(least_rows, self.rows)} × {self.smallest_row_bytes:,} bytes for each",
                 remedy="Use fewer workers (--workers), fewer rows (--rows) or more bytes (--cache-mb).",
             )
         room = (share - self.max_new_tokens * self.target_bytes) // self.source_bytes
         return replace(self, rows=rows, cache_bytes=share, source_positions=min(self.source_positions, room))
+
+    @property
+    def smallest_row_bytes(self) -> int:
+        """Bytes of a row at the smallest source capacity: no plan gives a row less."""
+        return self.row_bytes(min(SMALLEST_CAPACITY, self.source_positions))
 
     def row_bytes(self, source: int) -> int:
         """Bytes of a row with room for all its new tokens and `source` positions."""
