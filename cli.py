@@ -80,6 +80,21 @@ class ExportFormat(StrEnum):
     BOTH = "both"
 
 
+class Lowering(StrEnum):
+    """Which operators the ONNX graphs are made of."""
+
+    ORT = "ort"
+    STANDARD = "standard"
+
+
+class Precision(StrEnum):
+    """What weights are stored in."""
+
+    FP32 = "fp32"
+    INT8 = "int8"
+    INT4 = "int4"
+
+
 class BackendName(StrEnum):
     """What `kvx translate` runs on."""
 
@@ -101,6 +116,23 @@ class OnLongSource(StrEnum):
 
     ERROR = "error"
     TRUNCATE = "truncate"
+
+
+VerifyTextOption = Annotated[Path | None, typer.Option(help="Also prove greedy translations of the lines of a file.")]
+VerifyReferenceOption = Annotated[
+    Path | None, typer.Option(help="Reference translations of --verify-text: how much BLEU int8 or int4 lose.")
+]
+ToleranceOption = Annotated[
+    float | None,
+    typer.Option(help="Largest difference from eager, relative above 1 [default: 1e-4; int8 0.1, int4 0.25]."),
+]
+EqualLinesOption = Annotated[
+    float | None,
+    typer.Option(help="Least share of lines that int8 or int4 translate as eager does [default: int8 0.8, int4 0.4]."),
+]
+BleuLostOption = Annotated[
+    float | None, typer.Option(help="Most BLEU that may be lost against eager [default: int8 0.5, int4 1.0].")
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -130,15 +162,31 @@ def export(
         Path | None, typer.Option(help="sentencepiece model [default: target.model beside the checkpoint].")
     ] = None,
     heads: Annotated[int | None, typer.Option(help="Attention heads [default: d_model / 64].")] = None,
-    format_: Annotated[ExportFormat, typer.Option("--format", help="What to write.")] = ExportFormat.BOTH,
+    format_: Annotated[
+        ExportFormat | None, typer.Option("--format", help="What to write [default: both; onnx for int8 and int4].")
+    ] = None,
+    lowering: Annotated[
+        Lowering, typer.Option(help="Operators of the ONNX graphs: ONNX Runtime's own, or the standard's alone.")
+    ] = Lowering.ORT,
+    precision: Annotated[
+        Precision, typer.Option(help="Weights: int8 for many sentences at a time, int4 for one at a time.")
+    ] = Precision.FP32,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Fix the scales of int8 on the lines of a file, which is faster.")
+    ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="The bundle's default limit of a translation.")] = None,
-    verify_text: Annotated[Path | None, typer.Option(help="Also prove greedy equality on the lines of a file.")] = None,
+    verify_text: VerifyTextOption = None,
+    verify_reference: VerifyReferenceOption = None,
     verify_: Annotated[bool, typer.Option("--verify/--no-verify", help="Prove the export before it is kept.")] = True,
-    tolerance: Annotated[float, typer.Option(help="Largest difference from eager, relative above 1.")] = 1e-4,
+    tolerance: ToleranceOption = None,
+    equal_lines: EqualLinesOption = None,
+    bleu_lost: BleuLostOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the bundle that is there.")] = False,
 ) -> None:
     """Export a checkpoint to a bundle, and prove it equal to eager PyTorch."""
     _require(*EXPORT_NEEDS, extra="export")
+    if verify_reference is not None:
+        _require("sacrebleu", extra="evaluate")
     _steady_torch()
     from kvx.exporter.export import ExportOptions
     from kvx.exporter.export import export as run
@@ -151,11 +199,15 @@ def export(
         source_tokenizer=source_tokenizer,
         target_tokenizer=target_tokenizer,
         heads=heads,
-        format=format_.value,
+        format=None if format_ is None else format_.value,
+        lowering=lowering.value,
+        precision=precision.value,
+        calibration=calibration,
         max_new_tokens=max_new_tokens,
         verify=verify_,
         verify_text=verify_text,
-        parity=ParityOptions(tolerance=tolerance),
+        verify_reference=verify_reference,
+        parity=ParityOptions(tolerance=tolerance, equal_lines=equal_lines, bleu_lost=bleu_lost),
         force=force,
     )
     with _reporting() as report:
@@ -169,18 +221,24 @@ def export(
 def verify(
     bundle: Annotated[Path, typer.Argument(help="A bundle written by kvx export.")],
     checkpoint: Annotated[Path, typer.Argument(help="The checkpoint that it was exported from.")],
-    verify_text: Annotated[Path | None, typer.Option(help="Also prove greedy equality on the lines of a file.")] = None,
-    tolerance: Annotated[float, typer.Option(help="Largest difference from eager, relative above 1.")] = 1e-4,
+    verify_text: VerifyTextOption = None,
+    verify_reference: VerifyReferenceOption = None,
+    tolerance: ToleranceOption = None,
+    equal_lines: EqualLinesOption = None,
+    bleu_lost: BleuLostOption = None,
 ) -> None:
     """Prove a bundle against its checkpoint again: hashes, graphs, translations."""
     _require(*EXPORT_NEEDS, extra="export")
+    if verify_reference is not None:
+        _require("sacrebleu", extra="evaluate")
     _steady_torch()
     from kvx.exporter.parity import ParityOptions
     from kvx.exporter.verify import verify as run
     from kvx.runtime.inspect import describe_parity
 
     with _reporting() as report:
-        found = run(bundle, checkpoint, ParityOptions(tolerance=tolerance), verify_text, report)
+        options = ParityOptions(tolerance=tolerance, equal_lines=equal_lines, bleu_lost=bleu_lost)
+        found = run(bundle, checkpoint, options, verify_text, verify_reference, report)
     for line in describe_parity(found.to_dict()):
         typer.echo(line)
     if not found.passed:
@@ -207,13 +265,14 @@ def inspect(
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
     """What runs a model: `threads` compute threads in all (default: the cores available), shared by `workers` decode
-    loops (default: as many as the backend is fastest with; 1 where there is little to do).
+    loops (default: as many as the backend is fastest with; 1 where there is little to do); `spin`: they wait busily.
     """
 
     backend: BackendName
     device: str
     threads: int | None
     workers: int | None
+    spin: bool = False
 
     def __post_init__(self) -> None:
         wrong = [
@@ -241,12 +300,14 @@ class Machine:
         if self.backend in (BackendName.TORCH, BackendName.TORCH_NO_CACHE):
             return _eager_translator(path, self)
         from kvx import Translator
-        from kvx.runtime.threads import available_threads
+        from kvx.runtime.processor import available_threads
 
         workers = self.workers
         if workers is None and bulk and self.backend is BackendName.ONNX:
             workers = self.threads or available_threads()
-        return Translator.load(path, backend=self.backend, threads=self.threads, workers=workers, device=self.place)
+        return Translator.load(
+            path, backend=self.backend, threads=self.threads, workers=workers, spin=self.spin, device=self.place
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -286,6 +347,10 @@ ThreadsOption = Annotated[int | None, typer.Option(help="Compute threads in all 
 WorkersOption = Annotated[
     int | None, typer.Option(help="Decode loops that share the threads [default: one a thread on onnx, else 1].")
 ]
+SpinOption = Annotated[
+    bool,
+    typer.Option("--spin", help="Threads wait busily within a step: faster for one text, on cores of its own."),
+]
 CacheOption = Annotated[float | None, typer.Option(help="The most that the caches may hold, in MiB [default: 1024].")]
 TokensOption = Annotated[int | None, typer.Option(help="Tokens of a translation [default: the bundle's].")]
 OnLongOption = Annotated[OnLongSource, typer.Option(help="For sources beyond the model's positions.")]
@@ -304,6 +369,7 @@ def translate(
     rows: RowsOption = None,
     threads: ThreadsOption = None,
     workers: WorkersOption = None,
+    spin: SpinOption = False,
     cache_mb: CacheOption = None,
     max_new_tokens: TokensOption = None,
     on_long: OnLongOption = OnLongSource.ERROR,
@@ -317,7 +383,7 @@ def translate(
     command = TranslateCommand(
         texts=tuple(text or ()), input=input_, output=output, model=model, json=as_json, stats=stats
     )
-    machine = Machine(backend=backend, device=device, threads=threads, workers=workers)
+    machine = Machine(backend=backend, device=device, threads=threads, workers=workers, spin=spin)
     options = TranslateOptions(
         max_new_tokens=max_new_tokens,
         scores=scores,
@@ -347,6 +413,7 @@ def evaluate(
     rows: RowsOption = None,
     threads: ThreadsOption = None,
     workers: WorkersOption = None,
+    spin: SpinOption = False,
     cache_mb: CacheOption = None,
     max_new_tokens: TokensOption = None,
     on_long: OnLongOption = OnLongSource.ERROR,
@@ -370,7 +437,7 @@ def evaluate(
         cache_bytes=_cache_bytes(cache_mb),
         workers=workers,
     )
-    machines = [Machine(backend=name, device=device, threads=threads, workers=workers) for name in names]
+    machines = [Machine(backend=name, device=device, threads=threads, workers=workers, spin=spin) for name in names]
     for machine in machines:
         machine.check(bundle)
     found: list[evaluation.Evaluation] = []
@@ -403,6 +470,7 @@ def score(
     rows: RowsOption = None,
     threads: ThreadsOption = None,
     workers: WorkersOption = None,
+    spin: SpinOption = False,
     cache_mb: CacheOption = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Write a file, which appears when it is complete.")
@@ -419,7 +487,7 @@ def score(
 
     sources, lines = _read_file(source), _read_file(target)
     candidates = [line.split("\t") if choices else [line] for line in lines]
-    machine = Machine(backend=backend, device=device, threads=threads, workers=workers)
+    machine = Machine(backend=backend, device=device, threads=threads, workers=workers, spin=spin)
     options = TranslateOptions(rows=rows, cache_bytes=_cache_bytes(cache_mb), workers=workers)
     translator = _announce(model, machine, bulk=True)
     with _spinner(f"scoring {len(lines)} lines"):

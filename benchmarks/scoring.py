@@ -50,7 +50,7 @@ def build(folder: Path, threads: int) -> tuple[Transformer, OnnxBackend]:
     torch.manual_seed(0)
     model = Transformer(BASE).eval().requires_grad_(requires_grad=False)
     write_onnx(EncoderGraph(model, StandardOperators()), folder / ENCODER_FILE)
-    write_onnx(StepGraph(model, StandardOperators()), folder / STEP_FILE, external_data_above=0)
+    write_onnx(StepGraph(model, StandardOperators()), folder / STEP_FILE)
     chunk = StepGraph(model, StandardOperators(), CHUNK_FEATURES)
     write_onnx(chunk, folder / CHUNK_FILE, weights_of=folder / STEP_FILE)
     backend = OnnxBackend(folder, Dimensions.of_model(BASE.to_dict()), StepFeatures(), threads=threads)

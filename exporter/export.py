@@ -12,23 +12,27 @@ from pathlib import Path
 from typing import Literal
 
 import kvx
+from kvx.exporter.calibrate import calibrate
 from kvx.exporter.graphs import EncoderGraph, StepGraph
 from kvx.exporter.onnx import write_onnx
+from kvx.exporter.ort import OrtOperators
 from kvx.exporter.parity import Check, ParityOptions, ParityReport
+from kvx.exporter.quantize import ENCODER_WIDTHS, STEP_WIDTHS
 from kvx.exporter.report import Report
 from kvx.exporter.standard import OPSET, StandardOperators
 from kvx.exporter.torchscript import write_torchscript
-from kvx.exporter.verify import prove_bundle
+from kvx.exporter.verify import prove_bundle, read_sources, read_verification
 from kvx.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from kvx.runtime.backends import onnx, torchscript
 from kvx.runtime.bundle import CHECKPOINT_FILE, SOURCE_TOKENIZER_FILE, TARGET_TOKENIZER_FILE, Bundle
 from kvx.runtime.errors import BundleError, OptionError, ParityError, TokenizerError
-from kvx.runtime.manifest import CHUNK_FILE, FileEntry, Manifest
-from kvx.runtime.plan import check_limit
-from kvx.runtime.signature import CHUNK_FEATURES
+from kvx.runtime.manifest import CHUNK_FILE, FileEntry, Manifest, Precision
+from kvx.runtime.plan import Plan, check_limit
+from kvx.runtime.signature import CHUNK_FEATURES, StepFeatures, cache_specs
 from kvx.runtime.tokenizer import Tokenizer
 
 Format = Literal["onnx", "torchscript", "both"]
+Lowering = Literal["ort", "standard"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,9 +41,12 @@ class ExportOptions:
 
     `checkpoint`: the file. `output`: the bundle's folder (default artifacts/<name of the checkpoint's folder>).
     `source_tokenizer`, `target_tokenizer`: sentencepiece models (default: source.model and target.model beside the
-    checkpoint). `heads`: the head count of a bare state dict. `format`: what to write; "both" also writes model.pt.
-    `max_new_tokens`: the bundle's default limit. `verify`: whether to prove the export, also on the lines of
-    `verify_text`. `force`: replace an existing bundle.
+    checkpoint). `heads`: the head count of a bare state dict. `format`: what to write; "both" also writes model.pt
+    (default: both, and onnx where weights are quantised). `lowering`: the operators of the ONNX graphs, "ort" for ONNX
+    Runtime's own, "standard" for ai.onnx alone. `precision`: that of the weights. `calibration`: text on which the
+    scales of bytes are fixed; without it every row has its own. `max_new_tokens`: the bundle's default limit. `verify`:
+    whether to prove the export, also on the lines of `verify_text` and against their translations in
+    `verify_reference`. `force`: replace an existing bundle. Raises OptionError for what does not go together.
     """
 
     checkpoint: Path
@@ -47,17 +54,51 @@ class ExportOptions:
     source_tokenizer: Path | None = None
     target_tokenizer: Path | None = None
     heads: int | None = None
-    format: Format = "both"
+    format: Format | None = None
+    lowering: Lowering = "ort"
+    precision: Precision = "fp32"
+    calibration: Path | None = None
     max_new_tokens: int | None = None
     verify: bool = True
     verify_text: Path | None = None
+    verify_reference: Path | None = None
     parity: ParityOptions = field(default_factory=ParityOptions)
     force: bool = False
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.quantized and self.lowering == "standard":
+            problems.append(f"--precision {self.precision} with --lowering standard")
+        if self.quantized and self.format not in (None, "onnx"):
+            problems.append(f"--precision {self.precision} with --format {self.format}")
+        if self.calibration is not None and not self.quantized:
+            problems.append("--calibration with --precision fp32")
+        if self.verify_reference is not None and (self.verify_text is None or not self.verify):
+            problems.append("--verify-reference without --verify-text, or with --no-verify")
+        if problems:
+            raise OptionError(
+                ", ".join(problems),
+                expected="int8 and int4 with the ort lowering and the onnx format, calibration for these only, and "
+                "references with their sources",
+                remedy="Leave out what does not go together.",
+            )
+
+    @property
+    def quantized(self) -> bool:
+        """Whether weights get fewer bits."""
+        return self.precision != "fp32"
 
     @property
     def formats(self) -> tuple[str, ...]:
         """The formats to write."""
-        return ("onnx", "torchscript") if self.format == "both" else (self.format,)
+        if self.format in ("onnx", "torchscript"):
+            return (self.format,)
+        return ("onnx",) if self.quantized else ("onnx", "torchscript")
+
+    @property
+    def features(self) -> StepFeatures:
+        """What the step has beyond the contract's core."""
+        return StepFeatures(source_presents=self.lowering == "ort" and "onnx" in self.formats)
 
     @property
     def folder(self) -> Path:
@@ -90,14 +131,20 @@ def export(options: ExportOptions, report: Report | None = None) -> Manifest:
     tokenizers = _load_tokenizers(options, checkpoint)
     checkpoint = _with_limit(checkpoint, options.max_new_tokens)
     with _whole_or_nothing(options.folder, replace_bundle=options.force) as folder:
-        _write_files(folder, options, checkpoint, report)
+        _copy_tokenizers(folder, options)
+        if options.calibration is not None:
+            report.phase("calibrating")
+            bundle = Bundle(folder, _describe(folder, options, checkpoint, tokenizers))
+            _calibrate(bundle, checkpoint, options.calibration)
+        _write_graphs(folder, options, checkpoint, report)
         manifest = _describe(folder, options, checkpoint, tokenizers)
         manifest.write(folder)
         if options.verify:
-            checks = prove_bundle(
-                Bundle(folder, manifest), checkpoint.model, options.parity, options.verify_text, report
-            )
-            manifest = replace(manifest, parity=_require_parity(checks, options.parity).to_dict())
+            bundle = Bundle(folder, manifest)
+            text = read_verification(bundle, options.verify_text, options.verify_reference)
+            checks = prove_bundle(bundle, checkpoint.model, options.parity, text, report)
+            parity = _require_parity(checks, options.parity.limits(options.precision).tolerance)
+            manifest = replace(manifest, parity=parity.to_dict())
             manifest.write(folder)
         report.phase(f"writing {options.folder}")
     return manifest
@@ -152,28 +199,37 @@ def _with_limit(checkpoint: Checkpoint, limit: int | None) -> Checkpoint:
     return replace(checkpoint, max_new_tokens=limit)
 
 
-def _write_files(folder: Path, options: ExportOptions, checkpoint: Checkpoint, report: Report) -> None:
-    model = checkpoint.model
-    if "onnx" in options.formats:
-        ops = StandardOperators()
-        report.phase("exporting the encoder to ONNX")
-        write_onnx(EncoderGraph(model, ops), folder / onnx.ENCODER_FILE)
-        report.phase("exporting the decoder step to ONNX")
-        write_onnx(StepGraph(model, ops), folder / onnx.STEP_FILE, external_data_above=0)
-        report.phase("exporting the decoder for several tokens at once to ONNX")
-        chunk = StepGraph(model, ops, CHUNK_FEATURES)
-        write_onnx(chunk, folder / CHUNK_FILE, weights_of=folder / onnx.STEP_FILE)
-    if "torchscript" in options.formats:
-        report.phase("tracing TorchScript")
-        write_torchscript(EncoderGraph(model), folder / torchscript.ENCODER_FILE)
-        write_torchscript(StepGraph(model), folder / torchscript.STEP_FILE)
-    if options.format == "both":
-        save_checkpoint(checkpoint, folder / CHECKPOINT_FILE)
+def _copy_tokenizers(folder: Path, options: ExportOptions) -> None:
     for name, given in (
         (SOURCE_TOKENIZER_FILE, options.source_tokenizer),
         (TARGET_TOKENIZER_FILE, options.target_tokenizer),
     ):
         shutil.copyfile(options.tokenizer_path(name, given), folder / name)
+
+
+def _calibrate(bundle: Bundle, checkpoint: Checkpoint, text: Path) -> None:
+    plan = Plan.of(bundle.manifest, cache_specs(bundle.manifest.dimensions))
+    calibrate(checkpoint.model, list(read_sources(bundle, text)), plan)
+
+
+def _write_graphs(folder: Path, options: ExportOptions, checkpoint: Checkpoint, report: Report) -> None:
+    model = checkpoint.model
+    if "onnx" in options.formats:
+        ops = OrtOperators(model) if options.lowering == "ort" else StandardOperators()
+        report.phase("exporting the encoder to ONNX")
+        write_onnx(EncoderGraph(model, ops), folder / onnx.ENCODER_FILE, widths=ENCODER_WIDTHS.get(options.precision))
+        widths = STEP_WIDTHS.get(options.precision)
+        report.phase("exporting the decoder step to ONNX")
+        write_onnx(StepGraph(model, ops, options.features), folder / onnx.STEP_FILE, widths=widths)
+        report.phase("exporting the decoder for several tokens at once to ONNX")
+        chunk = StepGraph(model, ops, CHUNK_FEATURES)
+        write_onnx(chunk, folder / CHUNK_FILE, widths=widths, weights_of=folder / onnx.STEP_FILE)
+    if "torchscript" in options.formats:
+        report.phase("tracing TorchScript")
+        write_torchscript(EncoderGraph(model), folder / torchscript.ENCODER_FILE)
+        write_torchscript(StepGraph(model, features=options.features), folder / torchscript.STEP_FILE)
+    if len(options.formats) > 1:
+        save_checkpoint(checkpoint, folder / CHECKPOINT_FILE)
 
 
 def _describe(
@@ -183,8 +239,9 @@ def _describe(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds"),
         kvx_version=kvx.__version__,
         model=checkpoint.model.config.to_dict(),
-        precision="float32",
-        lowering="standard",
+        precision=options.precision,
+        lowering=options.lowering,
+        features=options.features,
         opset=OPSET,
         max_new_tokens=checkpoint.max_new_tokens,
         source_ids=tokenizers[0].special_ids,
@@ -194,14 +251,14 @@ def _describe(
     )
 
 
-def _require_parity(checks: Iterable[Check], options: ParityOptions) -> ParityReport:
-    report = ParityReport(options.tolerance, tuple(checks))
+def _require_parity(checks: Iterable[Check], tolerance: float) -> ParityReport:
+    report = ParityReport(tolerance, tuple(checks))
     failed = [f"{check.backend}, {check.name}: {check.detail}" for check in report.checks if not check.passed]
     if failed:
         raise ParityError(
             f"an export that differs from eager PyTorch ({'; '.join(failed)})",
-            expected=f"differences within the tolerance {options.tolerance:g}",
-            remedy="Nothing was written. Please report the model's configuration, or raise --tolerance knowingly.",
+            expected=f"differences within the tolerance {tolerance:g} and the other limits",
+            remedy="Nothing was written. Please report the model's configuration, or raise the limits knowingly.",
         )
     return report
 

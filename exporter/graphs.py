@@ -50,9 +50,9 @@ class StepGraph(nn.Module):
         """
         half = len(caches) // 2
         past, cross = _pair(caches[:half]), _pair(caches[half:])
-        logits, presents = self.model.step(input_ids, past_lengths, source_lengths, past, cross, self.ops)
+        logits, presents, sources = self.model.step(input_ids, past_lengths, source_lengths, past, cross, self.ops)
         next_ids = (logits.argmax(dim=-1),) if self.features.next_ids else ()
-        return (logits, *next_ids, *_flatten(presents))
+        return (logits, *next_ids, *_flatten(presents), *(_flatten(sources) if self.features.source_presents else ()))
 
 
 def example_inputs(graph: EncoderGraph | StepGraph) -> tuple[Tensor, ...]:

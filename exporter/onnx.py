@@ -12,23 +12,25 @@ import numpy as np
 import onnx
 import onnx_ir
 import torch
+from onnx_ir.passes.common import CommonSubexpressionEliminationPass
+from torch import nn
 
 from kvx.exporter.graphs import EncoderGraph, StepGraph, example_inputs
+from kvx.exporter.quantize import Widths, quantize
 from kvx.exporter.standard import IR_VERSION, OPSET
-
-EXTERNAL_DATA_ABOVE = 512 * 2**20  # bytes of weights; protobuf ends at 2 GiB
 
 
 def write_onnx(
     graph: EncoderGraph | StepGraph,
     path: Path,
     *,
-    external_data_above: int = EXTERNAL_DATA_ABOVE,
+    widths: Widths | None = None,
     weights_of: Path | None = None,
 ) -> None:
-    """One graph → an ONNX file that the checker passes, its weights beside it as `<path>.data` where they are large.
+    """One graph → an ONNX file that the checker passes, its weights beside it as `<path>.data`, which runtimes map into
+    memory; quantised where `widths` are given.
 
-    With `weights_of`, another graph in the same folder with its weights beside it, they are shared with that one.
+    With `weights_of`, another graph in the same folder, they are shared with that one.
     """
     letters = {letter: torch.export.Dim(letter, min=1) for letter in ("B", "Q", "S", "T")}
     shapes = [
@@ -36,7 +38,6 @@ def write_onnx(
         for spec in graph.signature.inputs
     ]
     flat, dynamic = (shapes, None) if isinstance(graph, EncoderGraph) else (shapes[:3], shapes[3:])
-    weights = sum(tensor.nbytes for tensor in graph.model.state_dict().values())
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             graph.eval(),
@@ -51,10 +52,22 @@ def write_onnx(
     assert program is not None
     program.model.ir_version = IR_VERSION
     _clear_metadata(program.model)
+    if widths is not None:
+        quantize(program.model, widths, _weights(graph))
+    CommonSubexpressionEliminationPass()(program.model)
     if weights_of is not None:
         _share_weights(program.model, weights_of)
-    program.save(path, external_data=weights > external_data_above if weights_of is None else None)
+    program.save(path, external_data=True if weights_of is None else None)
     onnx.checker.check_model(path, full_check=True)
+
+
+def _weights(graph: nn.Module) -> dict[str, float | None]:
+    """The weights that may be quantised, by name, each with the largest magnitude of its input where calibrated."""
+    return {
+        f"{name}.weight": getattr(module, "largest_input", None)
+        for name, module in graph.named_modules()
+        if isinstance(module, (nn.Linear, nn.Embedding))
+    }
 
 
 def _share_weights(model: onnx_ir.Model, other: Path) -> None:

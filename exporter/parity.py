@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from kvx.runtime.backend import Backend, IntArray, Tensors
 from kvx.runtime.cache import Capacity, EncodedSource, KVCache
 from kvx.runtime.decode import decode
 from kvx.runtime.errors import OptionError
+from kvx.runtime.manifest import Precision
 from kvx.runtime.plan import Plan
 from kvx.runtime.schedule import Source
 from kvx.runtime.search import Greedy
@@ -46,23 +47,58 @@ class ExportedGraphs(Backend, Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParityOptions:
-    """How far an export may be from eager.
+    """How far an export may be from eager; what is None is as the precision has it by default.
 
     `tolerance` is the largest difference allowed in a tensor, in units of its largest eager value or of 1, whichever
-    is larger. `steps` decoder steps are compared on inputs drawn from `seed`. Raises OptionError.
+    is larger. `steps` decoder steps are compared on inputs drawn from `seed`. Of a quantised export also:
+    `equal_lines`, the share of the verification text that must be translated as eager does, and `bleu_lost`, the most
+    that BLEU may fall against the references. Raises OptionError.
     """
 
-    tolerance: float = 1e-4
+    tolerance: float | None = None
     steps: int = 30
     seed: int = 0
+    equal_lines: float | None = None
+    bleu_lost: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.tolerance < 1 or self.steps < 1 or self.seed < 0:
+        tolerance, equal, lost = self.tolerance, self.equal_lines, self.bleu_lost
+        possible = (
+            (tolerance is None or 0 < tolerance < 1)
+            and (equal is None or 0 <= equal <= 1)
+            and (lost is None or 0 <= lost <= 100)
+        )
+        if not possible or self.steps < 1 or self.seed < 0:
             raise OptionError(
-                f"tolerance {self.tolerance}, {self.steps} steps, seed {self.seed}",
-                expected="a tolerance between 0 and 1, at least one step and a seed of at least 0",
+                f"tolerance {tolerance}, {self.steps} steps, seed {self.seed}, equal lines {equal}, BLEU lost {lost}",
+                expected="a tolerance between 0 and 1, at least one step, a seed of at least 0, a share of equal lines "
+                "from 0 to 1 and 0 to 100 points of BLEU",
                 remedy="Correct the options.",
             )
+
+    def limits(self, precision: Precision) -> Limits:
+        """The limits, with this precision's own where none is given."""
+        default = LIMITS[precision]
+        return Limits(
+            default.tolerance if self.tolerance is None else self.tolerance,
+            default.equal_lines if self.equal_lines is None else self.equal_lines,
+            default.bleu_lost if self.bleu_lost is None else self.bleu_lost,
+        )
+
+
+class Limits(NamedTuple):
+    """`tolerance`, `equal_lines` and `bleu_lost` as ParityOptions describes them."""
+
+    tolerance: float
+    equal_lines: float
+    bleu_lost: float
+
+
+LIMITS: dict[Precision, Limits] = {
+    "fp32": Limits(1e-4, 1.0, 0.0),
+    "int8": Limits(0.1, 0.8, 0.5),
+    "int4": Limits(0.25, 0.4, 1.0),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,11 +149,8 @@ def prove(
 
     `verify_sources` are the ids of further sentences, bos and eos included, to be translated by both.
     """
-    trial = Trial(model, options)
-    yield trial.check_encoder(backend)
-    yield from trial.check_steps(backend)
-    if backend.query_tokens:
-        yield trial.check_chunks(backend)
+    trial = Trial(model, options, options.limits("fp32").tolerance)
+    yield from trial.check_tensors(backend)
     yield trial.check_greedy(
         backend,
         trial.drawn_sources(),
@@ -160,10 +193,10 @@ class Differences:
 class Trial:
     """Ragged inputs drawn once, and what the eager model makes of them."""
 
-    def __init__(self, model: Transformer, options: ParityOptions) -> None:
+    def __init__(self, model: Transformer, options: ParityOptions, tolerance: float) -> None:
         self.model = model
         self.eager = TorchBackend(model)
-        self.options = options
+        self.tolerance = tolerance
         self.random = np.random.default_rng(options.seed)
         longest = min(LONGEST_SOURCE, model.config.source_positions)
         self.source_lengths = np.linspace(longest, 1, ROWS).astype(np.int64)
@@ -177,6 +210,13 @@ class Trial:
         lengths = np.linspace(1, min(40, config.source_positions), DRAWN_SENTENCES).astype(int)
         return [tuple(self.random.integers(0, config.source_vocab_size, length).tolist()) for length in lengths]
 
+    def check_tensors(self, backend: ExportedGraphs) -> Iterator[Check]:
+        """Everything that the graphs give."""
+        yield self.check_encoder(backend)
+        yield from self.check_steps(backend)
+        if backend.query_tokens:
+            yield self.check_chunks(backend)
+
     def check_encoder(self, backend: ExportedGraphs) -> Check:
         """Cross keys and values within every row's length; the ids beyond it are random, not pads."""
         found = Differences()
@@ -184,7 +224,7 @@ class Trial:
         expected = self.eager.encode(self.input_ids, self.source_lengths)
         for name, past in encoder_signature(self.dimensions).presents.items():
             found.add(name, _inside(expected[past], self.source_lengths), _inside(got[name], self.source_lengths))
-        return found.check(backend, "encoder outputs", self.options.tolerance)
+        return found.check(backend, "encoder outputs", self.tolerance)
 
     def check_steps(self, backend: ExportedGraphs) -> Iterator[Check]:
         """Logits and caches over many steps: rows at different positions, everything beyond their lengths poisoned."""
@@ -196,7 +236,8 @@ class Trial:
             ids = self.random.integers(0, self.model.config.target_vocab_size, ROWS)
             _poison(tried, self.random)
             feeds = {"input_ids": ids, "past_lengths": tried.lengths, "source_lengths": tried.source_lengths}
-            apart = backend.run_step(feeds | {name: buffer.copy() for name, buffer in tried.buffers.items()})
+            before = {name: buffer.copy() for name, buffer in tried.buffers.items()}
+            apart = backend.run_step(feeds | before)
             got = step(ids)
             logits.add("logits", eager_step(ids).logits, apart["logits"])
             places.add("logits", apart["logits"], got.logits)
@@ -206,10 +247,11 @@ class Trial:
                 expected, found, bound = truth.buffers[past], apart[name], tried.buffers[past]
                 caches.add(name, _inside(expected, truth.lengths), _inside(found, truth.lengths))
                 places.add(name, _inside(found, truth.lengths), _inside(bound, truth.lengths))
-                places.require_equal(f"{name} beyond the lengths", found, bound)
+                kept = _outside(before[past], truth.lengths), _outside(bound, truth.lengths)
+                places.require_equal(f"{name} beyond the lengths", *kept)
             if number % 3 == 0:  # a row begins anew, so that the rows stand at different positions
                 truth.lengths[number // 3 % ROWS] = tried.lengths[number // 3 % ROWS] = 0
-        tolerance = self.options.tolerance
+        tolerance = self.tolerance
         yield logits.check(backend, f"logits of {self.steps} steps, caches poisoned beyond their lengths", tolerance)
         yield caches.check(backend, "caches written by these steps", tolerance)
         yield places.check(backend, "in place against out of place", tolerance)
@@ -228,14 +270,14 @@ class Trial:
                 truth.advance()
             tried.lengths += size
             truth.lengths[number] = tried.lengths[number] = 0
-        return found.check(backend, "several tokens at once", self.options.tolerance)
+        return found.check(backend, "several tokens at once", self.tolerance)
 
     def check_greedy(self, backend: Backend, sources: Sequence[tuple[int, ...]], plan: Plan, name: str) -> Check:
         """Greedy translations of the same sources, in different numbers of rows; a near-tie of eager may fall
         either way.
         """
-        expected = _greedy(self.eager, sources, replace(plan, rows=2 * ROWS, group=2 * ROWS))
-        got = _greedy(backend, sources, replace(plan, rows=ROWS, group=ROWS))
+        expected = translations(self.eager, sources, replace(plan, rows=2 * ROWS, group=2 * ROWS))
+        got = translations(backend, sources, replace(plan, rows=ROWS, group=ROWS))
         differing = [index for index in range(len(sources)) if expected[index] != got[index]]
         divergences = [
             self._divergence(index, (plan.bos, *expected[index]), (plan.bos, *got[index]), sources[index])
@@ -258,7 +300,7 @@ class Trial:
                 torch.tensor([source]), torch.tensor([len(source)]), torch.tensor([expected[:position]])
             )[0, -1]
         margin = float(logits[expected[position]] - logits[got[position]])
-        uncertainty = 2 * self.options.tolerance * max(1.0, float(logits.abs().max()))
+        uncertainty = 2 * self.tolerance * max(1.0, float(logits.abs().max()))
         return Divergence(sentence, position, expected[position], got[position], margin, margin <= uncertainty)
 
     def _cache(self) -> KVCache:
@@ -287,7 +329,8 @@ class Divergence:
         )
 
 
-def _greedy(backend: Backend, sources: Sequence[tuple[int, ...]], plan: Plan) -> dict[int, tuple[int, ...]]:
+def translations(backend: Backend, sources: Sequence[tuple[int, ...]], plan: Plan) -> dict[int, tuple[int, ...]]:
+    """The greedy ids of each source, by its number."""
     numbered = (Source(index, ids) for index, ids in enumerate(sources))
     return {hypothesis.index: hypothesis.ids for hypothesis in decode(backend, numbered, Greedy(), plan)}
 
@@ -296,6 +339,12 @@ def _inside(array: NDArray[Any], lengths: IntArray) -> NDArray[Any]:
     """[B, H, positions, D] → the positions within the rows' lengths [sum of lengths, H, D]."""
     positions: NDArray[Any] = array.transpose(0, 2, 1, 3)
     return positions[np.arange(positions.shape[1]) < lengths[:, None]]
+
+
+def _outside(array: NDArray[Any], lengths: IntArray) -> NDArray[Any]:
+    """[B, H, positions, D] → the positions beyond the rows' lengths [their number, H, D]."""
+    positions: NDArray[Any] = array.transpose(0, 2, 1, 3)
+    return positions[np.arange(positions.shape[1]) >= lengths[:, None]]
 
 
 def _poison(cache: KVCache, random: np.random.Generator) -> None:

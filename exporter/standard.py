@@ -32,9 +32,18 @@ class StandardOperators(Operators):
         scale = norm.gamma * ((width - 1) / width) ** 0.5
         return torch.nn.functional.layer_norm(x, (width,), scale, norm.beta, FOLDED_EPSILON)
 
+    def project(self, attention: Attention, x: Tensor) -> tuple[Tensor, KeyValue]:
+        """One token, x [B, E], or several, [B, Q, E] → queries, keys and values, [B, H, Q, D] each."""
+        if x.ndim == 3:
+            return attention.queries(x), attention.keys_values(x)
+        return attention.token_query(x), attention.token_keys_values(x)
+
     def self_attention(self, attention: Attention, x: Tensor, lengths: Tensor) -> Tensor:
-        """Encoder, whole sentences: x [B, S, E], lengths [B] → [B, S, E]."""
-        return attention.merge(_attention(attention.queries(x), attention.keys_values(x), lengths))
+        """Encoder, whole sentences: x [B, S, E], lengths [B] → [B, S, E]. The operator itself splits the heads."""
+        query, key, value = attention.query(x), attention.key(x), attention.value(x)
+        attended = _attention(query, KeyValue(key, value), lengths, heads=attention.heads)
+        result: Tensor = attention.output(attended)
+        return result
 
     def cached_attention(
         self, attention: Attention, x: Tensor, past: KeyValue, past_lengths: Tensor
@@ -44,27 +53,32 @@ class StandardOperators(Operators):
         With lengths given, the operator's causal mask ends at them: the last of Q tokens sees past_lengths + Q.
         """
         several = x.ndim == 3
-        query, new = _queries(attention, x), (attention.keys_values if several else attention.token_keys_values)(x)
+        query, new = self.project(attention, x)
         present = KeyValue(_scatter(past.key, new.key, past_lengths), _scatter(past.value, new.value, past_lengths))
         attended = _attention(query, present, past_lengths + query.shape[2], causal=several)
         return (attention.merge if several else attention.merge_token)(attended), present
 
-    def cross_attention(self, attention: Attention, x: Tensor, cross: KeyValue, source_lengths: Tensor) -> Tensor:
-        """One token, x [B, E], or several, [B, Q, E]; cross [B, H, S, D], source_lengths [B] → like x."""
-        attended = _attention(_queries(attention, x), cross, source_lengths)
-        return (attention.merge if x.ndim == 3 else attention.merge_token)(attended)
+    def cross_attention(
+        self, attention: Attention, x: Tensor, cross: KeyValue, source_lengths: Tensor
+    ) -> tuple[Tensor, KeyValue]:
+        """One token, x [B, E], or several, [B, Q, E]; cross [B, H, S, D], source_lengths [B] → like x, and cross."""
+        query = (attention.queries if x.ndim == 3 else attention.token_query)(x)
+        attended = _attention(query, cross, source_lengths)
+        return (attention.merge if x.ndim == 3 else attention.merge_token)(attended), cross
 
 
-def _queries(attention: Attention, x: Tensor) -> Tensor:
-    return attention.queries(x) if x.ndim == 3 else attention.token_query(x)
+def _attention(
+    query: Tensor, past: KeyValue, lengths: Tensor, *, causal: bool = False, heads: int | None = None
+) -> Tensor:
+    """query [B, H, Q, D], keys and values [B, H, K, D] of which lengths [B] count → [B, H, Q, D].
 
-
-def _attention(query: Tensor, past: KeyValue, lengths: Tensor, *, causal: bool = False) -> Tensor:
-    """query [B, H, Q, D], keys and values [B, H, K, D] of which lengths [B] count → [B, H, Q, D]."""
+    With `heads` all of them are [B, positions, E].
+    """
+    named = {"is_causal": int(causal), "q_num_heads": heads, "kv_num_heads": heads}
     result: Tensor = torch.onnx.ops.symbolic(
         "Attention",
         (query, past.key, past.value, None, None, None, lengths),
-        {"is_causal": 1} if causal else {},
+        {name: value for name, value in named.items() if value},
         dtype=query.dtype,
         shape=query.shape,
         version=OPSET,

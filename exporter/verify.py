@@ -9,18 +9,20 @@ import onnx
 import torch
 
 from kvx.exporter.parity import Check, ExportedGraphs, ParityOptions, ParityReport, prove
+from kvx.exporter.quality import VerificationText, prove_quantized
 from kvx.exporter.report import Report
 from kvx.models.checkpoint import load_checkpoint
 from kvx.models.transformer import Transformer
 from kvx.runtime.backends.onnx import ENCODER_FILE, STEP_FILE, OnnxBackend
 from kvx.runtime.backends.torchscript import TorchScriptBackend
 from kvx.runtime.bundle import CHECKPOINT_FILE, Bundle
-from kvx.runtime.errors import BundleError, InputError
+from kvx.runtime.errors import BundleError, InputError, OptionError
+from kvx.runtime.evaluation import ParallelText
 from kvx.runtime.lines import open_lines, read_lines
 from kvx.runtime.manifest import CHUNK_FILE, Manifest
 from kvx.runtime.plan import Plan
 from kvx.runtime.signature import cache_specs
-from kvx.runtime.sources import SourceReader
+from kvx.runtime.sources import SourceReader, load_tokenizer
 
 
 def verify(
@@ -28,6 +30,7 @@ def verify(
     checkpoint: Path,
     options: ParityOptions,
     verify_text: Path | None = None,
+    verify_reference: Path | None = None,
     report: Report | None = None,
 ) -> ParityReport:
     """Proves an existing bundle against a checkpoint once more: files, configuration, graphs, translations.
@@ -43,15 +46,17 @@ def verify(
         model = load_checkpoint(checkpoint, heads=manifest.model["heads"]).model
         checks.append(_check_model(Bundle(folder, manifest), model))
         if checks[-1].passed:
-            checks += prove_bundle(Bundle(folder, manifest), model, options, verify_text, report)
-    return ParityReport(options.tolerance, tuple(checks))
+            bundle = Bundle(folder, manifest)
+            text = read_verification(bundle, verify_text, verify_reference)
+            checks += prove_bundle(bundle, model, options, text, report)
+    return ParityReport(options.limits(manifest.precision).tolerance, tuple(checks))
 
 
 def prove_bundle(
-    bundle: Bundle, model: Transformer, options: ParityOptions, verify_text: Path | None, report: Report
+    bundle: Bundle, model: Transformer, options: ParityOptions, text: VerificationText | None, report: Report
 ) -> Iterator[Check]:
     """Every format of the bundle, run by the very backends that its users will run, also on the lines of a text."""
-    sources = list(_read_sources(bundle, verify_text)) if verify_text else []
+    precision = bundle.manifest.precision
     plan = Plan.of(bundle.manifest, cache_specs(bundle.manifest.dimensions))
     if "onnx" in bundle.manifest.formats:
         report.phase("checking the ONNX files")
@@ -64,7 +69,10 @@ def prove_bundle(
             continue
         yield Check(name, "contract", True, "names, types and axes as the manifest gives them")
         report.phase(f"proving {name} against eager PyTorch")
-        yield from prove(model, graphs, plan, options, sources)
+        if precision == "fp32":
+            yield from prove(model, graphs, plan, options, text.sources if text else ())
+        else:
+            yield from prove_quantized(model, graphs, plan, options, options.limits(precision), text)
 
 
 def _open_graphs(bundle: Bundle, name: str) -> ExportedGraphs:
@@ -106,7 +114,34 @@ def _check_onnx(bundle: Bundle) -> Check:
     return Check("onnx", "ONNX checker", True, "valid, shapes inferred")
 
 
-def _read_sources(bundle: Bundle, path: Path) -> Iterator[tuple[int, ...]]:
+def read_verification(bundle: Bundle, text: Path | None, reference: Path | None) -> VerificationText | None:
+    """The verification text, if there is one, with its references, if there are any.
+
+    Raises InputError where the files do not belong together, OptionError for references without a text.
+    """
+    if text is None:
+        if reference is not None:
+            raise OptionError(
+                f"--verify-reference {reference} alone",
+                expected="the sources too",
+                remedy="Name them with --verify-text.",
+            )
+        return None
+    references: list[str] = []
+    if reference is not None:
+        with open_lines(text) as sources, open_lines(reference) as targets:
+            test_set = ParallelText(tuple(read_lines(sources)), tuple(read_lines(targets)))
+        pairs = zip(test_set.sources, test_set.references, strict=True)
+        references = [translation for source, translation in pairs if source.strip()]
+    tokenizer = load_tokenizer(bundle, "target")
+    eos = bundle.manifest.target_ids.eos
+    return VerificationText(
+        list(read_sources(bundle, text)), references, lambda ids: tokenizer.decode(ids[:-1] if ids[-1] == eos else ids)
+    )
+
+
+def read_sources(bundle: Bundle, path: Path) -> Iterator[tuple[int, ...]]:
+    """The ids of a file's lines, the empty ones left out. Raises InputError where none is left."""
     empty = True
     with open_lines(path) as stream:
         for text in SourceReader(bundle).read(read_lines(stream)):

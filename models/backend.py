@@ -42,7 +42,7 @@ class TorchBackend:
         @torch.inference_mode()
         def step(input_ids: IntArray) -> StepOutput:
             past, cross = self._keys_values(cache, "decoder"), self._keys_values(cache, "encoder")
-            logits, _ = self.model.step(torch.from_numpy(input_ids), *_lengths(cache), past, cross)
+            logits, *_ = self.model.step(torch.from_numpy(input_ids), *_lengths(cache), past, cross)
             return StepOutput(_array(logits))
 
         return step

@@ -74,11 +74,15 @@ class Operators:
         visible = torch.arange(past.key.shape[2], device=x.device) <= positions[..., None]
         return attention.merge(attend(attention.queries(tokens), past, visible[:, None])).reshape(x.shape), past
 
-    def cross_attention(self, attention: Attention, x: Tensor, cross: KeyValue, source_lengths: Tensor) -> Tensor:
-        """One token, x [B, E], or several, [B, Q, E]; cross [B, H, S, D], source_lengths [B] → like x."""
+    def cross_attention(
+        self, attention: Attention, x: Tensor, cross: KeyValue, source_lengths: Tensor
+    ) -> tuple[Tensor, KeyValue]:
+        """One token, x [B, E], or several, [B, Q, E]; cross [B, H, S, D], source_lengths [B] → like x, and cross as
+        it was, which an operator may give as an output of its own.
+        """
         tokens = x.reshape(x.shape[0], -1, x.shape[-1])
         visible = positions_below(source_lengths, cross.key.shape[2])[:, None, None]
-        return attention.merge(attend(attention.queries(tokens), cross, visible)).reshape(x.shape)
+        return attention.merge(attend(attention.queries(tokens), cross, visible)).reshape(x.shape), cross
 
 
 EAGER = Operators()

@@ -38,7 +38,12 @@ class LayerNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """A projection of the last axis. All others are one to it, so that every graph has the weights in the same form."""
+    """A projection of the last axis. All others are one to it, so that every graph has the weights in the same form.
+
+    `largest_input`: the largest magnitude that its input had in calibration, where there was one.
+    """
+
+    largest_input: float | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] → [..., out]."""
@@ -168,16 +173,17 @@ class DecoderLayer(nn.Module):
 
     def step(
         self, x: Tensor, past: KeyValue, past_lengths: Tensor, cross: KeyValue, source_lengths: Tensor, ops: Operators
-    ) -> tuple[Tensor, KeyValue]:
-        """One target position, x [B, E], or several, [B, Q, E]; past [B, H, T, D], cross [B, H, S, D] → like x, and
-        present [B, H, T, D].
+    ) -> tuple[Tensor, KeyValue, KeyValue]:
+        """One target position, x [B, E], or several, [B, Q, E]; past [B, H, T, D], cross [B, H, S, D] → like x,
+        present [B, H, T, D], and cross.
         """
         normed = ops.normalize(self.self_attention_norm, x)
         attended, present = ops.cached_attention(self.self_attention, normed, past, past_lengths)
         x = x + attended
         normed = ops.normalize(self.cross_attention_norm, x)
-        x = x + ops.cross_attention(self.cross_attention, normed, cross, source_lengths)
-        return x + self.feed_forward(ops.normalize(self.feed_forward_norm, x)), present
+        attended, cross = ops.cross_attention(self.cross_attention, normed, cross, source_lengths)
+        x = x + attended
+        return x + self.feed_forward(ops.normalize(self.feed_forward_norm, x)), present, cross
 
 
 class Transformer(nn.Module):
@@ -205,13 +211,13 @@ class Transformer(nn.Module):
         x = self.source_embedding(input_ids, torch.arange(input_ids.shape[1], device=input_ids.device))
         for layer in self.encoder_layers:
             x = layer(x, source_lengths, ops)
-        attentions = [layer.cross_attention for layer in self._decoder_layers()]
+        attentions = [layer.cross_attention for layer in self.decoder]
         return ops.cross_keys_values(attentions, ops.normalize(self.encoder_norm, x))
 
     def decode(self, target_ids: Tensor, cross: Sequence[KeyValue], source_lengths: Tensor) -> Tensor:
         """target_ids [B, T], cross [B, H, S, D] per layer → last hidden states [B, T, E], without a cache."""
         x: Tensor = self.target_embedding(target_ids, torch.arange(target_ids.shape[1], device=target_ids.device))
-        for layer, keys_values in zip(self._decoder_layers(), cross, strict=True):
+        for layer, keys_values in zip(self.decoder, cross, strict=True):
             x = layer(x, keys_values, source_lengths)
         return EAGER.normalize(self.decoder_norm, x)
 
@@ -223,10 +229,10 @@ class Transformer(nn.Module):
         past: Sequence[KeyValue],
         cross: Sequence[KeyValue],
         ops: Operators = EAGER,
-    ) -> tuple[Tensor, list[KeyValue]]:
+    ) -> tuple[Tensor, list[KeyValue], list[KeyValue]]:
         """One token per row, input_ids [B], or several, [B, Q], at the positions from past_lengths [B] on;
-        source_lengths [B], past [B, H, T, D] and cross [B, H, S, D] per layer → logits [B, V] or [B, Q, V] and present
-        [B, H, T, D] per layer.
+        source_lengths [B], past [B, H, T, D] and cross [B, H, S, D] per layer → logits [B, V] or [B, Q, V], present
+        [B, H, T, D] per layer, and cross.
 
         The eager operators write past in place and return it; T must hold every position. Where a row has fewer than
         Q tokens left, the rest may be any: what stands beyond its length is never seen.
@@ -236,11 +242,14 @@ class Transformer(nn.Module):
             several = past_lengths[:, None] + torch.arange(input_ids.shape[1], device=input_ids.device)
             positions = several.clamp(max=self.config.target_positions - 1)  # beyond stands only what is never seen
         x = self.target_embedding(input_ids, positions)
-        presents = []
-        for layer, own, source in zip(self._decoder_layers(), past, cross, strict=True):
-            x, present = layer.step(x, own, past_lengths, source, source_lengths, ops)
+        presents, sources = [], []
+        for layer, own, source in zip(self.decoder, past, cross, strict=True):
+            x, present, source_present = layer.step(x, own, past_lengths, source, source_lengths, ops)
             presents.append(present)
-        return self.head(ops.normalize(self.decoder_norm, x)), presents
+            sources.append(source_present)
+        return self.head(ops.normalize(self.decoder_norm, x)), presents, sources
 
-    def _decoder_layers(self) -> list[DecoderLayer]:
+    @property
+    def decoder(self) -> list[DecoderLayer]:
+        """The decoder's layers, by their type."""
         return cast("list[DecoderLayer]", list(self.decoder_layers))

@@ -160,6 +160,12 @@ def _mebibytes(count: int | None) -> str:
     return "?" if count is None else f"{count / 2**20:.0f} MiB"
 
 
+def corpus_scores(hypotheses: list[str], references: Sequence[str]) -> tuple[float, float]:
+    """BLEU and chrF of translations against their references, both 0 to 100."""
+    bleu, chrf = (_score(metric, hypotheses, list(references)) for metric in _metrics(None))
+    return bleu.score, chrf.score
+
+
 def _metrics(tokenize: str | None) -> tuple[SacrebleuMetric, SacrebleuMetric]:
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.metrics.chrf import CHRF

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 from kvx.runtime.cache import Capacity
 from kvx.runtime.errors import BundleError
@@ -30,6 +30,7 @@ GRAPH_FILES = {  # of each format: the encoder and the decoder step
     "onnx": ("encoder.onnx", "decoder_step.onnx"),
     "torchscript": ("encoder.ts", "decoder_step.ts"),
 }
+Precision = Literal["fp32", "int8", "int4"]  # of the weights; activations in and out of every operator are float32
 LARGEST_MANIFEST = 16 * 2**20  # bytes
 LARGEST_SIZE = 2**24
 MOST_LAYERS = 1024
@@ -76,14 +77,15 @@ class SpecialIds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """A bundle's description. `model` is the model's configuration, `created` an ISO 8601 time in UTC,
-    `max_new_tokens` the default limit of a translation, `parity` the report of the proof or None without one.
+    """A bundle's description. `precision` is that of the weights, `lowering` names the operators of the ONNX graphs,
+    `model` is the model's configuration, `created` an ISO 8601 time in UTC, `max_new_tokens` the default limit of a
+    translation, `parity` the report of the proof or None without one.
     """
 
     created: str
     kvx_version: str
     model: Mapping[str, int]
-    precision: str
+    precision: Precision
     lowering: str
     opset: int
     max_new_tokens: int
@@ -133,6 +135,8 @@ class Manifest:
         wrong += [f"model.{name}" for name in ("encoder_layers", "decoder_layers") if self.model[name] > MOST_LAYERS]
         if not 1 <= self.max_new_tokens <= self.model["target_positions"]:
             wrong.append("max_new_tokens")
+        if self.precision not in get_args(Precision):
+            wrong.append(f"precision {self.precision!r}")
         if not self.formats:
             wrong.append("files, which hold no graph")
         if self.parity is not None and not _is_report(self.parity):
@@ -190,7 +194,7 @@ class Manifest:
                 created=str(values["created"]),
                 kvx_version=str(values["kvx_version"]),
                 model={str(name): int(value) for name, value in values["model"].items()},
-                precision=str(values["precision"]),
+                precision=values["precision"],
                 lowering=str(values["lowering"]),
                 opset=int(values["opset"]),
                 max_new_tokens=int(values["max_new_tokens"]),

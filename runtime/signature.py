@@ -71,10 +71,13 @@ class StepFeatures:
     `next_ids`: the step also gives the argmax of its logits, int64 [B], the lowest id on ties. `query_tokens`: it
     takes Q tokens of each row at once, input_ids [B, Q], at the positions from past_lengths on, and gives logits
     [B, Q, V]; T must hold past_lengths + Q, and what a row has fewer than Q tokens for is padding by length again.
+    `source_presents`: the cross keys and values are outputs too, present.{i}.encoder.key/.value [B, H, S, D]: the very
+    inputs, which an operator that knows but one kind of cache gives back and which are to be bound in place.
     """
 
     next_ids: bool = False
     query_tokens: bool = False
+    source_presents: bool = False
 
 
 CHUNK_FEATURES = StepFeatures(query_tokens=True)
@@ -109,6 +112,7 @@ def step_signature(dimensions: Dimensions, features: StepFeatures) -> Signature:
             TensorSpec("logits", "float32", (*tokens, dimensions.vocab_size)),
             *next_ids,
             *_keys_values(dimensions, PRESENT, "decoder", "T"),
+            *(_keys_values(dimensions, PRESENT, "encoder", "S") if features.source_presents else ()),
         ),
     )
 

@@ -96,6 +96,7 @@ class Translator:
         backend: str = "onnx",
         threads: int | None = None,
         workers: int | None = None,
+        spin: bool = False,
         device: str = "cpu",
     ) -> Self:
         """The translator of the bundle at this path. Names and sizes of its files are checked before they are read,
@@ -103,14 +104,15 @@ class Translator:
 
         `backend`: "onnx" or "torchscript" (which needs torch). `threads`: compute threads (default: the cores this
         process may use). `workers`: decode loops that share them out, for many sentences at a time; by default each
-        operator has all threads, which is best for few. `device`: "cpu", "cuda" or "cuda:<index>". Raises BundleError,
-        DeviceError, OptionError, TokenizerError.
+        operator has all threads, which is best for few. `spin`: threads wait busily
+        while a step runs, which makes several of them faster on one text and slower where cores are shared (onnx only).
+        `device`: "cpu", "cuda" or "cuda:<index>". Raises BundleError, DeviceError, OptionError, TokenizerError.
         """
         opened = Bundle.open(Path(bundle))
         with ThreadPoolExecutor(max_workers=1) as pool:
             hashes = pool.submit(opened.check_hashes, _files_in_use(opened, backend))
             try:
-                made = _make_backend(opened, backend, threads, workers, device)
+                made = _make_backend(opened, backend, threads=threads, workers=workers, spin=spin, device=device)
             finally:
                 hashes.result()  # an altered file explains whatever the backend made of it
         return cls(opened, made)
@@ -302,13 +304,15 @@ def _files_in_use(bundle: Bundle, backend: str) -> list[str]:
     return [name for name in bundle.manifest.files if name.endswith((*endings, ".model"))]
 
 
-def _make_backend(bundle: Bundle, name: str, threads: int | None, workers: int | None, device: str) -> Backend:
+def _make_backend(
+    bundle: Bundle, name: str, *, threads: int | None, workers: int | None, spin: bool, device: str
+) -> Backend:
     arguments = (bundle.folder, bundle.manifest.dimensions, bundle.manifest.features)
     if name == "onnx":
         from kvx.runtime.backends import onnx
 
         bundle.require(*GRAPH_FILES[name])
-        return onnx.OnnxBackend(*arguments, threads=threads, workers=workers, device=device)
+        return onnx.OnnxBackend(*arguments, threads=threads, workers=workers, spin=spin, device=device)
     if name == "torchscript":
         if importlib.util.find_spec("torch") is None:
             raise DeviceError(

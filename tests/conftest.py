@@ -116,6 +116,14 @@ def tiny_bundle(tiny_checkpoint_folder: Path, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.fixture(scope="session")
+def standard_bundle(tiny_checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundles") / "standard"
+    checkpoint = tiny_checkpoint_folder / "model.pt"
+    export(ExportOptions(checkpoint=checkpoint, output=folder, format="onnx", lowering="standard", verify=False))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny() -> Transformer:
     return tiny_model()
 

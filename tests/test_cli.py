@@ -466,6 +466,7 @@ class TestExport:
             "encoder.onnx",
             "decoder_step.onnx",
             "decoder_step.onnx.data",
+            "encoder.onnx.data",
             "decoder_chunk.onnx",
             "encoder.ts",
             "decoder_step.ts",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +74,7 @@ class TorchScriptBackend:
             } | {name: buffer[:n] for name, buffer in cache.buffers.items()}
             with torch.inference_mode():
                 outputs = self._step(*(torch.from_numpy(arrays[name]) for name in names))
-            named = {spec.name: output for spec, output in zip(self.step_signature.outputs, outputs, strict=True)}
+            named = _named(self.step_signature, outputs)
             return StepOutput(named["logits"].numpy(), named["next_ids"].numpy() if "next_ids" in named else None)
 
         return step
@@ -90,7 +91,17 @@ class TorchScriptBackend:
 def _run(module: torch.jit.ScriptModule, signature: Signature, feeds: Tensors) -> Tensors:
     with torch.inference_mode():
         outputs = module(*(torch.from_numpy(np.ascontiguousarray(feeds[spec.name])) for spec in signature.inputs))
-    return {spec.name: output.numpy() for spec, output in zip(signature.outputs, outputs, strict=True)}
+    return {name: output.numpy() for name, output in _named(signature, outputs).items()}
+
+
+def _named(signature: Signature, outputs: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    if len(outputs) != len(signature.outputs):
+        raise BundleError(
+            f"a TorchScript module with {len(outputs)} outputs",
+            expected=f"{len(signature.outputs)}: {', '.join(spec.name for spec in signature.outputs)}",
+            remedy="Export the bundle again with this version of kvx.",
+        )
+    return {spec.name: output for spec, output in zip(signature.outputs, outputs, strict=True)}
 
 
 def _load(path: Path, signature: Signature) -> torch.jit.ScriptModule:

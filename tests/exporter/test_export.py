@@ -34,12 +34,13 @@ from kvx.models.config import ModelConfig
 from kvx.models.transformer import Transformer
 from kvx.runtime.bundle import Bundle
 from kvx.runtime.manifest import MANIFEST_FILE, FileEntry, Manifest
+from kvx.runtime.signature import StepFeatures
 
 TOKENIZERS = {"source.model", "target.model"}
 ONNX_FILES = {"encoder.onnx", "decoder_step.onnx"}
 TORCHSCRIPT_FILES = {"encoder.ts", "decoder_step.ts"}
 GRAPHS = ONNX_FILES | TORCHSCRIPT_FILES
-SHARED = {"decoder_chunk.onnx", "decoder_step.onnx.data"}
+SHARED = {"decoder_chunk.onnx", "decoder_step.onnx.data", "encoder.onnx.data"}
 
 
 @pytest.fixture
@@ -120,7 +121,7 @@ def test_the_manifest_holds_the_model_the_limits_and_the_special_ids(tiny_bundle
     assert values["model"] == config.to_dict()
     assert values["max_new_tokens"] == 18
     assert values["kvx_version"] == kvx.__version__
-    assert (values["precision"], values["lowering"], values["opset"]) == ("float32", "standard", 24)
+    assert (values["precision"], values["lowering"], values["opset"]) == ("fp32", "ort", 24)
     bytes_per_token = 2 * config.decoder_layers * config.d_model * 4
     assert values["limits"] == {
         "source_positions": config.source_positions,
@@ -481,7 +482,7 @@ def altered_onnx(path: Path) -> bytes:
 
 
 def altered_torchscript(model: Transformer, folder: Path) -> bytes:
-    write_torchscript(StepGraph(altered(model)), folder / "altered.ts")
+    write_torchscript(StepGraph(altered(model), features=StepFeatures(source_presents=True)), folder / "altered.ts")
     return (folder / "altered.ts").read_bytes()
 
 

@@ -49,8 +49,8 @@ def features_folder(tiny: Transformer, tmp_path_factory: pytest.TempPathFactory)
     model.head.weight[1::2] = model.head.weight[::2]
     folder = tmp_path_factory.mktemp("features")
     ops, features = StandardOperators(), StepFeatures(next_ids=True)
-    write_onnx(EncoderGraph(model, ops), folder / ENCODER_FILE, external_data_above=0)
-    write_onnx(StepGraph(model, ops, features), folder / STEP_FILE, external_data_above=0)
+    write_onnx(EncoderGraph(model, ops), folder / ENCODER_FILE)
+    write_onnx(StepGraph(model, ops, features), folder / STEP_FILE)
     return folder
 
 
@@ -96,20 +96,20 @@ def assert_equal_within(got: Tensors, expected: Tensors, names: dict[str, str], 
 
 
 def test_onnxs_own_evaluator_gives_the_encoder_outputs_of_eager(
-    tiny: Transformer, tiny_bundle: Path, dimensions: Dimensions, input_ids: IntArray
+    tiny: Transformer, standard_bundle: Path, dimensions: Dimensions, input_ids: IntArray
 ) -> None:
     signature = encoder_signature(dimensions)
-    evaluator = ReferenceEvaluator(onnx.load(tiny_bundle / ENCODER_FILE))
+    evaluator = ReferenceEvaluator(onnx.load(standard_bundle / ENCODER_FILE))
     got = run(evaluator, signature, {"input_ids": input_ids, "source_lengths": SOURCE_LENGTHS})
     expected = TorchBackend(tiny).encode(input_ids, SOURCE_LENGTHS)
     assert_equal_within(got, expected, signature.presents, SOURCE_LENGTHS)
 
 
 def test_onnxs_own_evaluator_gives_the_steps_of_eager(
-    tiny: Transformer, tiny_bundle: Path, dimensions: Dimensions, input_ids: IntArray
+    tiny: Transformer, standard_bundle: Path, dimensions: Dimensions, input_ids: IntArray
 ) -> None:
     signature = step_signature(dimensions, StepFeatures())
-    evaluator = ReferenceEvaluator(onnx.load(tiny_bundle / STEP_FILE))
+    evaluator = ReferenceEvaluator(onnx.load(standard_bundle / STEP_FILE))
     random, eager = np.random.default_rng(1), TorchBackend(tiny)
     cache = cache_of(eager, input_ids)
     step = eager.bind(cache)
@@ -126,8 +126,8 @@ def test_onnxs_own_evaluator_gives_the_steps_of_eager(
 
 
 @pytest.mark.parametrize("name", [ENCODER_FILE, STEP_FILE])
-def test_a_graph_needs_nothing_but_opset_24(tiny_bundle: Path, name: str) -> None:
-    model = onnx.load(tiny_bundle / name)
+def test_a_graph_needs_nothing_but_opset_24(standard_bundle: Path, name: str) -> None:
+    model = onnx.load(standard_bundle / name)
     assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 24)]
     assert {node.domain for node in model.graph.node} == {""}
     assert not model.functions
@@ -135,8 +135,8 @@ def test_a_graph_needs_nothing_but_opset_24(tiny_bundle: Path, name: str) -> Non
     onnx.checker.check_model(model, full_check=True)
 
 
-def test_the_step_uses_the_operators_made_for_a_cache(tiny: Transformer, tiny_bundle: Path) -> None:
-    used = [node.op_type for node in onnx.load(tiny_bundle / STEP_FILE).graph.node]
+def test_the_step_uses_the_operators_made_for_a_cache(tiny: Transformer, standard_bundle: Path) -> None:
+    used = [node.op_type for node in onnx.load(standard_bundle / STEP_FILE).graph.node]
     layers = tiny.config.decoder_layers
     assert used.count("TensorScatter") == 2 * layers
     assert used.count("Attention") == 2 * layers
@@ -144,17 +144,17 @@ def test_the_step_uses_the_operators_made_for_a_cache(tiny: Transformer, tiny_bu
 
 
 @pytest.mark.parametrize("name", [ENCODER_FILE, STEP_FILE])
-def test_a_graph_says_nothing_about_the_machine_that_wrote_it(tiny_bundle: Path, name: str) -> None:
-    content = (tiny_bundle / name).read_bytes()
-    for path in (ROOT, Path.home(), Path(sys.prefix), Path(torch.__file__).parent, tiny_bundle.parent):
+def test_a_graph_says_nothing_about_the_machine_that_wrote_it(standard_bundle: Path, name: str) -> None:
+    content = (standard_bundle / name).read_bytes()
+    for path in (ROOT, Path.home(), Path(sys.prefix), Path(torch.__file__).parent, standard_bundle.parent):
         assert str(path).encode() not in content
     assert b".py" not in content
     assert f"/{getpass.getuser()}/".encode() not in content
 
 
 @pytest.mark.parametrize("name", [ENCODER_FILE, STEP_FILE])
-def test_a_graph_carries_no_metadata_of_its_exporter(tiny_bundle: Path, name: str) -> None:
-    model = onnx.load(tiny_bundle / name)
+def test_a_graph_carries_no_metadata_of_its_exporter(standard_bundle: Path, name: str) -> None:
+    model = onnx.load(standard_bundle / name)
     graph = model.graph
     parts = [graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer]
     assert not [part.name for part in parts if part.metadata_props or part.doc_string]
@@ -163,8 +163,8 @@ def test_a_graph_carries_no_metadata_of_its_exporter(tiny_bundle: Path, name: st
 
 
 @pytest.mark.parametrize("name", [ENCODER_FILE, STEP_FILE])
-def test_names_types_and_axes_are_the_contracts(tiny_bundle: Path, dimensions: Dimensions, name: str) -> None:
-    graph = onnx.load(tiny_bundle / name).graph
+def test_names_types_and_axes_are_the_contracts(standard_bundle: Path, dimensions: Dimensions, name: str) -> None:
+    graph = onnx.load(standard_bundle / name).graph
     expected = encoder_signature(dimensions) if name == ENCODER_FILE else step_signature(dimensions, StepFeatures())
     for values, specs in ((graph.input, expected.inputs), (graph.output, expected.outputs)):
         got = [(value.name, ELEMENT_TYPES[value.type.tensor_type.elem_type], axes(value)) for value in values]
@@ -177,9 +177,9 @@ def axes(value: onnx.ValueInfoProto) -> tuple[str | int, ...]:
 
 @pytest.mark.parametrize(("rows", "source", "capacity"), [(1, 1, 1), (1, 7, 2), (6, 1, 20)])
 def test_the_free_axes_are_free(
-    tiny: Transformer, tiny_bundle: Path, dimensions: Dimensions, rows: int, source: int, capacity: int
+    tiny: Transformer, standard_bundle: Path, dimensions: Dimensions, rows: int, source: int, capacity: int
 ) -> None:
-    backend, eager = OnnxBackend(tiny_bundle, dimensions, StepFeatures(), threads=1), TorchBackend(tiny)
+    backend, eager = OnnxBackend(standard_bundle, dimensions, StepFeatures(), threads=1), TorchBackend(tiny)
     random = np.random.default_rng(2)
     sources = random.integers(0, tiny.config.source_vocab_size, (rows, source))
     logits = {}
@@ -231,10 +231,10 @@ def test_large_weights_lie_beside_the_graph(features_folder: Path) -> None:
 
 
 def test_a_graph_with_its_weights_beside_it_gives_the_same_numbers(
-    features_folder: Path, tiny_bundle: Path, dimensions: Dimensions, input_ids: IntArray
+    features_folder: Path, standard_bundle: Path, dimensions: Dimensions, input_ids: IntArray
 ) -> None:
     beside = OnnxBackend(features_folder, dimensions, StepFeatures(next_ids=True), threads=1)
-    inside = OnnxBackend(tiny_bundle, dimensions, StepFeatures(), threads=1)
+    inside = OnnxBackend(standard_bundle, dimensions, StepFeatures(), threads=1)
     caches = [cache_of(backend, input_ids) for backend in (beside, inside)]
     first, second = (
         backend.bind(cache)(np.array([2, 3, 4])).logits for backend, cache in zip((beside, inside), caches, strict=True)

@@ -37,6 +37,7 @@ ENCODER, LOGITS, CACHES, IN_PLACE, GREEDY = CHECKS = (
     "greedy on drawn ids",
 )
 FEW_STEPS = ParityOptions(steps=6)
+ORT_FEATURES = StepFeatures(source_presents=True)
 SOURCES = [(2, 9, 8, 7, 3), (2, 5, 3)]
 
 
@@ -205,7 +206,7 @@ def plan(tiny_bundle: Path) -> Plan:
 
 @pytest.fixture(scope="module")
 def graphs(tiny_bundle: Path, tiny: Transformer) -> OnnxBackend:
-    return OnnxBackend(tiny_bundle, Dimensions.of_model(tiny.config.to_dict()), StepFeatures(), threads=1)
+    return OnnxBackend(tiny_bundle, Dimensions.of_model(tiny.config.to_dict()), ORT_FEATURES, threads=1)
 
 
 def traced(model: Transformer, folder: Path) -> TorchScriptBackend:
@@ -386,7 +387,11 @@ def test_a_lowering_that_fails_its_proof_leaves_nothing(
     monkeypatch.setattr("kvx.exporter.export.StandardOperators", BiasedNorm)
     output = tmp_path / "bundle"
     with pytest.raises(ParityError) as caught:
-        export(ExportOptions(checkpoint=tiny_checkpoint_folder / "model.pt", output=output, format="onnx"))
+        export(
+            ExportOptions(
+                checkpoint=tiny_checkpoint_folder / "model.pt", output=output, format="onnx", lowering="standard"
+            )
+        )
     assert "onnx, encoder outputs: largest difference" in caught.value.got
     assert not list(tmp_path.iterdir())
 

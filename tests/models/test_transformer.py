@@ -70,7 +70,7 @@ def step_logits(model: Transformer, batch: Batch, *, poisoned: bool = False) -> 
         if poisoned:
             poison(past, lengths)
         ids = batch.target_ids[delays, lengths]
-        logits[delays, lengths], past = model.step(ids, lengths, batch.source_lengths, past, cross)
+        logits[delays, lengths], past, _ = model.step(ids, lengths, batch.source_lengths, past, cross)
     return logits
 
 
@@ -85,7 +85,7 @@ def test_what_lies_in_the_caches_beyond_the_lengths_changes_nothing(tiny: Transf
 def test_a_step_writes_one_position_of_each_row_in_place(tiny: Transformer, batch: Batch) -> None:
     cross, past = tiny.encode(batch.input_ids, batch.source_lengths), empty_cache(tiny, 4, 8)
     lengths = torch.tensor([0, 3, 7, 5])
-    _, present = tiny.step(batch.target_ids[:, 0], lengths, batch.source_lengths, past, cross)
+    _, present, _ = tiny.step(batch.target_ids[:, 0], lengths, batch.source_lengths, past, cross)
     for before, after in zip(past, present, strict=True):
         assert after.key.data_ptr() == before.key.data_ptr()
         written = (after.key != 0).any(-1).any(1)

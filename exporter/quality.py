@@ -1,0 +1,77 @@
+"""What fewer bits cost: a quantised export against the float32 model, in tensors, in translations, in BLEU and chrF."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from kvx.exporter.parity import DRAWN_TOKENS, Check, ExportedGraphs, Limits, ParityOptions, Trial, translations
+from kvx.models.transformer import Transformer
+from kvx.runtime.backend import Backend
+from kvx.runtime.evaluation import corpus_scores
+from kvx.runtime.plan import Plan
+
+Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class VerificationText:
+    """Sources with bos and eos, reference translations of them or none, and what makes text of target ids."""
+
+    sources: Sequence[Ids]
+    references: Sequence[str]
+    detokenize: Callable[[Ids], str]
+
+
+def prove_quantized(
+    model: Transformer,
+    backend: ExportedGraphs,
+    plan: Plan,
+    options: ParityOptions,
+    limits: Limits,
+    text: VerificationText | None,
+) -> Iterator[Check]:
+    """The checks of one quantised backend, one by one as they are done."""
+    trial = Trial(model, options, limits.tolerance)
+    yield from trial.check_tensors(backend)
+    drawn = trial.drawn_sources()
+    short = replace(plan, max_new_tokens=min(DRAWN_TOKENS, plan.max_new_tokens))
+    yield check_neighbours(backend, drawn, short)
+    if text is not None:
+        expected = translations(trial.eager, text.sources, plan)
+        got = translations(backend, text.sources, plan)
+        yield check_lines(backend, expected, got, limits.equal_lines)
+        if text.references:
+            yield check_scores(backend, expected, got, text, limits.bleu_lost)
+
+
+def check_neighbours(backend: Backend, sources: Sequence[Ids], plan: Plan) -> Check:
+    """Each source alone and among others: the same translation."""
+    together = translations(backend, sources, replace(plan, rows=len(sources), group=len(sources)))
+    alone = translations(backend, sources, replace(plan, rows=1, group=1))
+    differing = [index for index in alone if alone[index] != together[index]]
+    detail = f"{len(sources) - len(differing)} of {len(sources)} sentences equal alone and together"
+    return Check(backend.name, "independence of neighbours", not differing, detail)
+
+
+def check_lines(backend: Backend, expected: Mapping[int, Ids], got: Mapping[int, Ids], least: float) -> Check:
+    """The share of lines translated to the ids that float32 gives."""
+    equal = sum(expected[index] == got[index] for index in expected)
+    detail = f"{equal} of {len(expected)} lines equal ({equal / len(expected):.1%}), {least:.0%} wanted"
+    return Check(backend.name, "greedy lines of the verification text", equal >= least * len(expected), detail)
+
+
+def check_scores(
+    backend: Backend, expected: Mapping[int, Ids], got: Mapping[int, Ids], text: VerificationText, lost: float
+) -> Check:
+    """BLEU and chrF of both translations against the references."""
+    before, after = (
+        corpus_scores([text.detokenize(ids[index]) for index in range(len(text.sources))], text.references)
+        for ids in (expected, got)
+    )
+    fall = before[0] - after[0]
+    detail = (
+        f"BLEU {before[0]:.2f} in float32, {after[0]:.2f} here, chrF {before[1]:.2f} and {after[1]:.2f}; "
+        f"at most {lost:g} of BLEU may be lost"
+    )
+    return Check(backend.name, "BLEU and chrF against the references", fall <= lost, detail)
