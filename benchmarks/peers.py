@@ -1,0 +1,897 @@
+"""kvx beside CTranslate2, transformers, Optimum-ONNX and its own eager model, in one interleaved run on the CPU.
+
+    python benchmarks/peers.py [--seed-model FOLDER] [--repeat 5] [--work FOLDER] [--json FILE]
+
+All have the same weights, sentences and limit, which is checked, and are given ids, so that no tokenizer counts. Two
+models: one of base size with random weights, whose translations all have exactly the limit of tokens, and a trained
+one, FOLDER, with best_transformer.pt, source.model, target.model and test_2016.de. Every contestant is first tried in
+each of its settings; only its best runs in the repetitions, each of which runs every contestant once. Each peer has
+an environment of its own, and a process that outlives the runs. Prints Markdown tables; compare rows of one run only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import random
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import venv
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from kvx.benchmarks.base_model import BASE, CONTROL, write_base_model
+from kvx.exporter.export import ExportOptions, export
+from kvx.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from kvx.models.transformer import Transformer
+from kvx.runtime.bundle import Bundle
+from kvx.runtime.lines import open_lines, read_lines
+from kvx.runtime.manifest import Precision
+from kvx.runtime.sources import SourceReader
+
+Task = Literal["alone", "together"]
+Ids = list[list[int]]
+Options = Mapping[str, object]
+
+RUNNERS = Path(__file__).parent / "peer_runners"
+TORCH = "torch==2.13.0"
+REQUIREMENTS = {
+    "ctranslate2": ("ctranslate2", "numpy"),
+    "transformers": ("transformers", TORCH, "numpy"),
+    "optimum": ("optimum-onnx", "onnxruntime", TORCH, "numpy"),
+}
+NAMED_VERSIONS = {
+    "ctranslate2": ("ctranslate2",),
+    "transformers": ("transformers", "torch"),
+    "optimum": ("optimum-onnx", "optimum", "transformers", "onnxruntime", "torch"),
+    "kvx": ("kvx", "onnxruntime", "onnxruntime-gpu", "torch"),
+}
+THREADS = 2
+ROWS = 64  # of the throughput run whose memory is measured
+FIRST_RUNS = 3  # fresh processes for the time to a first translation
+BOS, EOS, FIRST_WORD = CONTROL.index("<s>"), CONTROL.index("</s>"), len(CONTROL)
+WORDS, BASE_SENTENCES, BASE_LIMIT, BASE_CALIBRATION = 18, 128, 24, 32
+SEED_LIMIT, SEED_HEADS, SEED_CALIBRATION = 59, 4, 500
+SEED_FILES = ("best_transformer.pt", "source.model", "target.model", "test_2016.de")
+CT2, CT2_INT8 = "CTranslate2 float32", "CTranslate2 int8"
+TRANSFORMERS, OPTIMUM = "transformers float32", "Optimum-ONNX float32"
+KVX, CACHED, UNCACHED = "kvx fp32", "kvx eager, cache", "kvx eager, no cache"
+KVX_INT8 = ("kvx int8", "kvx int8 calibrated")
+KVX_INT4 = ("kvx int4", "kvx int4 calibrated")
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One way to run a contestant: what it is loaded with, what each run is given."""
+
+    label: str
+    load: Options
+    run: Options
+
+
+@dataclass(frozen=True, slots=True)
+class Contestant:
+    """A runtime in one precision. `rival` is what its ratio is taken to; `slow` ones get fewer sentences."""
+
+    name: str
+    peer: str
+    rival: str
+    settings: Mapping[Task, tuple[Setting, ...]]
+    slow: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """A model and what it translates. `exact`: every translation has exactly `limit` tokens.
+
+    `counts` and `slow_counts` are the sentences for each task, all of the others and of slow contestants; `few` those
+    of a trial one at a time.
+    """
+
+    name: str
+    title: str
+    folder: Path
+    sentences: Ids
+    limit: int
+    exact: bool
+    counts: Mapping[Task, int]
+    slow_counts: Mapping[Task, int]
+    few: int
+    calibration: str
+
+    def of(self, contestant: Contestant, task: Task) -> Ids:
+        """The sentences that a contestant translates."""
+        return self.sentences[: (self.slow_counts if contestant.slow else self.counts)[task]]
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """`ours`, the best of them, is to be `factor` times as fast as `theirs`; no factor: only reported."""
+
+    model: str
+    task: Task
+    ours: tuple[str, ...]
+    theirs: str
+    factor: float | None
+
+
+GOALS = (
+    Goal("base", "alone", (KVX,), CT2, 1.8),
+    Goal("base", "alone", KVX_INT8, CT2_INT8, 3.0),
+    Goal("base", "alone", KVX_INT4, CT2_INT8, 5.0),
+    Goal("base", "together", (KVX,), CT2, 1.5),
+    Goal("base", "together", KVX_INT8, CT2_INT8, 1.5),
+    Goal("base", "together", (KVX,), OPTIMUM, 3.0),
+    Goal("base", "together", (KVX,), TRANSFORMERS, 4.0),
+    Goal("seed", "together", (KVX,), CT2, 1.2),
+    Goal("seed", "together", KVX_INT8, CT2_INT8, 1.2),
+    Goal("seed", "alone", KVX_INT8, CT2_INT8, 1.2),
+    *(Goal(model, task, (CACHED,), UNCACHED, None) for model in ("base", "seed") for task in ("alone", "together")),
+)
+TITLES: dict[Task, str] = {"alone": "One sentence at a time", "together": "Throughput"}
+UNITS: dict[Task, str] = {"alone": "ms per sentence", "together": "tokens/s"}
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A contestant's repetitions in its best setting, and what it translated to in the first."""
+
+    contestant: str
+    setting: str
+    values: list[float]
+    sentences: int
+    tokens: int
+    ids: Ids = field(repr=False)
+
+    @property
+    def median(self) -> float:
+        """The median of the repetitions."""
+        return statistics.median(self.values)
+
+
+@dataclass(frozen=True, slots=True)
+class Fresh:
+    """What a fresh process needs: the peak memory of a throughput run, seconds from the load to a first translation."""
+
+    contestant: str
+    peak_mb: float | None
+    first_seconds: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """How much of a contestant's throughput run is equal to the eager model's translations."""
+
+    contestant: str
+    sentences: int
+    equal: int
+    tokens: int
+    reference_tokens: int
+
+
+@dataclass(slots=True)
+class Results:
+    """All that was measured with one model."""
+
+    workload: Workload
+    measured: dict[Task, dict[str, Measured]] = field(default_factory=dict)
+    tried: dict[Task, dict[str, dict[str, float]]] = field(default_factory=dict)
+    fresh: list[Fresh] = field(default_factory=list)
+    agreement: list[Agreement] = field(default_factory=list)
+
+
+class Process:
+    """A runner in the Python of its environment."""
+
+    def __init__(self, peer: str, python: Path) -> None:
+        self._peer = peer
+        self._pipes = subprocess.Popen(
+            [python, "-W", "ignore", RUNNERS / f"{peer}_runner.py"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._pipes:
+            self._pipes.kill()
+
+    def ask(self, command: str, **options: object) -> dict[str, Any]:
+        """The reply to a command. Ends the program where the runner reports an error or has died."""
+        assert self._pipes.stdin is not None
+        assert self._pipes.stdout is not None
+        try:
+            self._pipes.stdin.write(json.dumps({command: options}) + "\n")
+            self._pipes.stdin.flush()
+            line = self._pipes.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        reply: dict[str, Any] = json.loads(line) if line else {"error": "the runner has died; see its message above"}
+        if "error" in reply:
+            raise SystemExit(f"{self._peer}: {command} failed: {reply['error']}. Leave the peer out with --peers.")
+        return reply
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """The environments of all peers and the processes that outlive the runs."""
+
+    pythons: Mapping[str, Path]
+    processes: Mapping[str, Process]
+    repeat: int
+    trials: int
+
+    def load(self, contestant: Contestant, setting: Setting) -> None:
+        """Loads the contestant in this setting, under its name."""
+        self.processes[contestant.peer].ask("load", key=contestant.name, **setting.load)
+
+    def unload(self, contestant: Contestant) -> None:
+        """Frees what `load` took."""
+        self.processes[contestant.peer].ask("unload", key=contestant.name)
+
+    def run(self, contestant: Contestant, setting: Setting, workload: Workload, sentences: Ids) -> tuple[float, Ids]:
+        """Seconds and ids. Ends the program where an exact workload comes out of another length."""
+        return run(self.processes[contestant.peer], contestant, setting, workload, sentences)
+
+
+def run(
+    process: Process, contestant: Contestant, setting: Setting, workload: Workload, sentences: Ids
+) -> tuple[float, Ids]:
+    """Seconds and ids of one run of what the process has loaded under the contestant's name."""
+    reply = process.ask("run", key=contestant.name, sentences=sentences, max_new_tokens=workload.limit, **setting.run)
+    ids: Ids = reply["ids"]
+    tokens = sum(map(len, ids))
+    if len(ids) != len(sentences) or (workload.exact and tokens != workload.limit * len(sentences)):
+        raise SystemExit(
+            f"{contestant.name} gave {len(ids)} translations of {tokens} tokens, expected {len(sentences)} of "
+            f"{workload.limit} each: its times cannot be compared. Leave the peer out with --peers."
+        )
+    return reply["seconds"], ids
+
+
+def say(text: str) -> None:
+    """Progress, beside the results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+# Environments
+
+
+def environment(peer: str, folder: Path) -> Path:
+    """The Python of a peer's environment, which is made where it is not there or has other requirements."""
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    requirements = "\n".join(REQUIREMENTS[peer])
+    marker = folder / "requirements.txt"
+    if python.exists() and marker.exists() and marker.read_text(encoding="utf-8") == requirements:
+        return python
+    say(f"installing {', '.join(REQUIREMENTS[peer])} in {folder}")
+    if not python.exists():
+        venv.create(folder, with_pip=True)
+    done = subprocess.run([python, "-m", "pip", "install", "--quiet", *REQUIREMENTS[peer]], check=False)
+    if done.returncode:
+        raise SystemExit(
+            f"{peer}: pip could not install {' '.join(REQUIREMENTS[peer])} in {folder}; see its message above. "
+            "Check the network, or leave the peer out with --peers."
+        )
+    marker.write_text(requirements, encoding="utf-8")
+    return python
+
+
+# Settings
+
+
+def ctranslate2_contestants(folder: Path) -> list[Contestant]:
+    """CTranslate2 in float32 and int8."""
+
+    def setting(precision: str, inter: int, intra: int, rows: int) -> Setting:
+        model = str(folder / f"ctranslate2-{precision}")
+        label = f"{inter} × {intra} thread{'s' * (inter * intra > 1)}" + (f", {rows} rows" if rows else "")
+        load: Options = {"model": model, "precision": precision, "inter": inter, "intra": intra}
+        return Setting(label, load, {"rows": rows})
+
+    together = [(inter, intra, rows) for inter, intra in ((THREADS, 1), (1, THREADS)) for rows in (32, 64, 128)]
+    return [
+        Contestant(
+            name,
+            "ctranslate2",
+            name,
+            {
+                "alone": tuple(setting(precision, 1, intra, 0) for intra in (1, THREADS)),
+                "together": tuple(setting(precision, *sizes) for sizes in together),
+            },
+        )
+        for name, precision in ((CT2, "float32"), (CT2_INT8, "int8"))
+    ]
+
+
+def python_contestant(name: str, peer: str, load: Options) -> Contestant:
+    """transformers or Optimum-ONNX, which differ only in what they load."""
+
+    def setting(threads: int, rows: int) -> Setting:
+        label = f"{threads} thread{'s' * (threads > 1)}" + (f", {rows} rows" if rows else "")
+        return Setting(label, {**load, "threads": threads}, {"threads": threads, "rows": rows})
+
+    alone = tuple(setting(threads, 0) for threads in (1, THREADS))
+    together = tuple(setting(THREADS, rows) for rows in (32, 64))
+    return Contestant(name, peer, CT2, {"alone": alone, "together": together}, slow=True)
+
+
+def kvx_contestant(name: str, bundle: Path, rival: str) -> Contestant:
+    """kvx on a bundle's graphs."""
+
+    def setting(label: str, run: Options, **load: object) -> Setting:
+        return Setting(label, {"bundle": str(bundle), "workers": None, "spin": False, **load}, run)
+
+    alone = (
+        setting("1 thread", {"rows": 0}, threads=1),
+        setting(f"{THREADS} threads", {"rows": 0}, threads=THREADS),
+        setting(f"{THREADS} threads, spin", {"rows": 0}, threads=THREADS, spin=True),
+    )
+    together = (
+        *(
+            setting(
+                f"{THREADS} workers, {rows} rows",
+                {"rows": rows, "workers": THREADS},
+                threads=THREADS,
+                workers=THREADS,
+            )
+            for rows in (32, 64)
+        ),
+        setting(f"1 worker of {THREADS} threads, 64 rows", {"rows": 64, "workers": 1}, threads=THREADS),
+    )
+    return Contestant(name, "kvx", rival, {"alone": alone, "together": together})
+
+
+def eager_contestant(name: str, folder: Path, *, cache: bool) -> Contestant:
+    """kvx's eager model."""
+    load: Options = {
+        "bundle": str(folder / "fp32"),
+        "checkpoint": str(folder / "model.pt"),
+        "cache": cache,
+        "threads": THREADS,
+    }
+    together = Setting(f"{THREADS} threads, {ROWS} rows", load, {"rows": ROWS, "workers": 1})
+    alone = Setting(f"{THREADS} threads", load, {"rows": 0})
+    return Contestant(name, "kvx", CT2, {"alone": (alone,), "together": (together,)}, slow=True)
+
+
+def contestants(folder: Path, peers: Sequence[str]) -> list[Contestant]:
+    """All that take part with the model in this folder."""
+    found: list[Contestant] = []
+    if "ctranslate2" in peers:
+        found += ctranslate2_contestants(folder)
+    found.append(kvx_contestant(KVX, folder / "fp32", CT2))
+    for name, (bundle, _, _) in zip((*KVX_INT8, *KVX_INT4), QUANTIZED, strict=True):
+        found.append(kvx_contestant(name, folder / bundle, CT2_INT8))
+    if "transformers" in peers:
+        found.append(python_contestant(TRANSFORMERS, "transformers", {"weights": str(folder)}))
+    if "optimum" in peers:
+        found.append(python_contestant(OPTIMUM, "optimum", {"model": str(folder / "optimum")}))
+    found.append(eager_contestant(CACHED, folder, cache=True))
+    found.append(eager_contestant(UNCACHED, folder, cache=False))
+    return found
+
+
+QUANTIZED: tuple[tuple[str, Precision, bool], ...] = (
+    ("int8", "int8", False),
+    ("int8-calibrated", "int8", True),
+    ("int4", "int4", False),
+    ("int4-calibrated", "int4", True),
+)
+
+
+# Models
+
+
+def model_folder(work: Path, name: str, model: Transformer) -> Path:
+    """Where all that is made of a model is kept: a folder for these weights and these runners."""
+    digest = hashlib.sha256(json.dumps(model.config.to_dict()).encode())
+    for tensor in model.state_dict().values():
+        digest.update(tensor.numpy().tobytes())
+    for runner in sorted(RUNNERS.glob("*.py")):
+        digest.update(runner.read_bytes())
+    folder = work / "models" / f"{name}-{digest.hexdigest()[:12]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def write_model(work: Path, name: str, source: Path, model: Transformer, limit: int) -> Path:
+    """The checkpoint, its tokenizers, and its weights for the peers."""
+    folder = model_folder(work, name, model)
+    save_checkpoint(Checkpoint(model, max_new_tokens=limit, notes=()), folder / "model.pt")
+    for tokenizer in ("source.model", "target.model"):
+        (folder / tokenizer).unlink(missing_ok=True)
+        shutil.copyfile(source / tokenizer, folder / tokenizer)
+    arrays: dict[str, Any] = {key: tensor.numpy() for key, tensor in model.state_dict().items()}
+    np.savez(folder / "weights.npz", **arrays)
+    (folder / "config.json").write_text(json.dumps(model.config.to_dict()), encoding="utf-8")
+    return folder
+
+
+def export_bundles(folder: Path, limit: int) -> None:
+    """The float32 bundle and the quantised ones, as this checkout makes them."""
+    for name, precision, calibrated in (("fp32", "fp32", False), *QUANTIZED):
+        say(f"exporting {name}")
+        export(
+            ExportOptions(
+                checkpoint=folder / "model.pt",
+                output=folder / name,
+                format="onnx",
+                precision=precision,
+                calibration=folder / "calibration.txt" if calibrated else None,
+                max_new_tokens=limit,
+                verify=False,
+                force=True,
+            )
+        )
+
+
+def base_workload(work: Path, *, quick: bool) -> Workload:
+    """The base-size model and random sentences."""
+    made = work / "base-model"
+    checkpoint = load_checkpoint(write_base_model(made, max_new_tokens=BASE_LIMIT))
+    folder = write_model(work, "base", made, checkpoint.model, BASE_LIMIT)
+    words = random.Random(0)
+    drawn = [
+        [words.randrange(FIRST_WORD, BASE.source_vocab_size) for _ in range(WORDS)]
+        for _ in range(BASE_SENTENCES + BASE_CALIBRATION)
+    ]
+    calibration = [" ".join(f"w{word}" for word in sentence) for sentence in drawn[BASE_SENTENCES:]]
+    (folder / "calibration.txt").write_text("\n".join(calibration) + "\n", encoding="utf-8")
+    export_bundles(folder, BASE_LIMIT)
+    return Workload(
+        name="base",
+        title="Base size, random weights (6 + 6 layers, d_model 512, 32,000 words)",
+        folder=folder,
+        sentences=[[BOS, *sentence, EOS] for sentence in drawn[:BASE_SENTENCES]],
+        limit=BASE_LIMIT,
+        exact=True,
+        counts={"alone": 2, "together": 64} if quick else {"alone": 40, "together": BASE_SENTENCES},
+        slow_counts={"alone": 1, "together": 32} if quick else {"alone": 10, "together": 64},
+        few=1 if quick else 8,
+        calibration=f"{BASE_CALIBRATION} random sentences that are not among those translated",
+    )
+
+
+def seed_workload(work: Path, seed: Path, calibration: Path | None, *, quick: bool) -> Workload:
+    """The trained model and its test text."""
+    absent = [name for name in SEED_FILES if not (seed / name).is_file()]
+    if absent:
+        raise SystemExit(f"{seed} has no {', '.join(absent)}. Name the model's folder with --seed-model.")
+    checkpoint = load_checkpoint(seed / SEED_FILES[0], heads=SEED_HEADS)
+    folder = write_model(work, "seed", seed, checkpoint.model, SEED_LIMIT)
+    with open_lines(seed / SEED_FILES[-1]) as stream:
+        lines = list(read_lines(stream))
+    calibrating = lines[:SEED_CALIBRATION]
+    if calibration is not None:
+        with open_lines(calibration) as stream:
+            calibrating = list(read_lines(stream))
+    (folder / "calibration.txt").write_text("\n".join(calibrating) + "\n", encoding="utf-8")
+    export_bundles(folder, SEED_LIMIT)
+    texts = SourceReader(Bundle.open(folder / "fp32")).read(lines)
+    sentences = [list(text.ids) for text in texts if text.ids]
+    return Workload(
+        name="seed",
+        title=f"Reference model, {len(sentences)} lines of {SEED_FILES[-1]}",
+        folder=folder,
+        sentences=sentences,
+        limit=SEED_LIMIT,
+        exact=False,
+        counts={"alone": 4, "together": 64} if quick else {"alone": 40, "together": len(sentences)},
+        slow_counts={"alone": 4, "together": 64} if quick else {"alone": 40, "together": 256},
+        few=2 if quick else 20,
+        calibration=f"{len(calibrating)} lines of the user's text"
+        if calibration
+        else f"the first {len(calibrating)} lines of the text that is translated",
+    )
+
+
+def prepare_peers(folder: Path, pythons: Mapping[str, Path]) -> None:
+    """What the peers make of the weights, once: a model that is there is complete."""
+    wanted: list[tuple[str, str, Options]] = [
+        ("ctranslate2", "ctranslate2-float32", {"precision": "float32"}),
+        ("ctranslate2", "ctranslate2-int8", {"precision": "int8"}),
+        ("optimum", "optimum", {}),
+    ]
+    for peer, name, options in wanted:
+        if peer not in pythons or (folder / name).exists():
+            continue
+        say(f"preparing {name}")
+        partial = folder / f"{name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        with Process(peer, pythons[peer]) as process:
+            process.ask("prepare", weights=str(folder), model=str(partial), **options)
+        partial.rename(folder / name)
+
+
+# Measuring
+
+
+def value(task: Task, seconds: float, ids: Ids) -> float:
+    """Milliseconds per sentence, or tokens per second."""
+    return seconds * 1000 / len(ids) if task == "alone" else sum(map(len, ids)) / seconds
+
+
+def best(task: Task) -> Callable[[Iterable[float]], float]:
+    """What the best of several values is."""
+    return min if task == "alone" else max
+
+
+def speed_ratio(task: Task, ours: float, theirs: float) -> float:
+    """How many times as fast ours is."""
+    return theirs / ours if task == "alone" else ours / theirs
+
+
+def try_settings(bench: Bench, contestant: Contestant, task: Task, workload: Workload) -> dict[str, float]:
+    """Each setting's best value over the trials."""
+    sentences = workload.of(contestant, task)
+    if task == "alone":
+        sentences = sentences[: workload.few]
+    tried: dict[str, float] = {}
+    settings = contestant.settings[task]
+    for setting in settings if len(settings) > 1 else ():
+        bench.load(contestant, setting)
+        bench.run(contestant, setting, workload, sentences[:1])
+        values = [value(task, *bench.run(contestant, setting, workload, sentences)) for _ in range(bench.trials)]
+        tried[setting.label] = best(task)(values)
+        bench.unload(contestant)
+    return tried
+
+
+def choose(contestant: Contestant, task: Task, tried: Mapping[str, float]) -> Setting:
+    """The setting that was best in its trial."""
+    if not tried:
+        return contestant.settings[task][0]
+    winner = best(task)(tried.values())
+    return next(setting for setting in contestant.settings[task] if tried[setting.label] == winner)
+
+
+def measure(
+    bench: Bench, chosen: Sequence[tuple[Contestant, Setting]], task: Task, workload: Workload
+) -> dict[str, Measured]:
+    """Repetitions that run every contestant once each, all of them loaded and warm."""
+    for contestant, setting in chosen:
+        bench.load(contestant, setting)
+        warming = workload.of(contestant, task)[: 2 if task == "alone" else ROWS]
+        bench.run(contestant, setting, workload, warming)
+    measured: dict[str, Measured] = {}
+    for repetition in range(bench.repeat):
+        say(f"{workload.name}, {TITLES[task].lower()}: repetition {repetition + 1} of {bench.repeat}")
+        for contestant, setting in chosen:
+            seconds, ids = bench.run(contestant, setting, workload, workload.of(contestant, task))
+            tokens = sum(map(len, ids))
+            new = Measured(contestant.name, setting.label, [], len(ids), tokens, ids)
+            measured.setdefault(contestant.name, new).values.append(value(task, seconds, ids))
+    for contestant, _ in chosen:
+        bench.unload(contestant)
+    return measured
+
+
+def measure_fresh(bench: Bench, chosen: Sequence[tuple[Contestant, Setting]], workload: Workload) -> list[Fresh]:
+    """Each contestant in fresh processes: seconds to a first translation, and once the peak of a throughput run."""
+    found = {contestant.name: Fresh(contestant.name, None, []) for contestant, _ in chosen}
+    for repetition in range(min(bench.repeat, FIRST_RUNS)):
+        say(f"{workload.name}, fresh processes: repetition {repetition + 1}")
+        for contestant, setting in chosen:
+            fresh = found[contestant.name]
+            with Process(contestant.peer, bench.pythons[contestant.peer]) as process:
+                loaded = process.ask("load", key=contestant.name, **setting.load)
+                seconds, _ = run(process, contestant, setting, workload, workload.sentences[:1])
+                fresh.first_seconds.append(loaded["seconds"] + seconds)
+                if repetition == 0:
+                    peak = _peak(process, contestant, setting, workload)
+                    found[contestant.name] = dataclasses.replace(fresh, peak_mb=peak)
+    return list(found.values())
+
+
+def _peak(process: Process, contestant: Contestant, setting: Setting, workload: Workload) -> float | None:
+    sentences = workload.of(contestant, "together")
+    options = {**setting.run, "rows": ROWS}
+    reply = process.ask("run", key=contestant.name, sentences=sentences, max_new_tokens=workload.limit, **options)
+    peak: float | None = reply["peak_mb"]
+    return peak
+
+
+def compare(bench: Bench, everyone: Sequence[Contestant], results: Results) -> list[Agreement]:
+    """The throughput translations of all beside those of the eager model with its cache."""
+    workload = results.workload
+    eager = next(contestant for contestant in everyone if contestant.name == CACHED)
+    setting = eager.settings["together"][0]
+    most = max(len(workload.of(contestant, "together")) for contestant in everyone)
+    bench.load(eager, setting)
+    _, reference = bench.run(eager, setting, workload, workload.sentences[:most])
+    bench.unload(eager)
+    return [
+        Agreement(
+            name,
+            sentences=len(measured.ids),
+            equal=sum(a == b for a, b in zip(measured.ids, reference, strict=False)),
+            tokens=measured.tokens,
+            reference_tokens=sum(map(len, reference[: len(measured.ids)])),
+        )
+        for name, measured in results.measured["together"].items()
+    ]
+
+
+def measure_model(bench: Bench, workload: Workload, peers: Sequence[str]) -> Results:
+    """Everything with one model."""
+    prepare_peers(workload.folder, bench.pythons)
+    everyone = contestants(workload.folder, peers)
+    results = Results(workload)
+    chosen: list[tuple[Contestant, Setting]] = []
+    for task in ("alone", "together"):
+        tried: dict[str, dict[str, float]] = {}
+        for contestant in everyone:
+            say(f"{workload.name}, {TITLES[task].lower()}: trying {contestant.name}")
+            tried[contestant.name] = try_settings(bench, contestant, task, workload)
+        chosen = [(contestant, choose(contestant, task, tried[contestant.name])) for contestant in everyone]
+        results.tried[task] = tried
+        results.measured[task] = measure(bench, chosen, task, workload)
+    results.agreement = compare(bench, everyone, results)
+    results.fresh = measure_fresh(bench, chosen, workload)
+    return results
+
+
+# Printing
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A Markdown table; the first column is text, the others are to the right."""
+    print(f"| {' | '.join(columns)} |\n|---|{'---:|' * (len(columns) - 1)}")
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
+    print()
+
+
+def spread(values: Sequence[float]) -> str:
+    """Smallest to largest."""
+    return f"{shown(min(values))}–{shown(max(values))}"
+
+
+def shown(number: float) -> str:
+    """Three digits that mean something."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.1f}" if number >= 10 else f"{number:.2f}"
+
+
+def print_task(results: Results, task: Task, rivals: Mapping[str, str]) -> None:
+    """The table of one task."""
+    measured = results.measured[task]
+    print(f"### {TITLES[task]}\n")
+    rows = []
+    for name, own in measured.items():
+        rival = measured.get(rivals[name])
+        ratio = f"{speed_ratio(task, own.median, rival.median):.2f}" if rival else "–"
+        rows.append((name, own.setting, str(own.sentences), shown(own.median), spread(own.values), ratio))
+    table(("", "best setting", "sentences", UNITS[task], "spread", "times CTranslate2"), rows)
+
+
+def print_agreement(results: Results) -> None:
+    """What the contestants translate to."""
+    limit = f", {results.workload.limit} each as required" if results.workload.exact else ""
+    print("### The same translations\n")
+    print(f"Of the throughput run, compared with kvx's eager model with its cache{limit}.\n")
+    rows = [
+        (
+            own.contestant,
+            str(own.sentences),
+            f"{own.equal / own.sentences:.1%}",
+            f"{own.tokens:,}",
+            f"{own.reference_tokens:,}",
+        )
+        for own in results.agreement
+    ]
+    table(("", "sentences", "equal", "tokens", "tokens, eager"), rows)
+    exact = (CT2, TRANSFORMERS, OPTIMUM, KVX, CACHED, UNCACHED)
+    different = [own.contestant for own in results.agreement if own.contestant in exact and own.equal < own.sentences]
+    if different:
+        print(f"**Not all translations of {', '.join(different)} are equal, though in float32.**\n")
+    else:
+        print("All translations in float32 are equal.\n")
+
+
+def print_fresh(results: Results) -> None:
+    """Memory and start."""
+    print("### Fresh processes\n")
+    print(f"Peak memory of a throughput run at {ROWS} rows; time from before the load to a first translation.\n")
+    timed = {CT2, CT2_INT8, KVX, *KVX_INT8, *KVX_INT4}
+    rows = []
+    for fresh in results.fresh:
+        first = ("–", "–")
+        if fresh.contestant in timed:
+            first = (f"{statistics.median(fresh.first_seconds):.2f}", spread(fresh.first_seconds))
+        rows.append((fresh.contestant, "–" if fresh.peak_mb is None else f"{fresh.peak_mb:,.0f}", *first))
+    table(("", "peak MiB", "first translation, s", "spread"), rows)
+
+
+def print_results(results: Results, rivals: Mapping[str, str]) -> None:
+    """All tables of one model."""
+    workload = results.workload
+    print(f"## {workload.title}\n")
+    print(f"At most {workload.limit} new tokens. Calibrated on {workload.calibration}.\n")
+    for task in results.measured:
+        print_task(results, task, rivals)
+    print_agreement(results)
+    print_fresh(results)
+
+
+def judge(all_results: Sequence[Results]) -> list[dict[str, object]]:
+    """Each goal whose contestants took part, with what was reached."""
+    by_name = {results.workload.name: results for results in all_results}
+    found: list[dict[str, object]] = []
+    for goal in GOALS:
+        if goal.model not in by_name:
+            continue
+        measured = by_name[goal.model].measured[goal.task]
+        if goal.theirs not in measured:
+            continue
+        theirs = measured[goal.theirs].median
+        ratios = {name: speed_ratio(goal.task, measured[name].median, theirs) for name in goal.ours}
+        ours = max(ratios, key=lambda name: ratios[name])
+        verdict = "reported" if goal.factor is None else "met" if ratios[ours] >= goal.factor else "missed"
+        found.append({**dataclasses.asdict(goal), "ours": ours, "ratio": ratios[ours], "verdict": verdict})
+    return found
+
+
+def print_goals(goals: Sequence[Mapping[str, Any]]) -> None:
+    """The table of goals."""
+    print("## Goals\n")
+    rows = [
+        (
+            f"{goal['model']}, {TITLES[goal['task']].lower()}: {goal['ours']} to {goal['theirs']}",
+            "–" if goal["factor"] is None else f"≥ {goal['factor']}",
+            f"{goal['ratio']:.2f}",
+            goal["verdict"],
+        )
+        for goal in goals
+    ]
+    table(("", "goal", "reached", ""), rows)
+
+
+def processor() -> str:
+    """The CPU's name."""
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def print_head(arguments: argparse.Namespace, versions: Mapping[str, Mapping[str, str]]) -> None:
+    """Machine and packages."""
+    print(f"# Peers\n\n{processor()}, {os.cpu_count()} CPUs, Python {platform.python_version()}. ", end="")
+    print(f"{arguments.repeat} interleaved repetitions: median, smallest–largest. Up to {THREADS} threads.\n")
+    for peer, packages in versions.items():
+        named = [f"{name} {packages[name]}" for name in NAMED_VERSIONS[peer] if name in packages]
+        print(f"- {peer}: {', '.join(named)}")
+    print(
+        "\ntransformers and Optimum-ONNX run the weights as M2M100; Optimum-ONNX by its own export, batches of both "
+        "longest first. Slow contestants translate fewer sentences than the others, as the tables say.\n"
+    )
+
+
+def report(
+    arguments: argparse.Namespace, versions: Mapping[str, Mapping[str, str]], all_results: Sequence[Results]
+) -> None:
+    """Tables on stdout, and everything as JSON where asked for."""
+    print_head(arguments, versions)
+    for results in all_results:
+        rivals = {own.name: own.rival for own in contestants(results.workload.folder, arguments.peers)}
+        print_results(results, rivals)
+    goals = judge(all_results)
+    print_goals(goals)
+    if arguments.json is not None:
+        content = {
+            "processor": processor(),
+            "cpus": os.cpu_count(),
+            "platform": platform.platform(),
+            "python": platform.python_version(),
+            "repeat": arguments.repeat,
+            "versions": versions,
+            "models": {results.workload.name: as_dict(results) for results in all_results},
+            "goals": goals,
+        }
+        arguments.json.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def as_dict(results: Results) -> dict[str, object]:
+    """What was measured, without the ids and the paths."""
+    tasks = {
+        task: [
+            {
+                **{key: own for key, own in dataclasses.asdict(measured).items() if key != "ids"},
+                "median": measured.median,
+            }
+            for measured in found.values()
+        ]
+        for task, found in results.measured.items()
+    }
+    return {
+        "title": results.workload.title,
+        "limit": results.workload.limit,
+        "calibration": results.workload.calibration,
+        "units": UNITS,
+        "measured": tasks,
+        "tried": results.tried,
+        "fresh": [dataclasses.asdict(fresh) for fresh in results.fresh],
+        "agreement": [dataclasses.asdict(agreement) for agreement in results.agreement],
+    }
+
+
+def names(known: Sequence[str]) -> Callable[[str], list[str]]:
+    """The reader of a list of some of the known names."""
+
+    def read(text: str) -> list[str]:
+        given = [name for name in text.split(",") if name]
+        if not set(given) <= set(known):
+            raise argparse.ArgumentTypeError(f"{text}: expected some of {','.join(known)}")
+        return given
+
+    return read
+
+
+def default_work() -> Path:
+    """A folder in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvx-peers"
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed-model", type=Path, help="folder of the trained model; without it, only base runs")
+    parser.add_argument("--calibration", type=Path, help="text for the trained model's fixed scales")
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument(
+        "--work", type=Path, default=default_work(), help="environments and models, kept for later runs"
+    )
+    parser.add_argument("--json", type=Path, help="also write everything to this file")
+    parser.add_argument("--models", type=names(("base", "seed")), default=["base", "seed"])
+    parser.add_argument("--peers", type=names(tuple(REQUIREMENTS)), default=list(REQUIREMENTS))
+    parser.add_argument("--quick", action="store_true", help="few sentences, one repetition: whether it works")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.repeat = 1
+    if arguments.repeat < 1:
+        parser.error("--repeat: expected 1 or more")
+    if arguments.seed_model is None and arguments.models == ["seed"]:
+        parser.error("--models seed needs --seed-model")
+    arguments.work = arguments.work.absolute()
+    return arguments
+
+
+def main() -> None:
+    """Makes what is missing, measures, prints."""
+    arguments = parse()
+    pythons = {peer: environment(peer, arguments.work / "venvs" / peer) for peer in arguments.peers}
+    pythons["kvx"] = Path(sys.executable)
+    workloads: list[Workload] = []
+    if "base" in arguments.models:
+        workloads.append(base_workload(arguments.work, quick=arguments.quick))
+    if "seed" in arguments.models and arguments.seed_model is not None:
+        workloads.append(
+            seed_workload(arguments.work, arguments.seed_model, arguments.calibration, quick=arguments.quick)
+        )
+    with ExitStack() as stack:
+        processes = {peer: stack.enter_context(Process(peer, python)) for peer, python in pythons.items()}
+        versions = {peer: process.ask("versions") for peer, process in processes.items()}
+        bench = Bench(pythons, processes, arguments.repeat, trials=1 if arguments.quick else 2)
+        all_results = [measure_model(bench, workload, arguments.peers) for workload in workloads]
+    report(arguments, versions, all_results)
+
+
+if __name__ == "__main__":
+    main()
