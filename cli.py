@@ -497,6 +497,66 @@ def score(
             out.write(_format_ranking(given, ranking, choices=choices, as_json=as_json) + "\n")
 
 
+@app.command()
+def bench(
+    bundle: Annotated[Path, typer.Argument(help="A bundle written by kvx export.")],
+    text: Annotated[
+        Path | None, typer.Option(help="Also translate the lines of a file, as many at a time as pay.")
+    ] = None,
+    rows: Annotated[str, typer.Option(help="Row counts to measure, with commas.")] = "1,8,32,128",
+    lengths: Annotated[
+        str, typer.Option(help="Target lengths for the cost per token, with commas; none where empty.")
+    ] = "50,100,200,400,700,1000",
+    tokens: Annotated[int, typer.Option(help="Steps that are measured for each row count.")] = 24,
+    source_tokens: Annotated[int, typer.Option(help="Tokens of every source, bos and eos counted.")] = 20,
+    length_rows: Annotated[int, typer.Option(help="Rows for the cost per token.")] = 32,
+    repeat: Annotated[int, typer.Option(help="How often each row count is measured.")] = 5,
+    backend: BackendOption = BackendName.ONNX,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    workers: WorkersOption = None,
+    spin: SpinOption = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to a file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write the curves to an HTML file.")] = None,
+) -> None:
+    """Measure a bundle on this machine: steps by rows, cost by target length, load time, memory, speed on a file.
+
+    With --text the threads are shared out to as many decode loops, as for any bulk work, and a step has one thread.
+    """
+    from kvx.runtime import bench as measuring
+    from kvx.runtime.plot import curves_html
+
+    options = measuring.BenchOptions(
+        rows=_counts("--rows", rows),
+        lengths=_counts("--lengths", lengths),
+        tokens=tokens,
+        source_tokens=source_tokens,
+        length_rows=length_rows,
+        repeat=repeat,
+    )
+    machine = Machine(backend=backend, device=device, threads=threads, workers=workers, spin=spin)
+    machine.check(bundle)
+    subject = measuring.Subject(bundle=str(bundle), threads=threads, workers=workers, spin=spin)
+    texts = None if text is None else _read_file(text)
+    with _spinner(f"measuring {bundle}"):
+        result = measuring.bench(lambda: machine.load(bundle, bulk=texts is not None), subject, texts, options)
+    for line in measuring.table(result):
+        typer.echo(line)
+    if json_file:
+        _write_lines(json_file, json.dumps(result.to_dict(), indent=1).split("\n"))
+    if plot:
+        _write_lines(plot, curves_html(result).split("\n"))
+
+
+def _counts(option: str, given: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(count) for count in given.split(",") if count.strip())
+    except ValueError:
+        raise OptionError(
+            f"{option} {given}", expected="numbers with commas between", remedy=f"Correct {option}."
+        ) from None
+
+
 def _show_evaluations(found: list[Evaluation], json_file: Path | None) -> None:
     from kvx.runtime.evaluation import comparison
 
