@@ -4,7 +4,7 @@ What a sentence becomes never depends on its neighbours: every operator here sca
 
 - `int8`: one scale per output channel of a weight, products of bytes (`MatMulIntegerToFloat`), activations scaled by
   their row's largest magnitude, or by what calibration saw, which is faster. For many rows at a time.
-- `int4`: blocks of 32 weights with a scale each (`MatMulNBits`, activations in 8 bits per block), which reads the
+- `int4`: blocks of 128 weights with a scale each (`MatMulNBits`, activations in 8 bits per block), which reads the
   fewest bytes: for one sentence at a time. The encoder, which sees many tokens at once, stays int8.
 
 Embeddings are stored in blocks (`GatherBlockQuantized`) of the same width. Biases, norms and positions stay float32.
@@ -153,26 +153,24 @@ class _Quantizer:
         """x [rows, K] · weight [N, K] → [rows, N], x in 8 bits, block by block."""
         x, weight, *bias = gemm.inputs
         name, matrix = _named(weight)
+        packed = blocks(matrix, 4)
+        weights = self._constant(f"{name}.int4", packed.codes), self._constant(f"{name}.scales", packed.scales)
         attributes = {"K": matrix.shape[1], "N": matrix.shape[0], "bits": 4, "block_size": BLOCK}
         attributes["accuracy_level"] = INT8_ACCURACY
-        inputs = [x, *self._blocks(name, matrix, 4), *([None, None, bias[0]] if bias else [])]
+        inputs = [x, *weights, *([None, None, bias[0]] if bias else [])]
         return [ir.node("MatMulNBits", inputs, attributes, domain=DOMAIN)]
 
     def _lookup(self, gather: ir.Node) -> list[ir.Node]:
         """ids [...] → the rows of a table [V, E] that they name [..., E]."""
         table, ids = gather.inputs
         name, matrix = _named(table)
-        bits = self._widths.lookups
-        codes, scales = self._blocks(name, matrix, bits, flat=True)
+        width = matrix.shape[1]
+        bits = self._widths.lookups if width % 2 == 0 else 8  # half a byte cannot end a row
+        packed = blocks(matrix, bits)
+        codes = packed.codes.reshape(len(matrix), -1)[:, : width * bits // 8]  # here a row is not filled up
+        inputs = [self._constant(f"{name}.int{bits}", codes), ids, self._constant(f"{name}.scales", packed.scales)]
         attributes = {"bits": bits, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
-        return [ir.node("GatherBlockQuantized", [codes, ids, scales], attributes, domain=DOMAIN)]
-
-    def _blocks(
-        self, name: str, matrix: NDArray[np.float32], bits: int, *, flat: bool = False
-    ) -> tuple[ir.Value, ir.Value]:
-        codes, scales = blocks(matrix, bits)
-        codes = codes.reshape(len(codes), -1) if flat else codes
-        return self._constant(f"{name}.int{bits}", codes), self._constant(f"{name}.scales", scales)
+        return [ir.node("GatherBlockQuantized", inputs, attributes, domain=DOMAIN)]
 
     def _constant(self, name: str, array: NDArray[Any] | np.generic | Sequence[int]) -> ir.Value:
         if name not in self._graph.initializers:
