@@ -22,7 +22,7 @@ import typer
 from typer.core import TyperGroup
 
 import kvx
-from kvx.runtime.errors import DeviceError, KvxError, OptionError, ParityError
+from kvx.runtime.errors import DeviceError, InputError, KvxError, OptionError, ParityError
 
 if TYPE_CHECKING:
     from kvx import Translation, Translator
@@ -282,6 +282,8 @@ class Machine:
         ]
         if wrong:
             raise OptionError(", ".join(wrong), expected="1 or more", remedy="Correct it or leave it out.")
+        if self.spin and self.backend is not BackendName.ONNX:
+            raise OptionError(f"--spin with {self.backend}", expected="the onnx backend", remedy="Leave it out.")
 
     @property
     def place(self) -> str:
@@ -521,7 +523,7 @@ def bench(
 ) -> None:
     """Measure a bundle on this machine: steps by rows, cost by target length, load time, memory, speed on a file.
 
-    With --text the threads are shared out to as many decode loops, as for any bulk work, and a step has one thread.
+    Steps have all threads; for --text they are shared out to as many decode loops, as for any bulk work.
     """
     from kvx.runtime import bench as measuring
     from kvx.runtime.plot import curves_html
@@ -538,8 +540,16 @@ def bench(
     machine.check(bundle)
     subject = measuring.Subject(bundle=str(bundle), threads=threads, workers=workers, spin=spin)
     texts = None if text is None else _read_file(text)
+    if texts == ():
+        raise InputError(f"{text} without a line", expected="at least one text", remedy="Check the file.")
     with _spinner(f"measuring {bundle}"):
-        result = measuring.bench(lambda: machine.load(bundle, bulk=texts is not None), subject, texts, options)
+        result = measuring.bench(
+            lambda: machine.load(bundle, bulk=False),
+            subject,
+            texts,
+            options,
+            make_bulk=lambda: machine.load(bundle, bulk=True),
+        )
     for line in measuring.table(result):
         typer.echo(line)
     if json_file:

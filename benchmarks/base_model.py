@@ -2,7 +2,7 @@
 
     python benchmarks/base_model.py FOLDER
 
-Writes best_transformer.pt, source.model and target.model, which `kvx export` reads: 6 + 6 layers, d_model 512, 8 heads,
+Writes model.pt, source.model and target.model, which `kvx export` reads: 6 + 6 layers, d_model 512, 8 heads,
 d_ff 2048, 32,000 words w4 … w31999. The end of a sentence is never the most probable token, so that every translation
 is exactly as long as its limit.
 """

@@ -18,7 +18,6 @@ import json
 import os
 import platform
 import random
-import re
 import shutil
 import statistics
 import subprocess
@@ -36,6 +35,7 @@ from kvx.benchmarks.base_model import BASE, CONTROL, write_base_model
 from kvx.exporter.export import ExportOptions, export
 from kvx.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from kvx.models.transformer import Transformer
+from kvx.runtime.bench import cpu_model
 from kvx.runtime.bundle import Bundle
 from kvx.runtime.lines import open_lines, read_lines
 from kvx.runtime.manifest import Precision
@@ -762,18 +762,9 @@ def print_goals(goals: Sequence[Mapping[str, Any]]) -> None:
     table(("", "goal", "reached", ""), rows)
 
 
-def processor() -> str:
-    """The CPU's name."""
-    try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
-
-
 def print_head(arguments: argparse.Namespace, versions: Mapping[str, Mapping[str, str]]) -> None:
     """Machine and packages."""
-    print(f"# Peers\n\n{processor()}, {os.cpu_count()} CPUs, Python {platform.python_version()}. ", end="")
+    print(f"# Peers\n\n{cpu_model()}, {os.cpu_count()} CPUs, Python {platform.python_version()}. ", end="")
     print(f"{arguments.repeat} interleaved repetitions: median, smallest–largest. Up to {THREADS} threads.\n")
     for peer, packages in versions.items():
         named = [f"{name} {packages[name]}" for name in NAMED_VERSIONS[peer] if name in packages]
@@ -796,7 +787,7 @@ def report(
     print_goals(goals)
     if arguments.json is not None:
         content = {
-            "processor": processor(),
+            "processor": cpu_model(),
             "cpus": os.cpu_count(),
             "platform": platform.platform(),
             "python": platform.python_version(),

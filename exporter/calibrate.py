@@ -30,7 +30,7 @@ def calibrate(model: Transformer, sources: Sequence[tuple[int, ...]], plan: Plan
     with _measuring(model), torch.inference_mode():
         for hypothesis in hypotheses:
             source = torch.tensor([sources[hypothesis.index]])
-            target = torch.tensor([(plan.bos, *hypothesis.ids)])
+            target = torch.tensor([(plan.bos, *hypothesis.ids[:-1])])  # the last one is never fed
             model(source, torch.tensor([source.shape[1]]), target)
 
 

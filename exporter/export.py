@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import kvx
 from kvx.exporter.calibrate import calibrate
@@ -66,22 +66,34 @@ class ExportOptions:
     force: bool = False
 
     def __post_init__(self) -> None:
-        problems = []
-        if self.quantized and self.lowering == "standard":
-            problems.append(f"--precision {self.precision} with --lowering standard")
-        if self.quantized and self.format not in (None, "onnx"):
-            problems.append(f"--precision {self.precision} with --format {self.format}")
-        if self.calibration is not None and not self.quantized:
-            problems.append("--calibration with --precision fp32")
-        if self.verify_reference is not None and (self.verify_text is None or not self.verify):
-            problems.append("--verify-reference without --verify-text, or with --no-verify")
+        problems = [*self._unknown(), *self._contradictions()]
         if problems:
             raise OptionError(
                 ", ".join(problems),
-                expected="int8 and int4 with the ort lowering and the onnx format, calibration for these only, and "
-                "references with their sources",
+                expected="int8 and int4 with the ort lowering and the onnx format, calibration and limits on "
+                "translations with these only, and references with their sources",
                 remedy="Leave out what does not go together.",
             )
+
+    def _unknown(self) -> Iterator[str]:
+        known = {"lowering": get_args(Lowering), "precision": get_args(Precision), "format": (None, *get_args(Format))}
+        for name, choices in known.items():
+            if getattr(self, name) not in choices:
+                yield f"--{name} {getattr(self, name)}"
+
+    def _contradictions(self) -> Iterator[str]:
+        if self.quantized and self.lowering == "standard":
+            yield f"--precision {self.precision} with --lowering standard"
+        if self.quantized and self.format not in (None, "onnx"):
+            yield f"--precision {self.precision} with --format {self.format}"
+        if self.calibration is not None and not self.quantized:
+            yield "--calibration with --precision fp32"
+        if self.verify_reference is not None and (self.verify_text is None or not self.verify or not self.quantized):
+            yield "--verify-reference without --verify-text, with --no-verify or with --precision fp32"
+        if self.parity.equal_lines is not None and (self.verify_text is None or not self.quantized):
+            yield "--equal-lines without --verify-text, or with --precision fp32"
+        if self.parity.bleu_lost is not None and self.verify_reference is None:
+            yield "--bleu-lost without --verify-reference"
 
     @property
     def quantized(self) -> bool:
@@ -132,17 +144,16 @@ def export(options: ExportOptions, report: Report | None = None) -> Manifest:
     checkpoint = _with_limit(checkpoint, options.max_new_tokens)
     with _whole_or_nothing(options.folder, replace_bundle=options.force) as folder:
         _copy_tokenizers(folder, options)
+        bundle = Bundle(folder, _describe(folder, options, checkpoint, tokenizers))
+        text = read_verification(bundle, options.verify_text, options.verify_reference)
         if options.calibration is not None:
             report.phase("calibrating")
-            bundle = Bundle(folder, _describe(folder, options, checkpoint, tokenizers))
             _calibrate(bundle, checkpoint, options.calibration)
         _write_graphs(folder, options, checkpoint, report)
         manifest = _describe(folder, options, checkpoint, tokenizers)
         manifest.write(folder)
         if options.verify:
-            bundle = Bundle(folder, manifest)
-            text = read_verification(bundle, options.verify_text, options.verify_reference)
-            checks = prove_bundle(bundle, checkpoint.model, options.parity, text, report)
+            checks = prove_bundle(Bundle(folder, manifest), checkpoint.model, options.parity, text, report)
             parity = _require_parity(checks, options.parity.limits(options.precision).tolerance)
             manifest = replace(manifest, parity=parity.to_dict())
             manifest.write(folder)

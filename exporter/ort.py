@@ -19,19 +19,23 @@ from kvx.exporter.standard import StandardOperators
 from kvx.models.operators import KeyValue
 from kvx.models.transformer import Attention, Linear, Transformer
 
+GROUPED_WIDTH = 8  # GroupQueryAttention takes heads of multiples of it
+
 
 class OrtOperators(StandardOperators, nn.Module):
     """A module, because the projections of a model that run as one are weights of its own."""
 
     def __init__(self, model: Transformer) -> None:
         super().__init__()
+        self._grouped = model.config.head_width % GROUPED_WIDTH == 0
         attentions = [layer.self_attention for layer in model.decoder]
         self._packed = {attention: _pack(attention.query, attention.key, attention.value) for attention in attentions}
         self.queries_keys_values = nn.ModuleList(self._packed.values())
 
     def project(self, attention: Attention, x: Tensor) -> tuple[Tensor, KeyValue]:
-        """Several tokens, x [B, Q, E] → queries, keys and values, [B, H, Q, D] each, from one product."""
-        query, key, value = (attention.split(part) for part in self._packed[attention](x).chunk(3, dim=-1))
+        """One token, x [B, E], or several, [B, Q, E] → queries, keys and values from one product, [B, H, Q, D]."""
+        split = attention.split if x.ndim == 3 else attention.split_token
+        query, key, value = (split(part) for part in self._packed[attention](x).chunk(3, dim=-1))
         return query, KeyValue(key, value)
 
     def cached_attention(
@@ -39,9 +43,9 @@ class OrtOperators(StandardOperators, nn.Module):
     ) -> tuple[Tensor, KeyValue]:
         """One token, x [B, E], or several, [B, Q, E]; past [B, H, T, D] → like x, and present [B, H, T, D].
 
-        Several tokens take the standard way: the operator has it for one row only.
+        Several tokens take the standard way, as the operator has them for one row only, and odd head widths too.
         """
-        if x.ndim == 3:
+        if x.ndim == 3 or not self._grouped:
             return super().cached_attention(attention, x, past, past_lengths)
         packed = self._packed[attention](x)[:, None]
         attended, present = _grouped_attention((packed, None, None), attention.heads, past, past_lengths)
@@ -54,7 +58,7 @@ class OrtOperators(StandardOperators, nn.Module):
 
         Several tokens take the standard way: the operator would hide the end of the source from the first of them.
         """
-        if x.ndim == 3:
+        if x.ndim == 3 or not self._grouped:
             return super().cross_attention(attention, x, cross, source_lengths)
         query = attention.query(x)[:, None]
         nothing = query.new_zeros(source_lengths.shape[0], 0, query.shape[-1])

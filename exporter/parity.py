@@ -249,6 +249,9 @@ class Trial:
                 places.add(name, _inside(found, truth.lengths), _inside(bound, truth.lengths))
                 kept = _outside(before[past], truth.lengths), _outside(bound, truth.lengths)
                 places.require_equal(f"{name} beyond the lengths", *kept)
+            for spec in tried.specs:
+                if "S" in spec.axes:
+                    places.require_equal(f"{spec.name} left as it is", before[spec.name], tried.buffers[spec.name])
             if number % 3 == 0:  # a row begins anew, so that the rows stand at different positions
                 truth.lengths[number // 3 % ROWS] = tried.lengths[number // 3 % ROWS] = 0
         tolerance = self.tolerance

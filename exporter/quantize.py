@@ -1,6 +1,6 @@
 """Weights in fewer bits, prepared at export: the float graph in, the same graph with quantised products out.
 
-What a sentence becomes never depends on its neighbours: every operator here scales activations row by row.
+What a sentence becomes does not depend on its neighbours: activations are scaled row by row, or by fixed scales.
 
 - `int8`: one scale per output channel of a weight, products of bytes (`MatMulIntegerToFloat`), activations scaled by
   their row's largest magnitude, or by what calibration saw, which is faster. For many rows at a time.
@@ -113,6 +113,8 @@ class _Quantizer:
             elif node.op_type == "Gather" and self._is_weight(node.inputs[0]):
                 self._replace(node, self._lookup(node))
         used = {value for node in self._graph for value in node.inputs}
+        left = sorted({value.name for value in used if self._is_weight(value) and value is not None and value.name})
+        assert not left, f"products or lookups that no quantiser knows: {left}"
         for name in [name for name, value in self._graph.initializers.items() if value not in used]:
             del self._graph.initializers[name]
 
@@ -124,8 +126,7 @@ class _Quantizer:
         x, weight, *bias = gemm.inputs
         name, matrix = _named(weight)
         codes, scales = int8_channels(matrix)
-        producer = x.producer() if x is not None else None
-        positive = producer is not None and producer.op_type == "Relu"
+        positive = _comes_from(x, "Relu")
         levels = 255 if positive else 127
         middle = self._constant(f"zero_at_{255 - levels}", np.uint8(255 - levels))
         weights = self._constant(f"{name}.int8", codes), self._constant(f"{name}.scale", scales)
@@ -183,6 +184,14 @@ class _Quantizer:
         for number, made in enumerate(nodes[:-1]):
             made.outputs[0].name = f"{old.name}.{number}"
         ir.convenience.replace_nodes_and_values(self._graph, node, [node], nodes, [old], [new])
+
+
+def _comes_from(value: ir.Value | None, operator: str) -> bool:
+    """Whether the value is what this operator gave, in whatever shape."""
+    producer = value.producer() if value is not None else None
+    while producer is not None and producer.op_type == "Reshape":
+        producer = producer.inputs[0].producer() if producer.inputs[0] is not None else None
+    return producer is not None and producer.op_type == operator
 
 
 def _named(weight: ir.Value | None) -> tuple[str, NDArray[np.float32]]:

@@ -131,8 +131,8 @@ def read_verification(bundle: Bundle, text: Path | None, reference: Path | None)
     if reference is not None:
         with open_lines(text) as sources, open_lines(reference) as targets:
             test_set = ParallelText(tuple(read_lines(sources)), tuple(read_lines(targets)))
-        pairs = zip(test_set.sources, test_set.references, strict=True)
-        references = [translation for source, translation in pairs if source.strip()]
+        read = SourceReader(bundle).read(test_set.sources)
+        references = [line for source, line in zip(read, test_set.references, strict=True) if source.ids]
     tokenizer = load_tokenizer(bundle, "target")
     eos = bundle.manifest.target_ids.eos
     return VerificationText(

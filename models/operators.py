@@ -5,7 +5,6 @@ Letters: B rows, S source positions, T target positions or cache capacity, E mod
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -53,10 +52,6 @@ class Operators:
         query, past = attention.queries(x), attention.keys_values(x)
         visible = positions_below(lengths, x.shape[1])[:, None, None]
         return attention.merge(attend(query, past, visible))
-
-    def cross_keys_values(self, attentions: Sequence[Attention], memory: Tensor) -> list[KeyValue]:
-        """memory [B, S, E] → what each decoder layer needs of the source, [B, H, S, D]."""
-        return [attention.keys_values(memory) for attention in attentions]
 
     def cached_attention(
         self, attention: Attention, x: Tensor, past: KeyValue, past_lengths: Tensor

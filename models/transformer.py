@@ -211,8 +211,8 @@ class Transformer(nn.Module):
         x = self.source_embedding(input_ids, torch.arange(input_ids.shape[1], device=input_ids.device))
         for layer in self.encoder_layers:
             x = layer(x, source_lengths, ops)
-        attentions = [layer.cross_attention for layer in self.decoder]
-        return ops.cross_keys_values(attentions, ops.normalize(self.encoder_norm, x))
+        memory = ops.normalize(self.encoder_norm, x)
+        return [layer.cross_attention.keys_values(memory) for layer in self.decoder]
 
     def decode(self, target_ids: Tensor, cross: Sequence[KeyValue], source_lengths: Tensor) -> Tensor:
         """target_ids [B, T], cross [B, H, S, D] per layer → last hidden states [B, T, E], without a cache."""

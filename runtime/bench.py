@@ -140,7 +140,7 @@ class RowCost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LengthCost:
-    """All steps up to a target length, in milliseconds, and their mean: what one more token of every row costs."""
+    """All steps up to a target length, in milliseconds, and their mean for one token of every row."""
 
     length: int
     total_ms: float
@@ -150,7 +150,7 @@ class LengthCost:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LengthCurve:
     """The cost of target lengths with so many `rows`. `left_out` are the lengths beyond the model's target positions;
-    `ratio` is a token's cost at the longest length over that at the shortest, None without lengths.
+    `ratio` is a token's mean cost at the longest length over that at the shortest, None without lengths.
     """
 
     rows: int
@@ -207,8 +207,11 @@ def bench(
     subject: Subject,
     texts: Sequence[str] | None = None,
     options: BenchOptions | None = None,
+    *,
+    make_bulk: Callable[[], Translator] | None = None,
 ) -> BenchResult:
-    """Loads the subject and measures it; `texts` are translated as `translate_iter` does by default.
+    """Loads the subject and measures it; `texts` are translated as `translate_iter` does by default, by a translator
+    of their own where `make_bulk` gives one.
 
     Raises OptionError for what the model has no positions for, CapacityError for rows that cannot fit, InputError for
     texts that cannot be translated.
@@ -228,7 +231,7 @@ def bench(
         model=manifest.model,
         options=options,
         start=start,
-        texts=_text_speed(translator, texts, subject.workers) if texts else None,
+        texts=_text_speed(make_bulk() if make_bulk else translator, texts, subject.workers) if texts else None,
         rows=tuple(_row_cost(translator, plan, options) for plan in plans),
         lengths=_length_curve(translator, options),
         peak_mib=_peak_mib(),

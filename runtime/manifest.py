@@ -31,6 +31,7 @@ GRAPH_FILES = {  # of each format: the encoder and the decoder step
     "torchscript": ("encoder.ts", "decoder_step.ts"),
 }
 Precision = Literal["fp32", "int8", "int4"]  # of the weights; activations in and out of every operator are float32
+OLDER_PRECISIONS: dict[Any, Precision] = {"float32": "fp32"}
 LARGEST_MANIFEST = 16 * 2**20  # bytes
 LARGEST_SIZE = 2**24
 MOST_LAYERS = 1024
@@ -194,7 +195,7 @@ class Manifest:
                 created=str(values["created"]),
                 kvx_version=str(values["kvx_version"]),
                 model={str(name): int(value) for name, value in values["model"].items()},
-                precision=values["precision"],
+                precision=OLDER_PRECISIONS.get(values["precision"], values["precision"]),
                 lowering=str(values["lowering"]),
                 opset=int(values["opset"]),
                 max_new_tokens=int(values["max_new_tokens"]),

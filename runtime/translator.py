@@ -104,9 +104,9 @@ class Translator:
 
         `backend`: "onnx" or "torchscript" (which needs torch). `threads`: compute threads (default: the cores this
         process may use). `workers`: decode loops that share them out, for many sentences at a time; by default each
-        operator has all threads, which is best for few. `spin`: threads wait busily
-        while a step runs, which makes several of them faster on one text and slower where cores are shared (onnx only).
-        `device`: "cpu", "cuda" or "cuda:<index>". Raises BundleError, DeviceError, OptionError, TokenizerError.
+        operator has all threads, which is best for few. `spin`: threads wait busily while a step runs, which makes
+        several of them faster on one text and slower where cores are shared (onnx only). `device`: "cpu", "cuda" or
+        "cuda:<index>". Raises BundleError, DeviceError, OptionError, TokenizerError.
         """
         opened = Bundle.open(Path(bundle))
         with ThreadPoolExecutor(max_workers=1) as pool:

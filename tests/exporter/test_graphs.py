@@ -228,17 +228,3 @@ def test_large_weights_lie_beside_the_graph(features_folder: Path) -> None:
             if entry.key == "location"
         ]
         assert set(external) == {f"{name}.data"}
-
-
-def test_a_graph_with_its_weights_beside_it_gives_the_same_numbers(
-    features_folder: Path, standard_bundle: Path, dimensions: Dimensions, input_ids: IntArray
-) -> None:
-    beside = OnnxBackend(features_folder, dimensions, StepFeatures(next_ids=True), threads=1)
-    inside = OnnxBackend(standard_bundle, dimensions, StepFeatures(), threads=1)
-    caches = [cache_of(backend, input_ids) for backend in (beside, inside)]
-    first, second = (
-        backend.bind(cache)(np.array([2, 3, 4])).logits for backend, cache in zip((beside, inside), caches, strict=True)
-    )
-    np.testing.assert_allclose(first[:, ::2], second[:, ::2], rtol=0, atol=FLOAT32_NOISE)
-    for name, buffer in caches[0].buffers.items():
-        np.testing.assert_allclose(buffer, caches[1].buffers[name], rtol=0, atol=FLOAT32_NOISE)

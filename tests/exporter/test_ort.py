@@ -8,12 +8,18 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 
+from kvx.exporter.graphs import EncoderGraph, StepGraph
+from kvx.exporter.onnx import write_onnx
+from kvx.exporter.ort import OrtOperators
 from kvx.models.backend import TorchBackend
+from kvx.models.config import ModelConfig
 from kvx.models.transformer import Transformer
 from kvx.runtime.backends.onnx import ENCODER_FILE, STEP_FILE, OnnxBackend
 from kvx.runtime.cache import Capacity, EncodedSource, KVCache
 from kvx.runtime.manifest import Manifest
+from kvx.runtime.signature import Dimensions, StepFeatures
 
 FLOAT32_NOISE = 2e-5
 
@@ -54,17 +60,44 @@ def test_the_manifest_says_that_the_source_is_given_back(tiny_bundle: Path, stan
     assert (standard.lowering, standard.features.source_presents) == ("standard", False)
 
 
+def test_heads_that_the_fused_operator_does_not_take_go_the_standard_way(tmp_path: Path) -> None:
+    config = ModelConfig(
+        source_vocab_size=11,
+        target_vocab_size=13,
+        d_model=12,
+        heads=3,
+        d_ff=20,
+        encoder_layers=1,
+        decoder_layers=2,
+        source_positions=9,
+        target_positions=9,
+        attention_bias=True,
+    )
+    torch.manual_seed(0)
+    model, features = Transformer(config).eval(), StepFeatures(source_presents=True)
+    ops = OrtOperators(model)
+    write_onnx(EncoderGraph(model, ops), tmp_path / ENCODER_FILE)
+    write_onnx(StepGraph(model, ops, features), tmp_path / STEP_FILE)
+    backend = OnnxBackend(tmp_path, Dimensions.of_model(config.to_dict()), features, threads=1)
+    assert_step_of_eager(model, backend, rows=3, source=5, capacity=6)
+
+
 @pytest.mark.parametrize(("rows", "source", "capacity"), [(1, 1, 1), (3, 6, 9), (5, 2, 17)])
 def test_any_rows_source_and_capacity_give_the_step_of_eager(
     tiny: Transformer, tiny_bundle: Path, rows: int, source: int, capacity: int
 ) -> None:
     manifest = Manifest.read(tiny_bundle)
     backend = OnnxBackend(tiny_bundle, manifest.dimensions, manifest.features, threads=1)
+    assert_step_of_eager(tiny, backend, rows, source, capacity)
+
+
+def assert_step_of_eager(model: Transformer, backend: OnnxBackend, rows: int, source: int, capacity: int) -> None:
+    """Logits after `capacity` steps, and the sources' keys, are those of eager."""
     random = np.random.default_rng(rows)
-    input_ids = random.integers(0, tiny.config.source_vocab_size, (rows, source))
+    input_ids = random.integers(0, model.config.source_vocab_size, (rows, source))
     lengths = np.full(rows, source)
     logits, sources = [], []
-    for tried in (TorchBackend(tiny), backend):
+    for tried in (TorchBackend(model), backend):
         cache = KVCache(tried.cache_specs, Capacity(rows, capacity, source))
         encoded = tried.encode(input_ids, lengths)
         for row in range(rows):

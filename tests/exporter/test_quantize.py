@@ -117,6 +117,13 @@ def test_no_product_or_lookup_of_a_weight_stays_in_float(bundles: dict[str, Path
     assert encoder["Gemm"] == 0
 
 
+@pytest.mark.parametrize("file", ["encoder.onnx", "decoder_step.onnx", "decoder_chunk.onnx"])
+def test_what_relu_gives_uses_all_256_levels(bundles: dict[str, Path], file: str) -> None:
+    nodes = onnx.load(bundles["int8"] / file).graph.node
+    layers = sum(node.op_type == "Relu" for node in nodes)
+    assert sum(node.op_type == "QuantizeLinear" and "zero_at_0" in node.input for node in nodes) == layers > 0
+
+
 def test_calibrated_scales_need_no_pass_over_the_rows(bundles: dict[str, Path]) -> None:
     def maxima(name: str) -> int:
         nodes = onnx.load(bundles[name] / "decoder_step.onnx").graph.node
@@ -215,6 +222,12 @@ def test_references_show_what_bleu_loses(checkpoint: Path, text: Path, tmp_path:
         {"precision": "int8", "format": "torchscript"},
         {"calibration": Path("text")},
         {"verify_reference": Path("references")},
+        {"verify_reference": Path("references"), "verify_text": Path("text")},
+        {"parity": ParityOptions(equal_lines=0.9), "precision": "int8"},
+        {"parity": ParityOptions(bleu_lost=1.0), "precision": "int8", "verify_text": Path("text")},
+        {"precision": "float32"},
+        {"lowering": "ORT"},
+        {"format": "ONNX"},
     ],
 )
 def test_what_does_not_go_together_is_refused(wrong: dict[str, object]) -> None:
