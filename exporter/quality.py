@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from kvx.exporter.parity import DRAWN_TOKENS, Check, ExportedGraphs, Limits, ParityOptions, Trial, translations
+from kvx.exporter.parity import Check, ExportedGraphs, Limits, ParityOptions, Trial, translations
 from kvx.models.transformer import Transformer
 from kvx.runtime.backend import Backend
 from kvx.runtime.evaluation import corpus_scores
@@ -34,24 +34,13 @@ def prove_quantized(
     """The checks of one quantised backend, one by one as they are done."""
     trial = Trial(model, options, limits.tolerance)
     yield from trial.check_tensors(backend)
-    drawn = trial.drawn_sources()
-    short = replace(plan, max_new_tokens=min(DRAWN_TOKENS, plan.max_new_tokens))
-    yield check_neighbours(backend, drawn, short)
+    yield trial.check_neighbours(backend, limits.neighbours)
     if text is not None:
         expected = translations(trial.eager, text.sources, plan)
         got = translations(backend, text.sources, plan)
         yield check_lines(backend, expected, got, limits.equal_lines)
         if text.references:
             yield check_scores(backend, expected, got, text, limits.bleu_lost)
-
-
-def check_neighbours(backend: Backend, sources: Sequence[Ids], plan: Plan) -> Check:
-    """Each source alone and among others: the same translation."""
-    together = translations(backend, sources, replace(plan, rows=len(sources), group=len(sources)))
-    alone = translations(backend, sources, replace(plan, rows=1, group=1))
-    differing = [index for index in alone if alone[index] != together[index]]
-    detail = f"{len(sources) - len(differing)} of {len(sources)} sentences equal alone and together"
-    return Check(backend.name, "independence of neighbours", not differing, detail)
 
 
 def check_lines(backend: Backend, expected: Mapping[int, Ids], got: Mapping[int, Ids], least: float) -> Check:

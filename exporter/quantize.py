@@ -1,6 +1,8 @@
 """Weights in fewer bits, prepared at export: the float graph in, the same graph with quantised products out.
 
-What a sentence becomes does not depend on its neighbours: activations are scaled row by row, or by fixed scales.
+No activation is scaled by what other rows hold. With `int8` a row's numbers are the same to the last bit whoever is
+beside it; with `int4` they are the same up to rounding, since `MatMulNBits` adds in another order for one row than for
+several.
 
 - `int8`: one scale per output channel of a weight, products of bytes (`MatMulIntegerToFloat`), activations scaled by
   their row's largest magnitude, or by what calibration saw, which is faster. For many rows at a time.
