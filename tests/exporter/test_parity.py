@@ -29,11 +29,12 @@ from kvx.runtime.manifest import Manifest
 from kvx.runtime.plan import Plan
 from kvx.runtime.signature import Dimensions, StepFeatures, cache_specs
 
-ENCODER, LOGITS, CACHES, IN_PLACE, GREEDY = CHECKS = (
+ENCODER, LOGITS, CACHES, IN_PLACE, NEIGHBOURS, GREEDY = CHECKS = (
     "encoder outputs",
     "logits of",
     "caches written",
     "in place against out of place",
+    "rows alone against rows among others",
     "greedy on drawn ids",
 )
 FEW_STEPS = ParityOptions(steps=6)
@@ -87,6 +88,20 @@ class LogitsAreOff(Faultless):
 class BoundLogitsAreOff(Faultless):
     def alter(self, cache: KVCache, before: Tensors, output: StepOutput) -> StepOutput:
         return StepOutput(output.logits + np.float32(1e-3))
+
+
+class RowsLeanOnTheFirst(Faultless):
+    """As one scale for the whole batch does: what a row gives depends on who is beside it."""
+
+    def alter(self, cache: KVCache, before: Tensors, output: StepOutput) -> StepOutput:
+        lean = np.float32(1e-3) * (output.logits[:1] - output.logits)
+        return StepOutput(output.logits + lean)
+
+
+class TouchesTheSource(Faultless):
+    def alter(self, cache: KVCache, before: Tensors, output: StepOutput) -> StepOutput:
+        cache.buffers["past_key_values.0.encoder.key"][0, 0, -1, 0] += 1
+        return output
 
 
 class LogitsAreNaN(Faultless):
@@ -243,6 +258,8 @@ def test_faultless_graphs_pass_every_check(tiny: Transformer, graphs: OnnxBacken
         (BoundLogitsAreOff, IN_PLACE),
         (WritesTheNextPosition, IN_PLACE),
         (WritesBeyondTheLengths, IN_PLACE),
+        (TouchesTheSource, IN_PLACE),
+        (RowsLeanOnTheFirst, NEIGHBOURS),
         (GoesWrongAfterManySteps, GREEDY),
         (NextIdsAreWrong, GREEDY),
     ],
