@@ -25,6 +25,7 @@ class TorchBackend:
     def __init__(self, model: Transformer) -> None:
         self.model = model
         self.cache_specs: tuple[TensorSpec, ...] = cache_specs(Dimensions.of_model(model.config.to_dict()))
+        self.beam_cache_specs = self.cache_specs
 
     @torch.inference_mode()
     def encode(self, input_ids: IntArray, source_lengths: IntArray) -> Tensors:
@@ -63,6 +64,7 @@ class NoCacheBackend(TorchBackend):
         super().__init__(model)
         cross = tuple(spec for spec in self.cache_specs if "S" in spec.axes)
         self.cache_specs = (TensorSpec(PAST_IDS, "int64", ("B", "T")), *cross)
+        self.beam_cache_specs = self.cache_specs
 
     def bind(self, cache: KVCache) -> Step:
         """The step over the ids in the cache."""

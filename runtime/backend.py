@@ -20,10 +20,13 @@ Tensors = Mapping[str, NDArray[Any]]
 
 
 class StepOutput(NamedTuple):
-    """logits [B, V], or [B, Q, V] of Q tokens, valid until the next step; next_ids [B] where the graph gives them."""
+    """logits [B, V], or [B, Q, V] of Q tokens, valid until the next step; next_ids [B] and attention [B, S], the
+    weights of one layer's cross-attention, where the graph gives them.
+    """
 
     logits: FloatArray
     next_ids: IntArray | None = None
+    attention: FloatArray | None = None
 
 
 class Step(Protocol):
@@ -58,7 +61,12 @@ class Backend(Protocol):
 
     @property
     def cache_specs(self) -> tuple[TensorSpec, ...]:
-        """The buffers of a cache for this backend."""
+        """The buffers of a cache for this backend where a sentence has one row."""
+        ...
+
+    @property
+    def beam_cache_specs(self) -> tuple[TensorSpec, ...]:
+        """The buffers where a sentence has several rows, which may then share those of its source."""
         ...
 
     def encode(self, input_ids: IntArray, source_lengths: IntArray) -> Tensors:
@@ -66,5 +74,5 @@ class Backend(Protocol):
         ...
 
     def bind(self, cache: KVCache) -> Step:
-        """The decoder step over this cache."""
+        """The decoder step over this cache, of one row a sentence or of several."""
         ...

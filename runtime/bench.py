@@ -391,7 +391,7 @@ def _plan(translator: Translator, options: BenchOptions, *, rows: int, tokens: i
 def _rows_that_fit(translator: Translator, options: BenchOptions, tokens: int) -> int:
     plan = Plan.of(translator.manifest, translator.backend.cache_specs, rows=1, max_new_tokens=tokens)
     source = max(options.source_tokens, plan.capacity(target=1, source=options.source_tokens).source)
-    return plan.cache_bytes // plan.row_bytes(source)
+    return plan.cache_bytes // plan.seat_bytes(source)
 
 
 def _sources(options: BenchOptions, model: Mapping[str, int], count: int) -> list[Source]:

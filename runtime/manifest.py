@@ -26,6 +26,7 @@ from kvx.runtime.signature import (
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1
 CHUNK_FILE = "decoder_chunk.onnx"
+BEAMS_FILE = "decoder_beams.onnx"
 GRAPH_FILES = {  # of each format: the encoder and the decoder step
     "onnx": ("encoder.onnx", "decoder_step.onnx"),
     "torchscript": ("encoder.ts", "decoder_step.ts"),
@@ -110,6 +111,8 @@ class Manifest:
         }
         if CHUNK_FILE in self.files:
             graphs["decoder_chunk"] = step_signature(self.dimensions, CHUNK_FEATURES)
+        if BEAMS_FILE in self.files:
+            graphs["decoder_beams"] = step_signature(self.dimensions, self.features.beams)
         return graphs
 
     @property

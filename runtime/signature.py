@@ -1,8 +1,8 @@
 """The contract of the graphs: the one place that knows tensor names, types and axes.
 
-Letters: B rows of the batch, S source positions, T capacity of a row's cache, H heads, D head width, L decoder
-layers, Q query tokens, V target vocabulary. An axis is a letter where its size may differ from run to run, else its
-size.
+Letters: B rows of the batch, G sentences that share them, S source positions, T capacity of a row's cache, H heads,
+D head width, L decoder layers, Q query tokens, V target vocabulary. An axis is a letter where its size may differ from
+run to run, else its size.
 """
 
 from __future__ import annotations
@@ -73,11 +73,21 @@ class StepFeatures:
     [B, Q, V]; T must hold past_lengths + Q, and what a row has fewer than Q tokens for is padding by length again.
     `source_presents`: the cross keys and values are outputs too, present.{i}.encoder.key/.value [B, H, S, D]: the very
     inputs, which an operator that knows but one kind of cache gives back and which are to be bound in place.
+    `shared_sources`: source_lengths [G] and the cross keys and values [G, H, S, D] are there once for each sentence,
+    whose B / G rows, its beams, stand side by side. `attention`: the step also gives the cross-attention weights of
+    this layer, counted from 0, the mean of its heads: float32 [B, S], zero beyond each source's length.
     """
 
     next_ids: bool = False
     query_tokens: bool = False
     source_presents: bool = False
+    shared_sources: bool = False
+    attention: int | None = None
+
+    @property
+    def beams(self) -> StepFeatures:
+        """Those of the graph for several rows a sentence, beside a step with these."""
+        return StepFeatures(shared_sources=True, attention=self.attention)
 
 
 CHUNK_FEATURES = StepFeatures(query_tokens=True)
@@ -99,32 +109,37 @@ def encoder_signature(dimensions: Dimensions) -> Signature:
 def step_signature(dimensions: Dimensions, features: StepFeatures) -> Signature:
     """One token per row and the caches → logits [B, V] and the self-attention caches with one position written."""
     tokens: tuple[Axis, ...] = ("B", "Q") if features.query_tokens else ("B",)
-    lengths = tuple(TensorSpec(name, "int64", ("B",)) for name in ("past_lengths", "source_lengths"))
+    sources = "G" if features.shared_sources else "B"
     next_ids = (TensorSpec("next_ids", "int64", tokens),) if features.next_ids else ()
+    attention = (TensorSpec("attention", "float32", ("B", "S")),) if features.attention is not None else ()
     return Signature(
         inputs=(
             TensorSpec("input_ids", "int64", tokens),
-            *lengths,
+            TensorSpec("past_lengths", "int64", ("B",)),
+            TensorSpec("source_lengths", "int64", (sources,)),
             *_keys_values(dimensions, PAST, "decoder", "T"),
-            *_keys_values(dimensions, PAST, "encoder", "S"),
+            *_keys_values(dimensions, PAST, "encoder", "S", sources),
         ),
         outputs=(
             TensorSpec("logits", "float32", (*tokens, dimensions.vocab_size)),
             *next_ids,
+            *attention,
             *_keys_values(dimensions, PRESENT, "decoder", "T"),
-            *(_keys_values(dimensions, PRESENT, "encoder", "S") if features.source_presents else ()),
+            *(_keys_values(dimensions, PRESENT, "encoder", "S", sources) if features.source_presents else ()),
         ),
     )
 
 
-def cache_specs(dimensions: Dimensions) -> tuple[TensorSpec, ...]:
+def cache_specs(dimensions: Dimensions, *, shared_sources: bool = False) -> tuple[TensorSpec, ...]:
     """The buffers that a decode keeps from step to step."""
-    step = step_signature(dimensions, StepFeatures())
+    step = step_signature(dimensions, StepFeatures(shared_sources=shared_sources))
     return tuple(spec for spec in step.inputs if spec.name.startswith(PAST))
 
 
-def _keys_values(dimensions: Dimensions, prefix: str, side: str, positions: str) -> tuple[TensorSpec, ...]:
-    axes = ("B", dimensions.heads, positions, dimensions.head_width)
+def _keys_values(
+    dimensions: Dimensions, prefix: str, side: str, positions: str, rows: str = "B"
+) -> tuple[TensorSpec, ...]:
+    axes = (rows, dimensions.heads, positions, dimensions.head_width)
     return tuple(
         TensorSpec(name, "float32", axes)
         for layer in range(dimensions.layers)

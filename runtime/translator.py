@@ -208,7 +208,7 @@ class Translator:
         for number, text in enumerate(self._sources.read(texts, on_long), 1):
             if len(text.ids) > plan.source_positions:
                 raise InputError(
-                    f"{len(text.ids)} tokens, which need a cache of {plan.row_bytes(len(text.ids)):,} bytes",
+                    f"{len(text.ids)} tokens, which need a cache of {plan.seat_bytes(len(text.ids)):,} bytes",
                     expected=f"at most {plan.cache_bytes:,} bytes",
                     remedy="Plan more bytes (--cache-mb) or fewer new tokens (--max-new-tokens).",
                     line=number,

@@ -65,6 +65,7 @@ class OnnxBackend:
             )
         threads = all_threads // (workers or 1)
         self.cache_specs = cache_specs(dimensions)
+        self.beam_cache_specs = cache_specs(dimensions, shared_sources=True)
         self.step_signature = step_signature(dimensions, features)
         self.encoder_signature = encoder_signature(dimensions)
         machine = _Machine(threads, spin, device)

@@ -50,7 +50,7 @@ class TorchScriptBackend:
             raise OptionError(f"threads = {threads}", expected="1 or more", remedy="Correct it or leave it out.")
         if threads is not None:
             torch.set_num_threads(threads)
-        self.cache_specs = cache_specs(dimensions)
+        self.cache_specs = self.beam_cache_specs = cache_specs(dimensions)
         self.step_signature = step_signature(dimensions, features)
         self.encoder_signature = encoder_signature(dimensions)
         self._encoder = _load(folder / ENCODER_FILE, self.encoder_signature)

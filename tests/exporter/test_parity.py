@@ -52,6 +52,7 @@ class Faultless:
     def __init__(self, graphs: ExportedGraphs) -> None:
         self.graphs = graphs
         self.cache_specs = graphs.cache_specs
+        self.beam_cache_specs = graphs.beam_cache_specs
 
     def encode(self, input_ids: IntArray, source_lengths: IntArray) -> Tensors:
         return self.graphs.encode(input_ids, source_lengths)

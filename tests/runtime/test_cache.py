@@ -167,7 +167,7 @@ def test_the_leading_rows_are_contiguous() -> None:
 
 def test_a_full_cache_admits_nobody() -> None:
     cache = full_cache(1, 1)
-    with pytest.raises(CapacityError, match="2 active"):
+    with pytest.raises(CapacityError, match="2 taken"):
         cache.admit(encoded(1))
     assert cache.active == 2
 
@@ -189,7 +189,7 @@ def test_a_source_too_long_is_refused_and_changes_nothing() -> None:
 def test_releasing_an_idle_row_is_refused(row: int) -> None:
     cache = KVCache(SPECS, Capacity(3, 3, 3))
     cache.admit(encoded(1))
-    with pytest.raises(CapacityError, match=f"row {row}"):
+    with pytest.raises(CapacityError, match=f"seat {row}"):
         cache.release(row)
     assert cache.active == 1
 
@@ -207,7 +207,7 @@ def test_resizing_below_what_is_used_is_refused_and_changes_nothing(target: int,
     cache.advance()
     cache.advance()
     before = {name: buffer.copy() for name, buffer in cache.buffers.items()}
-    with pytest.raises(CapacityError, match="at least the 2 and 3 in use"):
+    with pytest.raises(CapacityError, match="the 2 and 3 positions in use"):
         cache.resize(Capacity(cache.capacity.rows, target, source))
     assert cache.generation == 0
     for name, buffer in cache.buffers.items():

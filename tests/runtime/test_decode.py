@@ -48,7 +48,7 @@ class FakeBackend:
     query_tokens = False
 
     def __init__(self) -> None:
-        self.cache_specs = SPECS
+        self.cache_specs = self.beam_cache_specs = SPECS
         self.groups: list[int] = []
         self.rows: list[int] = []
         self.caches: list[KVCache] = []

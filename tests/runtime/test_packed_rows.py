@@ -53,6 +53,7 @@ class Poisoner:
         self.decodes = 1
         self.query_tokens = False
         self.cache_specs = backend.cache_specs
+        self.beam_cache_specs = backend.beam_cache_specs
         self.encode = backend.encode
 
     def bind(self, cache: KVCache) -> Step:
@@ -146,7 +147,7 @@ def test_a_cache_budget_lowers_the_rows_and_changes_no_answer(numbers_translator
     free = list(numbers_translator.translate_iter(texts))
     plan, _ = numbers_translator.plan(TranslateOptions(rows=1, workers=1))
     stats = DecodeStats()
-    budget = 3 * plan.row_bytes(plan.source_positions)
+    budget = 3 * plan.seat_bytes(plan.source_positions)
     tight = TranslateOptions(cache_bytes=budget, workers=1)
     assert list(numbers_translator.translate_iter(texts, tight, stats)) == free
     assert stats.cache_bytes <= budget

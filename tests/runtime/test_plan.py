@@ -15,14 +15,14 @@ def _plan(translator: Translator, **wishes: int) -> Plan:
 
 def test_a_plan_takes_as_many_rows_as_fit_up_to_the_default(numbers_translator: Translator) -> None:
     plan = _plan(numbers_translator)
-    smallest = plan.row_bytes(SMALLEST_CAPACITY)
+    smallest = plan.seat_bytes(SMALLEST_CAPACITY)
     assert plan.rows == DEFAULT_ROWS
     assert _plan(numbers_translator, cache_bytes=5 * smallest + 1).rows == 5
 
 
 def test_what_a_plan_allows_is_never_more_than_its_bytes(numbers_translator: Translator) -> None:
     specs = numbers_translator.backend.cache_specs
-    budget = 10 * _plan(numbers_translator).row_bytes(40)
+    budget = 10 * _plan(numbers_translator).seat_bytes(40)
     plan = _plan(numbers_translator, cache_bytes=budget)
     for source in range(1, plan.source_positions + 1):
         capacity = plan.capacity(target=plan.max_new_tokens, source=source)
@@ -32,7 +32,7 @@ def test_what_a_plan_allows_is_never_more_than_its_bytes(numbers_translator: Tra
 
 
 def test_rows_that_cannot_fit_are_refused_with_the_numbers(numbers_translator: Translator) -> None:
-    smallest = _plan(numbers_translator).row_bytes(SMALLEST_CAPACITY)
+    smallest = _plan(numbers_translator).seat_bytes(SMALLEST_CAPACITY)
     with pytest.raises(CapacityError, match=rf"8 rows × {smallest:,} bytes .* which hold 7 such rows"):
         _plan(numbers_translator, rows=8, cache_bytes=8 * smallest - 1)
 
@@ -49,7 +49,7 @@ def test_more_new_tokens_than_positions_are_refused(numbers_translator: Translat
 
 
 def test_a_sentence_that_the_budget_cannot_hold_is_named_with_what_it_needs(numbers_translator: Translator) -> None:
-    budget = _plan(numbers_translator).row_bytes(40)
+    budget = _plan(numbers_translator).seat_bytes(40)
     options = TranslateOptions(cache_bytes=budget, workers=1)
     texts = ["one", " ".join(["seven"] * 50), "two"]
     results = numbers_translator.translate_iter(texts, options)
@@ -61,7 +61,7 @@ def test_a_sentence_that_the_budget_cannot_hold_is_named_with_what_it_needs(numb
 
 
 def test_workers_share_the_bytes_and_take_no_rows_away(numbers_translator: Translator) -> None:
-    smallest = _plan(numbers_translator).row_bytes(SMALLEST_CAPACITY)
+    smallest = _plan(numbers_translator).seat_bytes(SMALLEST_CAPACITY)
     options = TranslateOptions(cache_bytes=2 * 8 * smallest, rows=8, workers=2)
     assert numbers_translator.plan(options)[0].rows == 8
     with pytest.raises(CapacityError, match=r"for 2 workers, which hold 7 rows for each; expected 8 ×"):
@@ -71,13 +71,13 @@ def test_workers_share_the_bytes_and_take_no_rows_away(numbers_translator: Trans
 
 
 def test_by_default_there_are_no_more_workers_than_the_bytes_have_rows_for(numbers_translator: Translator) -> None:
-    smallest = _plan(numbers_translator).row_bytes(SMALLEST_CAPACITY)
+    smallest = _plan(numbers_translator).seat_bytes(SMALLEST_CAPACITY)
     plan, workers = numbers_translator.plan(TranslateOptions(cache_bytes=DEFAULT_ROWS * smallest))
     assert (plan.rows, workers) == (DEFAULT_ROWS, 1)
 
 
 def test_a_cache_never_holds_more_than_planned_for_all_workers(numbers_translator: Translator) -> None:
-    budget = 2 * 6 * _plan(numbers_translator).row_bytes(40)
+    budget = 2 * 6 * _plan(numbers_translator).seat_bytes(40)
     stats = DecodeStats()
     texts = [" ".join(["seven"] * (1 + i % 30)) for i in range(200)]
     options = TranslateOptions(cache_bytes=budget, workers=2)

@@ -50,6 +50,7 @@ class RecordingBackend:
     def __init__(self, backend: OnnxBackend) -> None:
         self._backend = backend
         self.name, self.cache_specs, self.decodes = backend.name, backend.cache_specs, backend.decodes
+        self.beam_cache_specs = backend.beam_cache_specs
         self.query_tokens = False
         self.encoded: list[tuple[int, ...]] = []
 
