@@ -11,8 +11,9 @@ from kvx.runtime.errors import (
     ParityError,
     TokenizerError,
 )
+from kvx.runtime.options import TranslateOptions
 from kvx.runtime.scoring import Ranking, Score
-from kvx.runtime.translator import TranslateOptions, Translation, Translator
+from kvx.runtime.translator import Translation, Translator
 
 __version__ = "0.1.0"
 

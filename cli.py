@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from kvx import Translation, Translator
     from kvx.exporter.report import Report
     from kvx.runtime.evaluation import Evaluation
+    from kvx.runtime.options import TranslateOptions
     from kvx.runtime.schedule import DecodeStats
     from kvx.runtime.scoring import Ranking
-    from kvx.runtime.translator import TranslateOptions
 
 ARTIFACTS = Path("artifacts")
 EXPORT_NEEDS = ("torch", "onnx", "onnx_ir", "onnxscript")
@@ -380,7 +380,7 @@ def translate(
     stats: Annotated[bool, typer.Option("--stats", help="Print speed and cache size to stderr.")] = False,
 ) -> None:
     """Translate texts, a line each, in order."""
-    from kvx.runtime.translator import TranslateOptions
+    from kvx.runtime.options import TranslateOptions
 
     command = TranslateCommand(
         texts=tuple(text or ()), input=input_, output=output, model=model, json=as_json, stats=stats
@@ -428,7 +428,7 @@ def evaluate(
     """Compare backends on a test set: BLEU, chrF, speed and memory in one table."""
     _require("sacrebleu", extra="evaluate")
     from kvx.runtime import evaluation
-    from kvx.runtime.translator import TranslateOptions
+    from kvx.runtime.options import TranslateOptions
 
     names = [_backend(name) for name in backend.split(",")]
     test_set = evaluation.ParallelText(_read_file(source, limit), _read_file(reference, limit))
@@ -485,7 +485,7 @@ def score(
 
     With --choices: the best candidate, its lead over the next and its sum.
     """
-    from kvx.runtime.translator import TranslateOptions
+    from kvx.runtime.options import TranslateOptions
 
     sources, lines = _read_file(source), _read_file(target)
     candidates = [line.split("\t") if choices else [line] for line in lines]

@@ -27,7 +27,7 @@ from kvx.runtime.cache import Capacity
 from kvx.runtime.decode import score
 from kvx.runtime.manifest import CHUNK_FILE
 from kvx.runtime.plan import Plan
-from kvx.runtime.schedule import Source
+from kvx.runtime.rows import Source
 from kvx.runtime.signature import CHUNK_FEATURES, Dimensions, StepFeatures
 
 BASE = ModelConfig(
@@ -73,7 +73,7 @@ def by_steps(backend: OnnxBackend, targets: int, *, several: bool) -> list[float
         source_bytes=Capacity(1, 0, 1).bytes(backend.cache_specs),
     )
     source = Source(0, tuple(range(10, 10 + SOURCE_TOKENS)), (target,) * targets)
-    return [found.score or 0.0 for found in score(backend, plan, [source])]
+    return [found.best.score or 0.0 for found in score(backend, plan, [source])]
 
 
 def by_one_pass(model: Transformer, targets: int) -> list[float]:

@@ -18,9 +18,10 @@ from pathlib import Path
 from kvx import Translator
 from kvx.runtime.decode import decode
 from kvx.runtime.lines import open_lines, read_lines
-from kvx.runtime.schedule import DecodeStats, Hypothesis, Source
+from kvx.runtime.options import TranslateOptions
+from kvx.runtime.rows import Source
+from kvx.runtime.schedule import DecodeStats, Outcome
 from kvx.runtime.search import Greedy
-from kvx.runtime.translator import TranslateOptions
 from kvx.runtime.workers import side_by_side
 
 
@@ -53,7 +54,7 @@ def seconds(translator: Translator, sources: list[Source], setting: Setting) -> 
     plan, workers = translator.plan(options)
     plan = replace(plan, group=setting.group)
 
-    def greedy(shared: Iterator[Source], stats: DecodeStats) -> Iterator[Hypothesis]:
+    def greedy(shared: Iterator[Source], stats: DecodeStats) -> Iterator[Outcome]:
         return decode(translator.backend, shared, Greedy(), plan, stats)
 
     started = time.perf_counter()

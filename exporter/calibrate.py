@@ -16,7 +16,7 @@ from kvx.models.backend import TorchBackend
 from kvx.models.transformer import Linear, Transformer
 from kvx.runtime.decode import decode
 from kvx.runtime.plan import Plan
-from kvx.runtime.schedule import Source
+from kvx.runtime.rows import Source
 from kvx.runtime.search import Greedy
 
 
@@ -26,11 +26,11 @@ def calibrate(model: Transformer, sources: Sequence[tuple[int, ...]], plan: Plan
     Each source and its greedy translation run alone through the teacher-forced model: padding has no say.
     """
     numbered = [Source(index, ids) for index, ids in enumerate(sources)]
-    hypotheses = list(decode(TorchBackend(model), numbered, Greedy(), plan))
+    outcomes = list(decode(TorchBackend(model), numbered, Greedy(), plan))
     with _measuring(model), torch.inference_mode():
-        for hypothesis in hypotheses:
-            source = torch.tensor([sources[hypothesis.index]])
-            target = torch.tensor([(plan.bos, *hypothesis.ids[:-1])])  # the last one is never fed
+        for outcome in outcomes:
+            source = torch.tensor([sources[outcome.index]])
+            target = torch.tensor([(plan.bos, *outcome.best.ids[:-1])])  # the last one is never fed
             model(source, torch.tensor([source.shape[1]]), target)
 
 

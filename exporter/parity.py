@@ -21,7 +21,7 @@ from kvx.runtime.decode import decode
 from kvx.runtime.errors import OptionError
 from kvx.runtime.manifest import Precision
 from kvx.runtime.plan import Plan
-from kvx.runtime.schedule import Source
+from kvx.runtime.rows import Source
 from kvx.runtime.search import Greedy
 from kvx.runtime.signature import Dimensions, StepFeatures, encoder_signature, step_signature
 
@@ -363,7 +363,7 @@ class Divergence:
 def translations(backend: Backend, sources: Sequence[tuple[int, ...]], plan: Plan) -> dict[int, tuple[int, ...]]:
     """The greedy ids of each source, by its number."""
     numbered = (Source(index, ids) for index, ids in enumerate(sources))
-    return {hypothesis.index: hypothesis.ids for hypothesis in decode(backend, numbered, Greedy(), plan)}
+    return {outcome.index: outcome.best.ids for outcome in decode(backend, numbered, Greedy(), plan)}
 
 
 def _inside(array: NDArray[Any], lengths: IntArray) -> NDArray[Any]:

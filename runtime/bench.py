@@ -7,7 +7,7 @@ import platform
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -15,14 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 import kvx
-from kvx.runtime.backend import Backend, StepOutput
+from kvx.runtime.backend import Backend, FloatArray, StepOutput
 from kvx.runtime.errors import CapacityError, OptionError
 from kvx.runtime.memory import peak_bytes, reset_peak
+from kvx.runtime.options import TranslateOptions
 from kvx.runtime.plan import Plan
 from kvx.runtime.processor import available_threads
-from kvx.runtime.schedule import DecodeStats, Schedule, Source
-from kvx.runtime.search import Choice, Greedy
-from kvx.runtime.translator import TranslateOptions, Translator
+from kvx.runtime.rows import Choice, Rows, Source
+from kvx.runtime.schedule import DecodeStats, Schedule
+from kvx.runtime.search import Greedy
+from kvx.runtime.translator import Translator
 
 CPUINFO = Path("/proc/cpuinfo")
 FIRST_TEXT = "Hello."
@@ -183,16 +185,13 @@ class BenchResult:
 
 
 @dataclass(frozen=True, slots=True)
-class Unending:
+class Unending(Greedy):
     """Greedy, but a row that would end goes on with another token: every decode is as long as its limit."""
 
-    eos: int
-    greedy: Greedy = field(default_factory=Greedy)
-
-    def choose(self, output: StepOutput) -> Choice:
+    def choose(self, output: StepOutput, logits: FloatArray, rows: Rows) -> Choice:
         """logits [n, V] → argmax [n], the lowest other id instead of eos."""
-        ids = self.greedy.choose(output).ids
-        return Choice(np.where(ids == self.eos, int(self.eos == 0), ids), None)
+        ids = Greedy.choose(self, output, logits, rows).ids
+        return Choice(np.where(ids == rows.eos, int(rows.eos == 0), ids), np.zeros(len(ids), bool))
 
 
 class DecodeTimes(NamedTuple):
@@ -240,13 +239,14 @@ def bench(
 
 def decode_times(backend: Backend, plan: Plan, sources: Sequence[Source]) -> DecodeTimes:
     """Decodes as many sources as the plan has rows, each to the plan's limit, as `decode` does, repacking included."""
-    search, started = Unending(plan.eos), time.perf_counter()
-    schedule = Schedule(backend, iter(sources), plan, DecodeStats())
-    step = backend.bind(schedule.cache)
+    search, started = Unending(), time.perf_counter()
+    schedule = Schedule(backend, iter(sources), plan, search, DecodeStats())
+    step, rows = backend.bind(schedule.cache), schedule.rows
     schedule.fill()
     ends = [time.perf_counter()]
     while schedule.fill():
-        for _ in schedule.record(search.choose(step(schedule.next_ids()))):
+        output = step(rows.next_ids())
+        for _ in schedule.record(search.choose(output, output.logits, rows)):
             pass
         ends.append(time.perf_counter())
     return DecodeTimes(ends[0] - started, np.diff(ends))

@@ -2,40 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from kvx.runtime.backend import Backend
+from kvx.runtime.constraints import UNCONSTRAINED, Constraints
 from kvx.runtime.plan import Plan
-from kvx.runtime.schedule import DecodeStats, Hypothesis, Schedule, Source
+from kvx.runtime.rows import Source
+from kvx.runtime.schedule import DecodeStats, Outcome, Schedule
 from kvx.runtime.search import Search, log_probabilities
 
 TOKENS_AT_ONCE = 128  # of all rows together: what fills a matrix product (docs/performance.md)
 
 
 def decode(
-    backend: Backend, sources: Iterable[Source], search: Search, plan: Plan, stats: DecodeStats | None = None
-) -> Iterator[Hypothesis]:
-    """Sources, any number and in any order → a hypothesis for each target, as they finish.
+    backend: Backend,
+    sources: Iterable[Source],
+    search: Search,
+    plan: Plan,
+    stats: DecodeStats | None = None,
+    *,
+    constraints: Constraints = UNCONSTRAINED,
+    with_attention: bool = False,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> Iterator[Outcome]:
+    """Sources, any number and in any order → what becomes of each target, as it is over.
 
-    Sources are drawn only as rows fall free. The cache belongs to this decode and goes with it, also where the
-    consumer stops half-way.
+    Sources are drawn only as seats fall free. Where `cancelled` answers true, between two steps, every target ends as
+    it is. The cache belongs to this decode and goes with it, also where the consumer stops half-way.
     """
-    schedule = Schedule(backend, iter(sources), plan, stats or DecodeStats())
-    step = backend.bind(schedule.cache)
+    schedule = Schedule(backend, iter(sources), plan, search, stats or DecodeStats(), with_attention=with_attention)
+    step, rows = backend.bind(schedule.cache), schedule.rows
     while schedule.fill():
-        output = step(schedule.next_ids())
-        yield from schedule.record(search.choose(output))
+        if cancelled():
+            yield from schedule.cancel()
+            return
+        output = step(rows.next_ids())
+        logits = constraints(output.logits, rows)
+        yield from schedule.record(search.choose(output, logits, rows), output.attention)
 
 
 def score(
     backend: Backend, plan: Plan, sources: Iterable[Source], stats: DecodeStats | None = None
-) -> Iterator[Hypothesis]:
+) -> Iterator[Outcome]:
     """Sources whose targets are all given → their log-probabilities, as they finish.
 
     On the rows and cache of `decode`, but several tokens of a row at a time while few rows leave a step half empty.
     """
     at_once = TOKENS_AT_ONCE if backend.query_tokens else 1
-    schedule = Schedule(backend, iter(sources), plan, stats or DecodeStats(), at_once=at_once)
+    schedule = Schedule(backend, iter(sources), plan, None, stats or DecodeStats(), at_once=at_once)
     step = backend.bind(schedule.cache)
     while schedule.fill():
         input_ids, following = schedule.next_given()

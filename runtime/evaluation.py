@@ -16,7 +16,8 @@ from kvx.runtime.translator import Translation
 if TYPE_CHECKING:
     from sacrebleu.metrics.base import Metric as SacrebleuMetric
 
-    from kvx.runtime.translator import TranslateOptions, Translator
+    from kvx.runtime.options import TranslateOptions
+from kvx.runtime.translator import Translator
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,52 +1,45 @@
-"""Which sentence sits in which row of the cache, and who comes next."""
+"""Which sentence sits where in the cache, and who comes next."""
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvx.runtime.backend import Backend, IntArray
+from kvx.runtime.backend import Backend, FloatArray, IntArray
 from kvx.runtime.cache import EncodedSource, KVCache
 from kvx.runtime.plan import GROUP_POSITIONS, Plan
-from kvx.runtime.search import Choice
+from kvx.runtime.rows import Choice, FinishReason, Hypothesis, Rows, Seat, Source
+from kvx.runtime.search import Search
 
 SHRINK_BELOW = 4  # buffers this many times too large are worth a repack
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """A sentence for the encoder: `ids` with bos and eos, known to its owner as `index`.
-
-    Each of its `targets` takes a row: none, to be searched for, or the ids after bos that are to be scored.
-    """
-
-    index: int
-    ids: tuple[int, ...]
-    targets: tuple[tuple[int, ...], ...] = ((),)
-
-
-@dataclass(frozen=True, slots=True)
-class Hypothesis:
-    """A finished target of source `index`, the `target`-th: ids after bos, eos included where the sentence `ended`.
-
-    `log_probabilities` are those of the ids, natural, where the search gave them.
+class Outcome:
+    """What became of the `target`-th target of source `index`: hypotheses, the best first, and why there are no more
+    tokens.
     """
 
     index: int
     target: int
-    ids: tuple[int, ...]
-    ended: bool
-    log_probabilities: tuple[float, ...] | None
+    hypotheses: tuple[Hypothesis, ...]
+    cancelled: bool = False
 
     @property
-    def score(self) -> float | None:
-        """log P(ids | source) in nats, where the search gave it."""
-        return None if self.log_probabilities is None else math.fsum(self.log_probabilities)
+    def best(self) -> Hypothesis:
+        """The first hypothesis."""
+        return self.hypotheses[0]
+
+    def reason(self, hypothesis: Hypothesis) -> FinishReason:
+        """Why a hypothesis is no longer."""
+        if hypothesis.ended:
+            return "end"
+        return "cancelled" if self.cancelled else "length"
 
 
 @dataclass(slots=True)
@@ -75,148 +68,142 @@ class DecodeStats:
                 setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
-@dataclass(frozen=True, slots=True)
-class _Waiting:
-    """A row's work before it has a row: which source and target, the ids given, the source as encoded."""
+class _Waiting(NamedTuple):
+    """A target before it has a seat: of which source, the ids given, the source as encoded."""
 
-    index: int
+    source: Source
     target: int
-    given: tuple[int, ...]
     encoded: EncodedSource
+
+    @property
+    def given(self) -> tuple[int, ...]:
+        return self.source.targets[self.target]
 
 
 class Schedule:
-    """Fills free rows from a stream of sources and retires those that have ended.
+    """Fills free seats from a stream of sources and retires those that are over.
 
-    Row i of the cache, of the tokens and of the seats always belong to the same target. Where all targets are given,
-    up to `at_once` tokens of all rows together may be taken in one step.
+    Without a search all targets are given and only scored; then up to `at_once` tokens of all rows together may be
+    taken in one step.
     """
 
     def __init__(
-        self, backend: Backend, sources: Iterator[Source], plan: Plan, stats: DecodeStats, *, at_once: int = 1
+        self,
+        backend: Backend,
+        sources: Iterator[Source],
+        plan: Plan,
+        search: Search | None,
+        stats: DecodeStats,
+        *,
+        at_once: int = 1,
+        with_attention: bool = False,
     ) -> None:
-        self.cache = KVCache(backend.cache_specs, plan.capacity(target=1, source=1))
+        specs = backend.cache_specs if plan.beams == 1 else backend.beam_cache_specs
+        self.cache = KVCache(specs, plan.capacity(target=1, source=1))
+        scored = search is None or search.scored
+        self.rows = Rows(self.cache, plan, scored=scored, with_attention=with_attention)
         self._backend = backend
         self._sources = sources
         self._plan = plan
+        self._search = search
         self._stats = stats
         self._at_once = at_once
         self._held_back: Source | None = None
         self._ready: deque[_Waiting] = deque()
-        self._seats: list[_Waiting] = []
-        self._limits = np.zeros(plan.rows, np.int64)
-        self._tokens = np.full((plan.rows, plan.max_new_tokens + 1), plan.bos, np.int64)
-        self._log_probabilities = np.zeros((plan.rows, plan.max_new_tokens))
 
     def fill(self) -> bool:
-        """Seats waiting sentences in the free rows; true while any row is active."""
-        while self.cache.active < self._plan.rows and self._can_seat(self.cache.active):
-            self._seat(self.cache.active)
+        """Seats waiting targets where there is room; true while any row is active."""
+        while self.cache.seated < self._plan.seats and self._can_seat(self.cache.seated):
+            self._seat(self.cache.seated)
         self._fit(self._tokens_ahead())
         return self.cache.active > 0
-
-    def next_ids(self) -> IntArray:
-        """The token that each active row feeds to the next step [n]."""
-        rows = np.arange(self.cache.active)
-        ids: IntArray = self._tokens[rows, self.cache.lengths[rows]]
-        return ids
 
     def next_given(self) -> tuple[IntArray, IntArray]:
         """Of given targets, as many tokens of each active row as the step should take, and those that must follow,
         both [n, Q]; any id stands where a row has fewer left.
         """
-        ahead = np.arange(self._tokens_ahead())
-        n = self.cache.active
-        columns = np.minimum(self.cache.lengths[:n, None] + ahead, self._tokens.shape[1] - 2)
-        rows = np.arange(n)[:, None]
-        return self._tokens[rows, columns], self._tokens[rows, columns + 1]
+        ahead, tokens = np.arange(self._tokens_ahead()), self.rows.tokens
+        columns = np.minimum(self.rows.lengths[:, None] + ahead, tokens.shape[1] - 2)
+        rows = np.arange(self.rows.n)[:, None]
+        return tokens[rows, columns], tokens[rows, columns + 1]
 
-    def record_given(self, log_probabilities: NDArray[np.float64]) -> Iterator[Hypothesis]:
+    def record_given(self, log_probabilities: NDArray[np.float64]) -> Iterator[Outcome]:
         """Notes the log-probabilities [n, Q] of the tokens that `next_given` said must follow, as `record` does."""
-        cache, n = self.cache, self.cache.active
-        taken = np.minimum(self._limits[:n] - cache.lengths[:n], log_probabilities.shape[1])
-        for row, (start, count) in enumerate(zip(cache.lengths[:n].tolist(), taken.tolist(), strict=True)):
-            self._log_probabilities[row, start : start + count] = log_probabilities[row, :count]
-        cache.lengths[:n] += taken
-        self._count_step(n)
-        yield from self._finish(np.flatnonzero(cache.lengths[:n] == self._limits[:n]), np.zeros(n, bool), scored=True)
+        rows, n = self.rows, self.rows.n
+        taken = np.minimum(rows.limits[:n] - rows.lengths, log_probabilities.shape[1])
+        for row, (start, count) in enumerate(zip(rows.lengths.tolist(), taken.tolist(), strict=True)):
+            rows.log_probabilities[row, start : start + count] = log_probabilities[row, :count]
+        self.cache.lengths[:n] += taken
+        self._count_step()
+        yield from self._finish(rows.at_limit())
 
-    def record(self, choice: Choice) -> Iterator[Hypothesis]:
-        """Appends the chosen tokens; gives the targets that end with them, then their rows to who waits.
+    def record(self, choice: Choice, attention: FloatArray | None = None) -> Iterator[Outcome]:
+        """Appends the chosen tokens; gives the targets that are over with them, then their seats to who waits.
 
         In this order: drawing the next source may mean waiting for it.
         """
-        cache, n = self.cache, self.cache.active
-        rows = np.arange(n)
-        if choice.log_probabilities is not None:
-            self._log_probabilities[rows, cache.lengths[:n]] = choice.log_probabilities
-        cache.advance()
-        lengths = cache.lengths[:n]
-        ended = choice.ids == self._plan.eos
-        self._tokens[rows, lengths] = choice.ids
-        self._count_step(n)
-        over = np.flatnonzero(ended | (lengths == self._limits[:n]))
-        yield from self._finish(over, ended, scored=choice.log_probabilities is not None)
+        self.rows.append(choice, attention)
+        self._count_step()
+        yield from self._finish(choice.over | self.rows.at_limit())
 
-    def _count_step(self, rows: int) -> None:
+    def cancel(self) -> Iterator[Outcome]:
+        """Every target as far as it has come, those that wait for a seat and all further sources with nothing."""
+        for seat in range(self.cache.seated):
+            yield self._outcome(seat, cancelled=True)
+        for waiting in self._ready:
+            yield _nothing(waiting.source, waiting.target)
+        held_back = [self._held_back] if self._held_back else []
+        for source in (*held_back, *self._sources):
+            yield from (_nothing(source, target) for target in range(len(source.targets)))
+
+    def _count_step(self) -> None:
         self._stats.steps += 1
-        self._stats.row_steps += rows
+        self._stats.row_steps += self.rows.n
         self._stats.row_places += self._plan.rows
 
     def _tokens_ahead(self) -> int:
         """How many tokens of each row the next step takes."""
-        n, lengths = self.cache.active, self.cache.lengths[: self.cache.active]
+        n, lengths = self.rows.n, self.rows.lengths
         if self._at_once == 1 or n == 0:
             return 1
-        left, room = self._limits[:n] - lengths, self._plan.max_new_tokens - lengths
+        left, room = self.rows.limits[:n] - lengths, self._plan.max_new_tokens - lengths
         return int(max(1, min(self._at_once // n, left.max(), room.min())))
 
-    def _finish(self, over: IntArray, ended: NDArray[np.bool_], *, scored: bool) -> Iterator[Hypothesis]:
-        """The hypotheses of the rows that are `over`; then the rows go to who waits."""
-        for row in over.tolist():
-            yield self._hypothesis(row, ended=bool(ended[row]), scored=scored)
-        for row in over[::-1].tolist():  # from the end, so that a row that moves in has not ended itself
-            self._give_back(row)
+    def _finish(self, over: NDArray[np.bool_]) -> Iterator[Outcome]:
+        """What became of the seats that are `over`; then they go to who waits."""
+        seats = np.flatnonzero(over).tolist()
+        for seat in seats:
+            yield self._outcome(seat)
+        for seat in seats[::-1]:  # from the end, so that a target that moves in is not over itself
+            if self._can_seat(seat):
+                self._seat(seat)
+            else:
+                self.rows.vacate(seat)
 
-    def _hypothesis(self, row: int, *, ended: bool, scored: bool) -> Hypothesis:
-        length, seat = int(self.cache.lengths[row]), self._seats[row]
-        ids = tuple(self._tokens[row, 1 : length + 1].tolist())
-        scores = tuple(self._log_probabilities[row, :length].tolist()) if scored else None
+    def _outcome(self, seat: int, *, cancelled: bool = False) -> Outcome:
+        who = self.rows.seats[seat]
+        found = [self.rows.read(seat)] if self._search is None else self._search.results(self.rows, seat)
         self._stats.sentences += 1
-        self._stats.tokens += length
-        return Hypothesis(seat.index, seat.target, ids, ended, scores)
+        self._stats.tokens += len(found[0].ids)
+        return Outcome(who.index, who.target, tuple(found), cancelled)
 
-    def _give_back(self, row: int) -> None:
-        if self._can_seat(row):
-            self._seat(row)
-        else:
-            self._vacate(row)
-
-    def _can_seat(self, row: int) -> bool:
-        """Whether a sentence is ready for this row, and the budget has room for it beside the other rows."""
+    def _can_seat(self, seat: int) -> bool:
+        """Whether a target is ready for this seat, and the budget has room for it beside the others."""
         if not self._ready:
             self._encode_next_group()
         if not self._ready:
             return False
         source = max(self._ready[0].encoded.length, self.cache.capacity.source)
-        return max(self.cache.active, row + 1) <= self._plan.capacity(target=1, source=source).rows
+        return max(self.cache.seated, seat + 1) <= self._plan.capacity(target=1, source=source).seats
 
-    def _seat(self, row: int) -> None:
-        seat = self._ready.popleft()
+    def _seat(self, seat: int) -> None:
+        source, target, encoded = waiting = self._ready.popleft()
         held = self.cache.capacity
-        if seat.encoded.length > held.source:
-            self._resize(held.target, seat.encoded.length)
-        self.cache.admit(seat.encoded, row)
-        self._seats[row : row + 1] = [seat]
-        self._limits[row] = len(seat.given) or self._plan.max_new_tokens
-        self._tokens[row, 1 : len(seat.given) + 1] = seat.given
-
-    def _vacate(self, row: int) -> None:
-        moved = self.cache.release(row)
-        for array in (self._tokens, self._limits, self._log_probabilities):
-            array[row] = array[moved]
-        self._seats[row] = self._seats[moved]
-        self._seats.pop()
+        if encoded.length > held.source:
+            self._resize(held.target, encoded.length)
+        state = None if self._search is None else self._search.begin(source, target)
+        limit = self._plan.max_new_tokens if self._search else len(waiting.given)
+        self.rows.take(seat, Seat(source.index, target, encoded.length, state), waiting.given, encoded, limit)
 
     def _encode_next_group(self) -> None:
         group = list(self._next_group())
@@ -229,7 +216,7 @@ class Schedule:
         tensors = self._backend.encode(input_ids, lengths)
         for place, source in enumerate(group):
             encoded = EncodedSource(tensors, place, len(source.ids))
-            self._ready.extend(_Waiting(source.index, i, given, encoded) for i, given in enumerate(source.targets))
+            self._ready.extend(_Waiting(source, target, encoded) for target in range(len(source.targets)))
 
     def _next_group(self) -> Iterator[Source]:
         """Sources until there are as many, or as many padded positions, as the encoder should get at once."""
@@ -248,7 +235,7 @@ class Schedule:
         """Makes room for the next tokens of every row, or gives up room that nobody needs."""
         cache, held = self.cache, self.cache.capacity
         target = int(cache.lengths[: cache.active].max(initial=0)) + tokens
-        source = int(cache.source_lengths[: cache.active].max(initial=1))
+        source = max((seat.source_length for seat in self.rows.seats), default=1)
         need = self._plan.capacity(target=target, source=source)
         too_large = need.target * SHRINK_BELOW <= held.target or need.source * SHRINK_BELOW <= held.source
         if target > held.target or too_large:
@@ -259,3 +246,8 @@ class Schedule:
         """To what the plan gives for these positions; counted where rows had to be repacked."""
         self._stats.repacks += self.cache.active > 0
         self.cache.resize(self._plan.capacity(target=target, source=source))
+
+
+def _nothing(source: Source, target: int) -> Outcome:
+    """A target that was cancelled before it began."""
+    return Outcome(source.index, target, (Hypothesis((), ended=False, log_probabilities=()),), cancelled=True)

@@ -6,19 +6,20 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from numbers import Integral
 from typing import TYPE_CHECKING, Literal
 
 from kvx.runtime.decode import score
 from kvx.runtime.errors import InputError
-from kvx.runtime.schedule import DecodeStats, Source
-from kvx.runtime.sources import encode_text, refuse_string
+from kvx.runtime.rows import Source
+from kvx.runtime.schedule import DecodeStats
+from kvx.runtime.sources import refuse_string
+from kvx.runtime.targets import Target
 from kvx.runtime.workers import side_by_side
 
 if TYPE_CHECKING:
-    from kvx.runtime.translator import TranslateOptions, Translator
+    from kvx.runtime.options import TranslateOptions
+    from kvx.runtime.translator import Translator
 
-Target = str | Sequence[int]
 RankBy = Literal["sum", "per_token"]
 
 
@@ -80,7 +81,7 @@ def rank(
     jobs.sort(key=lambda job: len(job.ids), reverse=True)
     scores: dict[tuple[int, int], Score] = {}
     for found in side_by_side(partial(score, translator.backend, plan), workers, jobs, DecodeStats()):
-        scores[found.index, found.target] = Score(found.ids, found.log_probabilities or ())
+        scores[found.index, found.target] = Score(found.best.ids, found.best.log_probabilities or ())
     return [
         _ranking(tuple(scores[index, target] for target in range(len(given))), by)
         for index, given in enumerate(targets)
@@ -112,22 +113,4 @@ def _read_targets(
                 remedy="Add them, or leave the source out.",
                 line=number,
             )
-        yield tuple(_target_ids(translator, target, number) for target in given)
-
-
-def _target_ids(translator: Translator, target: Target, number: int) -> tuple[int, ...]:
-    manifest = translator.manifest
-    if isinstance(target, str):
-        ids = (*encode_text(translator.target_tokenizer, target, number), manifest.target_ids.eos)
-    else:
-        ids = tuple(target)
-    positions, vocabulary = manifest.model["target_positions"], manifest.model["target_vocab_size"]
-    odd = [one for one in ids if isinstance(one, bool) or not isinstance(one, Integral) or not 0 <= one < vocabulary]
-    if odd or not 1 <= len(ids) <= positions:
-        raise InputError(
-            f"a target with the id {odd[0]!r}" if odd else f"a target of {len(ids)} ids",
-            expected=f"1 to {positions} ids, eos counted, each from 0 to {vocabulary - 1}",
-            remedy="Shorten or correct it.",
-            line=number,
-        )
-    return tuple(int(one) for one in ids)
+        yield tuple(translator.targets.whole(target, number) for target in given)

@@ -15,10 +15,13 @@ OnLong = Literal["error", "truncate"]
 
 @dataclass(frozen=True, slots=True)
 class SourceText:
-    """A text's ids with bos and eos, or none where it has no pieces; `truncated` tells that it was cut."""
+    """A text's ids with bos and eos, or none where it has no pieces; `truncated` tells that it was cut; `pieces` are
+    as they stand in the text, where they were asked for.
+    """
 
     ids: tuple[int, ...]
     truncated: bool
+    pieces: tuple[str, ...] = ()
 
 
 class SourceReader:
@@ -29,7 +32,9 @@ class SourceReader:
         self._special = bundle.manifest.source_ids
         self._positions = bundle.manifest.model["source_positions"]
 
-    def read(self, texts: Iterable[str], on_long: OnLong = "error") -> Iterator[SourceText]:
+    def read(
+        self, texts: Iterable[str], on_long: OnLong = "error", *, with_pieces: bool = False
+    ) -> Iterator[SourceText]:
         """The ids of each text. A text longer than the model's positions, bos and eos counted, is an InputError or
         is cut, keeping both.
         """
@@ -43,8 +48,12 @@ class SourceReader:
                     remedy="Split the text, or cut it with --on-long truncate (on_long='truncate').",
                     line=number,
                 )
-            kept = pieces[: self._positions - 2]
-            yield SourceText((self._special.bos, *kept, self._special.eos) if pieces else (), long)
+            kept = slice(self._positions - 2)
+            yield SourceText(
+                (self._special.bos, *pieces[kept], self._special.eos) if pieces else (),
+                long,
+                self._tokenizer.surfaces(text)[kept] if with_pieces else (),
+            )
 
 
 def encode_text(tokenizer: Tokenizer, text: str, number: int) -> list[int]:

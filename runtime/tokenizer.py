@@ -62,3 +62,17 @@ class Tokenizer:
     def pieces(self, ids: Sequence[int]) -> tuple[str, ...]:
         """The pieces with these ids."""
         return tuple(self._processor.id_to_piece(list(ids)))
+
+    def piece_id(self, piece: str) -> int | None:
+        """The id of a piece, or None where the vocabulary has no such piece."""
+        one = int(self._processor.piece_to_id(piece))
+        return one if self._processor.id_to_piece(one) == piece else None
+
+    def surfaces(self, text: str) -> tuple[str, ...]:
+        """Text → its pieces as they stand in it, those that the vocabulary does not have included."""
+        return tuple(self._processor.encode(text, out_type=str))
+
+    def unknown_surfaces(self, text: str) -> list[str]:
+        """The pieces of a text that the vocabulary does not have."""
+        unknown = self._processor.unk_id()
+        return [piece for piece, one in zip(self.surfaces(text), self.encode(text), strict=True) if one == unknown]

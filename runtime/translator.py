@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal, Self
+from typing import NamedTuple, Self, Unpack
 
-from kvx.runtime.backend import Backend
+from kvx.runtime.backend import Backend, FloatArray
 from kvx.runtime.bundle import Bundle
 from kvx.runtime.decode import decode
-from kvx.runtime.errors import DeviceError, InputError, OptionError
+from kvx.runtime.errors import DeviceError, InputError
 from kvx.runtime.manifest import GRAPH_FILES
+from kvx.runtime.options import Problem, TranslateKeywords, TranslateOptions, refuse
 from kvx.runtime.plan import DEFAULT_ROWS, Plan
-from kvx.runtime.schedule import DecodeStats, Hypothesis, Source
-from kvx.runtime.scoring import RankBy, Ranking, Score, Target, rank
-from kvx.runtime.search import Greedy
-from kvx.runtime.sources import OnLong, SourceReader, SourceText, load_tokenizer, refuse_string
+from kvx.runtime.rows import FinishReason, Hypothesis, Source
+from kvx.runtime.schedule import DecodeStats, Outcome
+from kvx.runtime.scoring import RankBy, Ranking, Score, rank
+from kvx.runtime.sources import OnLong, SourceReader, SourceText, refuse_string
+from kvx.runtime.targets import Target, TargetReader
 from kvx.runtime.workers import side_by_side
-
-FinishReason = Literal["end", "length"]
 
 WINDOWS_AHEAD = 4
 WINDOW_PER_ROW = 8  # sentences read ahead and sorted by length together, for every row
+
+Cancelled = Callable[[], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +36,10 @@ class Translation:
     """One translated text.
 
     `ids` are the target ids after bos, eos included where `finish_reason` is "end"; `tokens` their pieces without
-    it; `score` the sum of the ids' natural log-probabilities, where asked for; `truncated` tells that the source was
-    cut to the model's positions.
+    it; `score` the sum of `log_probabilities`, the model's own of each id, natural, where asked for; `truncated` tells
+    that the source was cut to the model's positions. `others` are the next best ones of a beam search, or further
+    samples. Where alignment was asked for, `alignment` has for each of `tokens` the index among `source_tokens` of the
+    piece that it attends to most, and `attention` [ids, 1 + source tokens + 1] all weights, bos and eos included.
     """
 
     text: str
@@ -43,40 +48,11 @@ class Translation:
     score: float | None
     finish_reason: FinishReason
     truncated: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TranslateOptions:
-    """How to translate.
-
-    `max_new_tokens`: tokens after bos, eos included (default: the bundle's). `scores`: also give log-probabilities.
-    `on_long`: what happens to a source of more positions than the model has, bos and eos counted. `rows`: sentences
-    that a worker decodes at a time (default: as many as fit, up to 64). `workers`: decode loops side by side
-    (default: what the backend is fastest with, where there are sentences enough). `cache_bytes`: the most that all
-    their caches together may hold (default: 1 GiB). `window`: texts read ahead and sorted by length together. Raises
-    OptionError.
-    """
-
-    max_new_tokens: int | None = None
-    scores: bool = False
-    on_long: OnLong = "error"
-    rows: int | None = None
-    workers: int | None = None
-    cache_bytes: int | None = None
-    window: int | None = None
-
-    def __post_init__(self) -> None:
-        counts = ("max_new_tokens", "rows", "workers", "cache_bytes", "window")
-        values = [(name, getattr(self, name)) for name in counts]
-        problems = [f"{name} = {value}" for name, value in values if value is not None and value < 1]
-        if self.on_long not in ("error", "truncate"):
-            problems.append(f"on_long = {self.on_long!r}")
-        if problems:
-            raise OptionError(
-                ", ".join(problems),
-                expected="counts from 1 up, and on_long error or truncate",
-                remedy="Correct the options.",
-            )
+    log_probabilities: tuple[float, ...] | None = None
+    others: tuple[Translation, ...] = ()
+    alignment: tuple[int, ...] | None = None
+    source_tokens: tuple[str, ...] | None = None
+    attention: FloatArray | None = field(default=None, compare=False, repr=False)
 
 
 class Translator:
@@ -85,7 +61,7 @@ class Translator:
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self.manifest = bundle.manifest
         self.backend = backend
-        self.target_tokenizer = load_tokenizer(bundle, "target")
+        self.targets = TargetReader(bundle)
         self._sources = SourceReader(bundle)
 
     @classmethod
@@ -120,44 +96,69 @@ class Translator:
     def translate(
         self,
         texts: Sequence[str],
+        options: TranslateOptions | None = None,
         *,
-        max_new_tokens: int | None = None,
-        scores: bool = False,
-        on_long: OnLong = "error",
-        rows: int | None = None,
-        workers: int | None = None,
+        prefixes: Sequence[Target | None] | None = None,
+        cancelled: Cancelled | None = None,
+        **changes: Unpack[TranslateKeywords],
     ) -> list[Translation]:
         """The translation of each text, in order.
 
-        The options are those of TranslateOptions. Raises InputError before anything is decoded, OptionError and
-        CapacityError.
+        The options, or some of their fields, are those of TranslateOptions. `prefixes`: what each translation begins
+        with, texts or target ids. Where `cancelled` answers true, all end as they are by then. Raises InputError before
+        anything is decoded, OptionError and CapacityError.
         """
         refuse_string(texts)
-        options = TranslateOptions(
-            max_new_tokens=max_new_tokens,
-            scores=scores,
-            on_long=on_long,
-            rows=rows,
-            workers=workers,
-            window=max(1, len(texts)),
-        )
+        options = replace(options or TranslateOptions(), window=max(1, len(texts)), **changes)
         plan, workers = self.plan(options, sentences=len(texts))
-        read = list(self.read_sources(texts, plan, on_long))
-        return list(self._run(iter(read), options, plan, workers, DecodeStats()))
+        read = list(self._read(texts, prefixes, options, plan))
+        return list(self._run(iter(read), options, plan, workers, DecodeStats(), cancelled))
 
     def translate_iter(
-        self, texts: Iterable[str], options: TranslateOptions | None = None, stats: DecodeStats | None = None
+        self,
+        texts: Iterable[str],
+        options: TranslateOptions | None = None,
+        stats: DecodeStats | None = None,
+        *,
+        prefixes: Iterable[Target | None] | None = None,
+        cancelled: Cancelled | None = None,
     ) -> Iterator[Translation]:
         """The translation of each text, in order, reading no more than four windows ahead of what was given.
 
-        Where a text is refused, those before it are still given; then InputError is raised. `stats` is filled at the
-        end, however it comes. Raises OptionError and CapacityError.
+        Where a text is refused, those before it are still given; then InputError is raised. Where `cancelled` answers
+        true, what was read ends as it is, and nothing more is read. `stats` is filled at the end, however it comes.
+        Raises OptionError and CapacityError.
         """
         refuse_string(texts)
         options = options or TranslateOptions()
         plan, workers = self.plan(options, sentences=options.window)
-        read = self.read_sources(texts, plan, options.on_long)
-        return self._run(read, options, plan, workers, stats or DecodeStats())
+        read = self._read(texts, prefixes, options, plan)
+        return self._run(read, options, plan, workers, stats or DecodeStats(), cancelled)
+
+    def alternatives(
+        self, text: str, prefix: Target, count: int = 5, options: TranslateOptions | None = None
+    ) -> list[Translation]:
+        """The `count` most probable tokens after a beginning of the translation, each gone on from by the search of
+        the options: translations that differ in the token after the prefix, in the order of its probability.
+
+        Raises InputError, OptionError and CapacityError.
+        """
+        options = options or TranslateOptions()
+        limit = options.max_new_tokens or self.manifest.max_new_tokens
+        begun = self.targets.prefix(prefix, limit, None)
+        width = min(count, self.manifest.model["target_vocab_size"])
+        next_only = TranslateOptions(beam_size=width, n_best=width) if width > 1 else TranslateOptions()
+        refuse([(f"count = {count}", "a count from 1 up")] if count < 1 else [])
+        next_only = replace(next_only, max_new_tokens=len(begun) + 1, suppress=options.suppress, prefix=begun)
+        if width > 1:
+            next_only = replace(next_only, length_penalty=0.0)  # eos, which is not counted, has no advantage
+        first = self.translate([text], next_only)[0]
+        begins = [one.ids for one in (first, *first.others)]
+        ended = [one for one in begins if one[-1] == self.manifest.target_ids.eos]
+        going = [one for one in begins if one not in ended and len(one) < limit]
+        found = dict(zip(going, self.translate([text] * len(going), options, prefixes=going), strict=True))
+        done = {one: other for one, other in zip(begins, (first, *first.others), strict=True) if one not in found}
+        return [found.get(one) or done[one] for one in begins]
 
     def score(
         self, sources: Sequence[str], targets: Sequence[Target], options: TranslateOptions | None = None
@@ -190,22 +191,28 @@ class Translator:
 
         Raises OptionError and CapacityError.
         """
+        refuse(self._impossible(options))
+        beams = options.beam_size
         plan = Plan.of(
             self.manifest,
-            self.backend.cache_specs,
+            self.backend.cache_specs if beams == 1 else self.backend.beam_cache_specs,
             rows=options.rows,
             cache_bytes=options.cache_bytes,
             max_new_tokens=options.max_new_tokens if max_new_tokens is None else max_new_tokens,
+            beams=beams,
         )
         if sentences is not None:
+            sentences *= options.targets
             plan = plan.for_sentences(sentences)
-        few = sentences is not None and sentences <= (options.rows or DEFAULT_ROWS)
+        few = sentences is not None and sentences * beams <= (options.rows or DEFAULT_ROWS)
         workers = options.workers or (1 if few else min(self.backend.decodes, plan.most_shares()))
         return plan.share_of(workers, least_rows=options.rows or 1), workers
 
-    def read_sources(self, texts: Iterable[str], plan: Plan, on_long: OnLong) -> Iterator[SourceText]:
+    def read_sources(
+        self, texts: Iterable[str], plan: Plan, on_long: OnLong, *, with_pieces: bool = False
+    ) -> Iterator[SourceText]:
         """The ids of each text. Raises InputError, with the text's number, for what cannot be translated."""
-        for number, text in enumerate(self._sources.read(texts, on_long), 1):
+        for number, text in enumerate(self._sources.read(texts, on_long, with_pieces=with_pieces), 1):
             if len(text.ids) > plan.source_positions:
                 raise InputError(
                     f"{len(text.ids)} tokens, which need a cache of {plan.seat_bytes(len(text.ids)):,} bytes",
@@ -215,46 +222,106 @@ class Translator:
                 )
             yield text
 
-    def _run(
-        self, texts: Iterator[SourceText], options: TranslateOptions, plan: Plan, workers: int, stats: DecodeStats
-    ) -> Iterator[Translation]:
-        queue = _Queue(texts, options.window or plan.rows * workers * WINDOW_PER_ROW, options.scores)
-        search = Greedy(scores=options.scores)
+    def _impossible(self, options: TranslateOptions) -> list[Problem]:
+        """What this bundle cannot do of what is asked."""
+        problems: list[Problem] = []
+        vocabulary = self.manifest.model["target_vocab_size"]
+        for name in ("beam_size", "top_k"):
+            if (getattr(options, name) or 1) > vocabulary:
+                problems.append((f"{name} = {getattr(options, name)}", f"{name} up to the vocabulary's {vocabulary}"))
+        if options.with_attention and self.manifest.features.attention is None:
+            problems.append(
+                ("align or replace_unknown", "a bundle that gives attention, exported with --with-attention")
+            )
+        limit = options.max_new_tokens or self.manifest.max_new_tokens
+        if (options.min_new_tokens or 1) > limit:
+            problems.append((f"min_new_tokens = {options.min_new_tokens}", f"at most {limit}, the limit of new tokens"))
+        return problems
 
-        def decode_greedily(sources: Iterator[Source], own: DecodeStats) -> Iterator[Hypothesis]:
-            return decode(self.backend, sources, search, plan, own)
+    def _read(
+        self, texts: Iterable[str], prefixes: Iterable[Target | None] | None, options: TranslateOptions, plan: Plan
+    ) -> Iterator[_Request]:
+        """Texts with the ids of what their translations begin with. Raises InputError where the numbers differ."""
+        common = () if options.prefix is None else self.targets.prefix(options.prefix, plan.max_new_tokens, None)
+        read = self.read_sources(texts, plan, options.on_long, with_pieces=options.with_attention)
+        given = itertools.repeat(common) if prefixes is None else self.targets.prefixes(prefixes, plan.max_new_tokens)
+        for number, text in enumerate(read, 1):
+            prefix = next(given, None)
+            if prefix is None:
+                raise _miscounted(f"{number - 1} prefixes and more texts", number)
+            yield _Request(text, prefix)
+        if prefixes is not None and next(given, None) is not None:
+            raise _miscounted("more prefixes than texts", None)
+
+    def _run(
+        self,
+        requests: Iterator[_Request],
+        options: TranslateOptions,
+        plan: Plan,
+        workers: int,
+        stats: DecodeStats,
+        cancelled: Cancelled | None,
+    ) -> Iterator[Translation]:
+        stop = cancelled or (lambda: False)
+        queue = _Queue(requests, options, options.window or plan.rows * workers * WINDOW_PER_ROW, stop)
+        search, constraints = options.search(), options.constraints(self.targets.suppressed(options.suppress))
+
+        def decode_them(sources: Iterator[Source], own: DecodeStats) -> Iterator[Outcome]:
+            return decode(
+                self.backend,
+                sources,
+                search,
+                plan,
+                own,
+                constraints=constraints,
+                with_attention=options.with_attention,
+                cancelled=stop,
+            )
 
         while not queue.exhausted:
-            for hypothesis in side_by_side(decode_greedily, workers, queue.sources(), stats, at_once=plan.group):
-                queue.finish(hypothesis.index, self._translation(hypothesis))
+            for outcome in side_by_side(decode_them, workers, queue.sources(), stats, at_once=plan.group):
+                found = partial(self._translation, queue.request(outcome.index), outcome, options)
+                queue.finish(outcome.index, outcome.target, tuple(map(found, outcome.hypotheses)))
                 yield from queue.in_order()
             yield from queue.in_order()
         if queue.error is not None:
             raise queue.error
 
-    def _translation(self, hypothesis: Hypothesis) -> Translation:
+    def _translation(
+        self, request: _Request, outcome: Outcome, options: TranslateOptions, hypothesis: Hypothesis
+    ) -> Translation:
         pieces = hypothesis.ids[:-1] if hypothesis.ended else hypothesis.ids
         return Translation(
-            text=self.target_tokenizer.decode(pieces),
-            tokens=self.target_tokenizer.pieces(pieces),
+            text=self.targets.tokenizer.decode(pieces),
+            tokens=self.targets.tokenizer.pieces(pieces),
             ids=hypothesis.ids,
             score=hypothesis.score,
-            finish_reason="end" if hypothesis.ended else "length",
-            truncated=False,
+            finish_reason=outcome.reason(hypothesis),
+            truncated=request.text.truncated,
+            log_probabilities=hypothesis.log_probabilities,
         )
+
+
+class _Request(NamedTuple):
+    """A text as the encoder takes it, and the target ids that are given."""
+
+    text: SourceText
+    prefix: tuple[int, ...]
 
 
 @dataclass(slots=True)
 class _Queue:
     """Texts on their way to the decoder, longest first within a window, and their translations back in order."""
 
-    texts: Iterator[SourceText]
+    requests: Iterator[_Request]
+    options: TranslateOptions
     window: int
-    scores: bool
+    cancelled: Cancelled
     exhausted: bool = False
     error: InputError | None = None
+    _under_way: dict[int, _Request] = field(default_factory=dict)
+    _targets: dict[int, dict[int, tuple[Translation, ...]]] = field(default_factory=dict)
     _finished: dict[int, Translation] = field(default_factory=dict)
-    _truncated: set[int] = field(default_factory=set)
     _read: int = 0
     _given: int = 0
 
@@ -263,17 +330,27 @@ class _Queue:
         empty texts, and where one slow sentence has kept back too many others.
         """
         while self._read - self._given <= self.window * (WINDOWS_AHEAD - 1) and (window := self._read_window()):
-            sources = [Source(index, text.ids) for index, text in window if text.ids]
+            sources = [
+                Source(index, request.text.ids, (request.prefix,) * self.options.targets)
+                for index, request in window
+                if request.text.ids
+            ]
             if not sources:
                 return
             yield from sorted(sources, key=lambda source: len(source.ids), reverse=True)
 
-    def finish(self, index: int, translation: Translation) -> None:
-        """Takes the translation of text `index`."""
-        if index in self._truncated:
-            self._truncated.remove(index)
-            translation = replace(translation, truncated=True)
-        self._finished[index] = translation
+    def request(self, index: int) -> _Request:
+        """The text with this index, while it is under way."""
+        return self._under_way[index]
+
+    def finish(self, index: int, target: int, found: tuple[Translation, ...]) -> None:
+        """Takes the translations of one target of text `index`."""
+        targets = self._targets.setdefault(index, {})
+        targets[target] = found
+        if len(targets) == self.options.targets:
+            first, *others = itertools.chain.from_iterable(targets[number] for number in sorted(targets))
+            self._finished[index] = replace(first, others=tuple(others))
+            del self._targets[index], self._under_way[index]
 
     def in_order(self) -> Iterator[Translation]:
         """The translations that are finished and whose turn it is."""
@@ -281,22 +358,29 @@ class _Queue:
             yield self._finished.pop(self._given)
             self._given += 1
 
-    def _read_window(self) -> list[tuple[int, SourceText]]:
-        window: list[tuple[int, SourceText]] = []
+    def _read_window(self) -> list[tuple[int, _Request]]:
+        window: list[tuple[int, _Request]] = []
+        if self._read and self.cancelled():
+            self.exhausted = True
+            return window
         try:
-            for text in itertools.islice(self.texts, self.window):
-                window.append((self._read, text))
+            for request in itertools.islice(self.requests, self.window):
+                window.append((self._read, request))
                 self._read += 1
         except InputError as error:
             self.error = error
         self.exhausted = len(window) < self.window
-        self._truncated.update(index for index, text in window if text.truncated)
-        nothing = replace(NOTHING, score=0.0) if self.scores else NOTHING
-        self._finished.update((index, nothing) for index, text in window if not text.ids)
+        self._under_way.update((index, request) for index, request in window if request.text.ids)
+        nothing = replace(NOTHING, score=0.0, log_probabilities=()) if self.options.scores else NOTHING
+        self._finished.update((index, nothing) for index, request in window if not request.text.ids)
         return window
 
 
 NOTHING = Translation(text="", tokens=(), ids=(), score=None, finish_reason="end", truncated=False)
+
+
+def _miscounted(got: str, line: int | None) -> InputError:
+    return InputError(got, expected="a prefix for each text", remedy="Check that both belong together.", line=line)
 
 
 def _files_in_use(bundle: Bundle, backend: str) -> list[str]:

@@ -10,17 +10,18 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from kvx.runtime.schedule import DecodeStats, Hypothesis, Source
+from kvx.runtime.rows import Source
+from kvx.runtime.schedule import DecodeStats, Outcome
 
-Decode = Callable[[Iterator[Source], DecodeStats], Iterator[Hypothesis]]
+Decode = Callable[[Iterator[Source], DecodeStats], Iterator[Outcome]]
 
 SOURCES_AT_ONCE = 16
 
 
 def side_by_side(
     decode: Decode, workers: int, sources: Iterable[Source], stats: DecodeStats, *, at_once: int = SOURCES_AT_ONCE
-) -> Iterator[Hypothesis]:
-    """The hypotheses of all sources as they finish, from so many decodes, each given up to `at_once` sources."""
+) -> Iterator[Outcome]:
+    """What becomes of all sources, as they are over, from so many decodes, each given up to `at_once` sources."""
     if workers == 1:
         return decode(iter(sources), stats)
     return decode_in_parallel([decode] * workers, sources, stats, at_once=at_once)
@@ -28,10 +29,10 @@ def side_by_side(
 
 def decode_in_parallel(
     decodes: Sequence[Decode], sources: Iterable[Source], stats: DecodeStats, *, at_once: int = SOURCES_AT_ONCE
-) -> Iterator[Hypothesis]:
-    """Each decode in a thread of its own, all fed from `sources` → the hypotheses of all, as they finish.
+) -> Iterator[Outcome]:
+    """Each decode in a thread of its own, all fed from `sources` → what becomes of all, as they are over.
 
-    An exception of one ends all and is raised here. Closing the iterator ends them at their next hypothesis. `stats`
+    An exception of one ends all and is raised here. Closing the iterator ends them at their next outcome. `stats`
     gets the sum of what they did.
     """
     drawn = iter(sources)
@@ -43,8 +44,8 @@ def decode_in_parallel(
     try:
         while running:
             match news.get():
-                case Hypothesis() as hypothesis:
-                    yield hypothesis
+                case Outcome() as outcome:
+                    yield outcome
                 case _Worker() as hungry:
                     hungry.feed(list(itertools.islice(drawn, at_once)))
                 case BaseException() as error:
@@ -77,8 +78,8 @@ class _Worker(threading.Thread):
     def run(self) -> None:
         """Decodes until there are no more sources, or nobody wants the results."""
         try:
-            for hypothesis in self._decode(self._sources(), self.stats):
-                self._news.put(hypothesis)
+            for outcome in self._decode(self._sources(), self.stats):
+                self._news.put(outcome)
                 if self._stopped:
                     return
             self._news.put(None)
@@ -90,7 +91,7 @@ class _Worker(threading.Thread):
         self._food.put(sources)
 
     def stop(self) -> None:
-        """Ends the worker at its next hypothesis."""
+        """Ends the worker at its next outcome."""
         self._stopped = True
         self.feed([])
 
@@ -103,4 +104,4 @@ class _Worker(threading.Thread):
             yield from food
 
 
-_News = Hypothesis | _Worker | BaseException | None
+_News = Outcome | _Worker | BaseException | None

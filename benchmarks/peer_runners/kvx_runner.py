@@ -10,9 +10,10 @@ from protocol import Request, Runner, Timed, serve  # type: ignore[import-not-fo
 
 from kvx import Translator
 from kvx.runtime.decode import decode
-from kvx.runtime.schedule import DecodeStats, Hypothesis, Source
+from kvx.runtime.options import TranslateOptions
+from kvx.runtime.rows import Source
+from kvx.runtime.schedule import DecodeStats, Outcome
 from kvx.runtime.search import Greedy
-from kvx.runtime.translator import TranslateOptions
 from kvx.runtime.workers import side_by_side
 
 
@@ -39,21 +40,21 @@ def run(translator: Translator, request: Request) -> Timed:
         found = list(_together(translator, numbered, options))
     else:
         options = TranslateOptions(max_new_tokens=limit)
-        found = [hypothesis for source in numbered for hypothesis in _alone(translator, source, options)]
+        found = [outcome for source in numbered for outcome in _alone(translator, source, options)]
     seconds = time.perf_counter() - started
-    found.sort(key=lambda hypothesis: hypothesis.index)
-    return Timed(seconds, [list(hypothesis.ids) for hypothesis in found])
+    found.sort(key=lambda outcome: outcome.index)
+    return Timed(seconds, [list(outcome.best.ids) for outcome in found])
 
 
-def _alone(translator: Translator, source: Source, options: TranslateOptions) -> Iterator[Hypothesis]:
+def _alone(translator: Translator, source: Source, options: TranslateOptions) -> Iterator[Outcome]:
     plan, _ = translator.plan(options, sentences=1)
     return decode(translator.backend, [source], Greedy(), plan)
 
 
-def _together(translator: Translator, sources: list[Source], options: TranslateOptions) -> Iterator[Hypothesis]:
+def _together(translator: Translator, sources: list[Source], options: TranslateOptions) -> Iterator[Outcome]:
     plan, workers = translator.plan(options)
 
-    def greedy(shared: Iterator[Source], stats: DecodeStats) -> Iterator[Hypothesis]:
+    def greedy(shared: Iterator[Source], stats: DecodeStats) -> Iterator[Outcome]:
         return decode(translator.backend, shared, Greedy(), plan, stats)
 
     ordered = sorted(sources, key=lambda source: len(source.ids), reverse=True)

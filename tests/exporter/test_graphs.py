@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import getpass
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from kvx.models.transformer import Transformer
 from kvx.runtime.backend import IntArray, Tensors
 from kvx.runtime.backends.onnx import ENCODER_FILE, STEP_FILE, OnnxBackend
 from kvx.runtime.cache import Capacity, EncodedSource, KVCache
+from kvx.runtime.rows import Rows
 from kvx.runtime.search import Greedy
 from kvx.runtime.signature import Dimensions, Signature, StepFeatures, encoder_signature, step_signature
 
@@ -216,7 +218,8 @@ def test_greedy_search_takes_next_ids_where_the_graph_gives_them(
     output.logits[:] = 0  # whoever looked at them would choose 0
     assert output.next_ids is not None
     assert output.next_ids.any()
-    np.testing.assert_array_equal(Greedy().choose(output).ids, output.next_ids)
+    rows: Rows = types.SimpleNamespace(eos=3)  # type: ignore[assignment]  # all that it looks at
+    np.testing.assert_array_equal(Greedy().choose(output, output.logits, rows).ids, output.next_ids)
 
 
 def test_large_weights_lie_beside_the_graph(features_folder: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import types
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,6 +21,7 @@ from kvx.runtime.backend import Backend, IntArray, Step, StepOutput, Tensors
 from kvx.runtime.bench import BenchOptions, BenchResult, Subject, Unending, bench, cpu_model, table
 from kvx.runtime.cache import KVCache
 from kvx.runtime.plot import SVG_NAMESPACE, curves_html
+from kvx.runtime.rows import Rows
 
 TEXTS = ("one", "", "forty-two", "nine hundred")
 SVG = f"{{{SVG_NAMESPACE}}}"
@@ -168,8 +170,10 @@ def test_fewer_rows_take_the_lengths_where_the_cache_is_too_small(
 def test_the_search_takes_the_best_token_and_never_ends(eos: int) -> None:
     logits = np.array([[5, 1, 0, 0], [0, 1, 5, 0], [0, 1, 0, 5]], np.float32)
     kept = logits.copy()
-    ids = Unending(eos).choose(StepOutput(logits)).ids
-    assert ids.tolist() == ([1, 2, 3] if eos == 0 else [0, 0, 3])
+    rows: Rows = types.SimpleNamespace(eos=eos)  # type: ignore[assignment]  # all that it looks at
+    choice = Unending().choose(StepOutput(logits), logits, rows)
+    assert choice.ids.tolist() == ([1, 2, 3] if eos == 0 else [0, 0, 3])
+    assert not choice.over.any()
     assert (logits == kept).all()
 
 

@@ -19,7 +19,8 @@ from kvx.runtime.backend import IntArray, Step, StepOutput, Tensors
 from kvx.runtime.cache import Capacity, KVCache
 from kvx.runtime.decode import decode
 from kvx.runtime.plan import SMALLEST_CAPACITY, Plan
-from kvx.runtime.schedule import DecodeStats, Hypothesis, Source
+from kvx.runtime.rows import Source
+from kvx.runtime.schedule import DecodeStats, Outcome
 from kvx.runtime.search import Greedy
 from kvx.runtime.signature import Dimensions, TensorSpec, cache_specs
 
@@ -113,9 +114,9 @@ def taken_from(waiting: deque[Source]) -> Iterator[Source]:
 
 def run(
     sources: Sequence[Source], plan: Plan, *, scores: bool = False
-) -> tuple[list[Hypothesis], FakeBackend, DecodeStats]:
+) -> tuple[list[Outcome], FakeBackend, DecodeStats]:
     backend, stats = FakeBackend(), DecodeStats()
-    return list(decode(backend, sources, Greedy(scores=scores), plan, stats)), backend, stats
+    return list(decode(backend, sources, Greedy(scored=scores), plan, stats)), backend, stats
 
 
 def with_rows(rows: int, max_new_tokens: int = PLAN.max_new_tokens) -> Plan:
@@ -128,12 +129,12 @@ def with_rows(rows: int, max_new_tokens: int = PLAN.max_new_tokens) -> Plan:
 @example(lengths=[1] * 50, rows=7, group=2)
 def test_every_sentence_gets_its_own_translation_once(lengths: list[int], rows: int, group: int) -> None:
     sources = sources_of(lengths)
-    hypotheses, backend, stats = run(sources, dataclasses.replace(PLAN, rows=rows, group=group))
-    assert Counter(hypothesis.index for hypothesis in hypotheses) == Counter(range(len(sources)))
-    for hypothesis in hypotheses:
-        assert hypothesis.ids == translation(sources[hypothesis.index].ids)
-        assert hypothesis.ended
-        assert hypothesis.score is None
+    outcomes, backend, stats = run(sources, dataclasses.replace(PLAN, rows=rows, group=group))
+    assert Counter(outcome.index for outcome in outcomes) == Counter(range(len(sources)))
+    for outcome in outcomes:
+        assert outcome.best.ids == translation(sources[outcome.index].ids)
+        assert outcome.best.ended
+        assert outcome.best.score is None
     assert stats.row_steps == sum(backend.rows) == sum(lengths)
     assert (stats.sentences, stats.tokens, stats.steps) == (len(lengths), sum(lengths), len(backend.rows))
 
@@ -142,12 +143,12 @@ def test_every_sentence_gets_its_own_translation_once(lengths: list[int], rows: 
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=40), rows=st.integers(1, 9), limit=st.integers(1, 30))
 def test_a_translation_stops_at_the_limit(lengths: list[int], rows: int, limit: int) -> None:
     sources = sources_of(lengths)
-    hypotheses, _, stats = run(sources, with_rows(rows, limit))
-    assert len(hypotheses) == len(sources)
-    for hypothesis in hypotheses:
-        whole = translation(sources[hypothesis.index].ids)
-        assert hypothesis.ids == whole[:limit]
-        assert hypothesis.ended == (len(whole) <= limit)
+    outcomes, _, stats = run(sources, with_rows(rows, limit))
+    assert len(outcomes) == len(sources)
+    for outcome in outcomes:
+        whole = translation(sources[outcome.index].ids)
+        assert outcome.best.ids == whole[:limit]
+        assert outcome.best.ended == (len(whole) <= limit)
     assert stats.row_steps == sum(min(length, limit) for length in lengths)
 
 
@@ -185,8 +186,8 @@ def test_no_step_is_run_for_a_row_that_has_ended() -> None:
 
 
 def test_nothing_is_run_without_sources() -> None:
-    hypotheses, backend, stats = run([], PLAN)
-    assert (hypotheses, backend.groups, backend.rows) == ([], [], [])
+    outcomes, backend, stats = run([], PLAN)
+    assert (outcomes, backend.groups, backend.rows) == ([], [], [])
     assert (stats.sentences, stats.steps) == (0, 0)
 
 
@@ -210,18 +211,18 @@ def test_sources_are_drawn_only_as_rows_fall_free() -> None:
 
 def test_scores_are_each_sentences_own_sum() -> None:
     lengths = [1 + index * 7 % 12 for index in range(30)]
-    hypotheses, _, _ = run(sources_of(lengths), with_rows(5), scores=True)
+    outcomes, _, _ = run(sources_of(lengths), with_rows(5), scores=True)
     chosen = 1 - np.log(np.e + VOCABULARY - 1)  # one logit of 1 among zeros
-    assert [hypothesis.score for hypothesis in hypotheses] == pytest.approx(
-        [lengths[hypothesis.index] * chosen for hypothesis in hypotheses]
+    assert [outcome.best.score for outcome in outcomes] == pytest.approx(
+        [lengths[outcome.index] * chosen for outcome in outcomes]
     )
 
 
 def test_a_cache_that_grows_keeps_what_it_holds() -> None:
     lengths = [SMALLEST_CAPACITY * 3, 2, SMALLEST_CAPACITY + 5, 1, 90, 3]
     sources = [source(i, length, seed=11 * i, positions=1 + 30 * i) for i, length in enumerate(lengths)]
-    hypotheses, backend, stats = run(sources, with_rows(3, 120))
-    assert {hypothesis.index: hypothesis.ids for hypothesis in hypotheses} == {
+    outcomes, backend, stats = run(sources, with_rows(3, 120))
+    assert {outcome.index: outcome.best.ids for outcome in outcomes} == {
         each.index: translation(each.ids) for each in sources
     }
     assert stats.repacks >= 2
@@ -243,8 +244,8 @@ def test_a_cache_begins_small_and_is_never_larger_than_the_limits() -> None:
 
 def test_a_cache_gives_room_back_that_nobody_needs() -> None:
     sources = [source(0, 2, positions=200), *(source(i, 2, positions=3) for i in range(1, 20))]
-    hypotheses, backend, stats = run(sources, with_rows(2))
-    assert len(hypotheses) == 20
+    outcomes, backend, stats = run(sources, with_rows(2))
+    assert len(outcomes) == 20
     assert backend.caches[0].capacity.source < 200
     assert backend.caches[0].bytes < stats.cache_bytes
 
@@ -252,12 +253,12 @@ def test_a_cache_gives_room_back_that_nobody_needs() -> None:
 @pytest.mark.parametrize("taken", [0, 1, 5])
 def test_a_decode_may_be_closed_half_way(taken: int) -> None:
     backend, waiting = FakeBackend(), deque(sources_of([3] * 30))
-    hypotheses = decode(backend, taken_from(waiting), Greedy(), PLAN)
+    outcomes = decode(backend, taken_from(waiting), Greedy(), PLAN)
     for _ in range(taken):
-        next(hypotheses)
-    hypotheses.close()  # type: ignore[attr-defined]
+        next(outcomes)
+    outcomes.close()  # type: ignore[attr-defined]
     steps, left = len(backend.rows), len(waiting)
-    assert list(hypotheses) == []
+    assert list(outcomes) == []
     assert (len(backend.rows), len(waiting)) == (steps, left)
     assert left >= 30 - taken - PLAN.rows - PLAN.group
     rest = list(decode(backend, taken_from(waiting), Greedy(), PLAN))  # the next decode has a cache of its own
@@ -269,7 +270,7 @@ def test_two_decodes_on_one_backend_do_not_disturb_each_other() -> None:
     first, second = (decode(backend, sources, Greedy(), with_rows(rows)) for rows in (3, 5))
     pairs = list(zip(first, second, strict=True))
     for side in (0, 1):
-        found = {pair[side].index: pair[side].ids for pair in pairs}
+        found = {pair[side].index: pair[side].best.ids for pair in pairs}
         assert found == {each.index: translation(each.ids) for each in sources}
 
 
@@ -280,5 +281,5 @@ def test_next_ids_of_the_graph_are_taken_as_they_are() -> None:
             return lambda ids: StepOutput(np.full((len(ids), VOCABULARY), np.nan, np.float32), step(ids)[0].argmax(-1))
 
     sources = sources_of([3, 1, 2])
-    found = {hypothesis.index: hypothesis.ids for hypothesis in decode(Choosing(), sources, Greedy(), PLAN)}
+    found = {outcome.index: outcome.best.ids for outcome in decode(Choosing(), sources, Greedy(), PLAN)}
     assert found == {each.index: translation(each.ids) for each in sources}

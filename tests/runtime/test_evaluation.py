@@ -12,8 +12,8 @@ import sacrebleu
 
 from kvx import InputError, OptionError, Translation, Translator
 from kvx.runtime.evaluation import ParallelText, evaluate
+from kvx.runtime.options import TranslateOptions
 from kvx.runtime.schedule import DecodeStats
-from kvx.runtime.translator import TranslateOptions
 
 if TYPE_CHECKING:
     from kvx.tests.conftest import Seed

@@ -17,10 +17,11 @@ from kvx import Translator
 from kvx.runtime.backend import Backend, IntArray, Step, StepOutput
 from kvx.runtime.cache import KVCache
 from kvx.runtime.decode import decode
+from kvx.runtime.options import TranslateOptions
 from kvx.runtime.plan import Plan
-from kvx.runtime.schedule import DecodeStats, Source
+from kvx.runtime.rows import Source
+from kvx.runtime.schedule import DecodeStats
 from kvx.runtime.search import Greedy
-from kvx.runtime.translator import TranslateOptions
 
 if TYPE_CHECKING:
     from kvx.tests.conftest import Seed
@@ -99,8 +100,8 @@ class Alone:
 
     def _answer(self, text: str) -> tuple[int, ...]:
         sources = [Source(0, self.ids(text))]
-        (hypothesis,) = decode(self.translator.backend, sources, Greedy(), self.plan(1))
-        return hypothesis.ids
+        (outcome,) = decode(self.translator.backend, sources, Greedy(), self.plan(1))
+        return outcome.best.ids
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -113,7 +114,7 @@ def test_greedy_ids_equal_those_of_each_sentence_alone_whatever_the_neighbours_a
         sources.sort(key=lambda source: -len(source.ids))
     stats = DecodeStats()
     backend = Poisoner(alone.translator.backend)
-    found = {h.index: h.ids for h in decode(backend, sources, Greedy(), alone.plan(rows), stats)}
+    found = {o.index: o.best.ids for o in decode(backend, sources, Greedy(), alone.plan(rows), stats)}
     assert found == {index: alone.answer(text) for index, text in enumerate(texts)}
     assert stats.row_steps == sum(map(len, found.values()))
 
@@ -137,7 +138,7 @@ def test_sentences_longer_than_the_cache_make_it_grow_without_draining_it(number
     stats = DecodeStats()
     sources = [Source(i, Alone(numbers_translator).ids(text)) for i, text in enumerate(texts)]
     plan = Alone(numbers_translator).plan(4)
-    found = {h.index: h.ids for h in decode(numbers_translator.backend, sources, Greedy(), plan, stats)}
+    found = {o.index: o.best.ids for o in decode(numbers_translator.backend, sources, Greedy(), plan, stats)}
     assert stats.repacks > 0
     assert found == {i: Alone(numbers_translator).answer(text) for i, text in enumerate(texts)}
 

@@ -4,9 +4,9 @@ import pytest
 
 from kvx import CapacityError, InputError, OptionError, Translator
 from kvx.runtime.cache import KVCache
+from kvx.runtime.options import TranslateOptions
 from kvx.runtime.plan import DEFAULT_ROWS, SMALLEST_CAPACITY, Plan
 from kvx.runtime.schedule import DecodeStats
-from kvx.runtime.translator import TranslateOptions
 
 
 def _plan(translator: Translator, **wishes: int) -> Plan:

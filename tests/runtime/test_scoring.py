@@ -12,8 +12,9 @@ from kvx import InputError, Translator
 from kvx.models.checkpoint import Checkpoint, load_checkpoint
 from kvx.runtime import decode
 from kvx.runtime.backend import Backend, IntArray, Tensors
-from kvx.runtime.schedule import DecodeStats, Source
-from kvx.runtime.translator import TranslateOptions
+from kvx.runtime.options import TranslateOptions
+from kvx.runtime.rows import Source
+from kvx.runtime.schedule import DecodeStats
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -170,5 +171,5 @@ def test_few_targets_are_scored_several_tokens_at_a_time(numbers_translator: Tra
 
     alone: Backend = OneByOne()  # type: ignore[assignment]
     for one in decode.score(alone, plan, sources):
-        assert found[one.index].ids == one.ids
-        assert found[one.index].log_probabilities == pytest.approx(one.log_probabilities, abs=1e-4)
+        assert found[one.index].best.ids == one.best.ids
+        assert found[one.index].best.log_probabilities == pytest.approx(one.best.log_probabilities, abs=1e-4)

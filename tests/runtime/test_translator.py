@@ -20,9 +20,9 @@ from kvx.runtime.backend import IntArray, Step, Tensors
 from kvx.runtime.backends.onnx import OnnxBackend
 from kvx.runtime.bundle import Bundle
 from kvx.runtime.cache import KVCache
+from kvx.runtime.options import TranslateOptions
 from kvx.runtime.schedule import DecodeStats
 from kvx.runtime.sources import SourceReader
-from kvx.runtime.translator import TranslateOptions
 
 NUMBERS = {
     "one": "eins",
@@ -194,7 +194,7 @@ def test_a_limit_cuts_a_translation_and_says_so(numbers_translator: Translator) 
 
 def test_ids_tokens_and_text_say_the_same(numbers_translator: Translator) -> None:
     eos = numbers_translator.manifest.target_ids.eos
-    tokenizer = numbers_translator.target_tokenizer
+    tokenizer = numbers_translator.targets.tokenizer
     for limit in (3, 64):
         for translation in numbers_translator.translate(TEXTS[:40], max_new_tokens=limit):
             ended = translation.finish_reason == "end"
@@ -225,7 +225,7 @@ def test_scores_come_only_where_asked_for_and_change_nothing_else(numbers_transl
     plain, scored = (numbers_translator.translate(TEXTS[:20], scores=scores) for scores in (False, True))
     assert all(translation.score is None for translation in plain)
     assert all(translation.score is not None for translation in scored)
-    assert [dataclasses.replace(translation, score=None) for translation in scored] == plain
+    assert [dataclasses.replace(each, score=None, log_probabilities=None) for each in scored] == plain
 
 
 def test_a_source_too_long_is_refused_with_its_line(recording: tuple[Translator, RecordingBackend]) -> None:

@@ -12,8 +12,9 @@ import pytest
 from kvx import Translator
 from kvx.runtime import schedule
 from kvx.runtime.cache import KVCache
-from kvx.runtime.schedule import DecodeStats, Hypothesis, Source
-from kvx.runtime.translator import TranslateOptions
+from kvx.runtime.options import TranslateOptions
+from kvx.runtime.rows import Hypothesis, Source
+from kvx.runtime.schedule import DecodeStats, Outcome
 from kvx.runtime.workers import decode_in_parallel
 
 TEXTS = ["one", "", "forty-two", "nine hundred and ninety-nine", "seven thousand and eight"] * 60
@@ -36,25 +37,25 @@ def test_all_workers_take_part() -> None:
     seen = set()
     together = threading.Barrier(3, timeout=10)
 
-    def decode(sources: Iterator[Source], stats: DecodeStats) -> Iterator[Hypothesis]:
+    def decode(sources: Iterator[Source], stats: DecodeStats) -> Iterator[Outcome]:
         for source in sources:
             if threading.current_thread() not in seen:
                 seen.add(threading.current_thread())
                 together.wait()
-            yield Hypothesis(source.index, 0, (), True, None)
+            yield Outcome(source.index, 0, (Hypothesis((), True),))
 
     sources = [Source(index, (1,)) for index in range(300)]
     found = decode_in_parallel([decode] * 3, sources, DecodeStats())
-    assert sorted(hypothesis.index for hypothesis in found) == list(range(300))
+    assert sorted(outcome.index for outcome in found) == list(range(300))
     assert len(seen) == 3
 
 
 def test_an_error_in_one_worker_ends_all_and_reaches_the_consumer() -> None:
-    def decode(sources: Iterator[Source], stats: DecodeStats) -> Iterator[Hypothesis]:
+    def decode(sources: Iterator[Source], stats: DecodeStats) -> Iterator[Outcome]:
         for source in sources:
             if source.index == 5:
                 raise OSError("broken")
-            yield Hypothesis(source.index, 0, (), True, None)
+            yield Outcome(source.index, 0, (Hypothesis((), True),))
 
     endless = (Source(index, (1,)) for index in itertools.count())
     before = threading.active_count()
