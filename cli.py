@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
@@ -23,6 +23,7 @@ from typer.core import TyperGroup
 
 import kvx
 from kvx.runtime.errors import DeviceError, InputError, KvxError, OptionError, ParityError
+from kvx.runtime.formats import format_ranking, format_stats, one_line, translation_json, translation_lines
 
 if TYPE_CHECKING:
     from kvx import Translation, Translator
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from kvx.runtime.evaluation import Evaluation
     from kvx.runtime.options import TranslateOptions
     from kvx.runtime.schedule import DecodeStats
-    from kvx.runtime.scoring import Ranking
 
 ARTIFACTS = Path("artifacts")
 EXPORT_NEEDS = ("torch", "onnx", "onnx_ir", "onnxscript")
@@ -322,10 +322,17 @@ class TranslateCommand:
     model: Path | None
     json: bool
     stats: bool
+    prefix_file: Path | None
+    alternatives: int | None
+    several: bool
 
     def __post_init__(self) -> None:
         if self.texts and self.input:
             raise OptionError("texts and --input", expected="one of them", remedy="Leave one out.")
+        if self.prefix_file is not None and self.interactive:
+            raise OptionError(
+                "--prefix-file for texts that are typed", expected="texts from a file or pipe", remedy="Use --prefix."
+            )
         if not self.texts and self.input is None and sys.stdin is None:
             raise OptionError("a closed standard input", expected="texts", remedy="Give them as arguments or a file.")
         if self.output is None and sys.stdout is None:
@@ -343,7 +350,7 @@ DeviceOption = Annotated[
     str, typer.Option(help="auto, cpu, cuda or cuda:<index>; auto is where bundles are proven, the CPU.")
 ]
 RowsOption = Annotated[
-    int | None, typer.Option(help="Sentences a worker decodes at a time [default: 64, or what fits].")
+    int | None, typer.Option(help="Cache rows of a worker, one a sentence or a beam [default: 64, or what fits].")
 ]
 ThreadsOption = Annotated[int | None, typer.Option(help="Compute threads in all [default: the cores available].")]
 WorkersOption = Annotated[
@@ -356,6 +363,11 @@ SpinOption = Annotated[
 CacheOption = Annotated[float | None, typer.Option(help="The most that the caches may hold, in MiB [default: 1024].")]
 TokensOption = Annotated[int | None, typer.Option(help="Tokens of a translation [default: the bundle's].")]
 OnLongOption = Annotated[OnLongSource, typer.Option(help="For sources beyond the model's positions.")]
+BeamSizeOption = Annotated[int, typer.Option(help="Beams of a sentence; 1 is greedy.")]
+LengthPenaltyOption = Annotated[
+    float | None,
+    typer.Option(help="Beams are compared by log-probability / length^this [default: 1.0]."),
+]
 
 
 @app.command()
@@ -373,27 +385,98 @@ def translate(
     workers: WorkersOption = None,
     spin: SpinOption = False,
     cache_mb: CacheOption = None,
-    max_new_tokens: TokensOption = None,
     on_long: OnLongOption = OnLongSource.ERROR,
+    beam_size: BeamSizeOption = 1,
+    n_best: Annotated[
+        int | None,
+        typer.Option(help="Translations of each text, from its beams [default: 1]."),
+    ] = None,
+    length_penalty: LengthPenaltyOption = None,
+    early_stopping: Annotated[
+        bool | None,
+        typer.Option(
+            "--early-stopping/--no-early-stopping",
+            help="End at so many finished beams, or when none can get better [default: early].",
+        ),
+    ] = None,
+    patience: Annotated[
+        float | None,
+        typer.Option(help="End at this times so many finished beams [default: 1.0]."),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Draw so many translations of each text at random.")] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="Of samples: below 1 more probable, above 1 more varied."),
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample among so many tokens [default: all].")] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Sample among the fewest tokens of this probability [default: 1.0]."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="The same samples every time, whatever the batch.")] = None,
+    alternatives: Annotated[
+        int | None,
+        typer.Option(help="So many translations that differ in the token after --prefix."),
+    ] = None,
+    max_new_tokens: TokensOption = None,
+    min_new_tokens: Annotated[int | None, typer.Option(help="Least tokens of a translation.")] = None,
+    prefix: Annotated[str | None, typer.Option(help="What every translation begins with.")] = None,
+    prefix_file: Annotated[Path | None, typer.Option(help="What each translation begins with, a line a text.")] = None,
+    suppress: Annotated[
+        list[str] | None,
+        typer.Option(help="A piece that never comes; may be given again."),
+    ] = None,
+    no_repeated_ngrams: Annotated[
+        int | None, typer.Option(help="No so many tokens come twice in the same order.")
+    ] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: what has come gets less probable.")] = None,
+    end_penalty: Annotated[float | None, typer.Option(help="Nats that ending costs.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print an object a line.")] = False,
     scores: Annotated[bool, typer.Option("--scores", help="Also print log-probabilities.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print speed and cache size to stderr.")] = False,
 ) -> None:
-    """Translate texts, a line each, in order."""
+    """Translate texts, a line each, in order.
+
+    With --n-best, --samples or --alternatives: a line for each translation, the number of its text before it.
+    """
     from kvx.runtime.options import TranslateOptions
 
     command = TranslateCommand(
-        texts=tuple(text or ()), input=input_, output=output, model=model, json=as_json, stats=stats
+        texts=tuple(text or ()),
+        input=input_,
+        output=output,
+        model=model,
+        json=as_json,
+        stats=stats,
+        prefix_file=prefix_file,
+        alternatives=alternatives,
+        several=max(n_best or 1, samples or 1, alternatives or 1) > 1,
     )
     machine = Machine(backend=backend, device=device, threads=threads, workers=workers, spin=spin)
     options = TranslateOptions(
-        max_new_tokens=max_new_tokens,
-        scores=scores,
         on_long=on_long.value,
-        rows=rows,
-        cache_bytes=_cache_bytes(cache_mb),
-        workers=workers,
         window=1 if command.interactive else len(command.texts) or None,
+        rows=rows,
+        workers=workers,
+        cache_bytes=_cache_bytes(cache_mb),
+        beam_size=beam_size,
+        n_best=n_best,
+        length_penalty=length_penalty,
+        early_stopping=early_stopping,
+        patience=patience,
+        samples=samples,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+        prefix=prefix,
+        suppress=tuple(suppress or ()),
+        no_repeated_ngrams=no_repeated_ngrams,
+        repetition_penalty=repetition_penalty,
+        end_penalty=end_penalty,
+        scores=scores,
     )
     translator = _announce(command.model, machine, bulk=not command.texts and not command.interactive)
     if command.interactive:
@@ -418,6 +501,8 @@ def evaluate(
     spin: SpinOption = False,
     cache_mb: CacheOption = None,
     max_new_tokens: TokensOption = None,
+    beam_size: BeamSizeOption = 1,
+    length_penalty: LengthPenaltyOption = None,
     on_long: OnLongOption = OnLongSource.ERROR,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to a file.")] = None,
     hypotheses: Annotated[
@@ -434,6 +519,8 @@ def evaluate(
     test_set = evaluation.ParallelText(_read_file(source, limit), _read_file(reference, limit))
     options = TranslateOptions(
         max_new_tokens=max_new_tokens,
+        beam_size=beam_size,
+        length_penalty=length_penalty,
         on_long=on_long.value,
         rows=rows,
         cache_bytes=_cache_bytes(cache_mb),
@@ -496,7 +583,7 @@ def score(
         rankings = translator.rank(sources, candidates, by=by.value, options=options)
     with _output_file(output) as out:
         for given, ranking in zip(candidates, rankings, strict=True):
-            out.write(_format_ranking(given, ranking, choices=choices, as_json=as_json) + "\n")
+            out.write(format_ranking(given, ranking, choices=choices, as_json=as_json) + "\n")
 
 
 @app.command()
@@ -585,8 +672,11 @@ def _translate(translator: Translator, command: TranslateCommand, options: Trans
 
     stats, started, at_limit = DecodeStats(), time.perf_counter(), list[int]()
     with _input_texts(command) as texts, _output_file(command.output) as out, _counter(command) as count:
-        for number, translation in enumerate(translator.translate_iter(texts, options, stats), 1):
-            out.write(_format(translation, as_json=command.json) + "\n")
+        for number, translation in enumerate(_translations(translator, command, options, texts, stats), 1):
+            if command.json:
+                out.write(translation_json(translation) + "\n")
+            else:
+                out.writelines(f"{line}\n" for line in translation_lines(translation, number, several=command.several))
             out.flush()
             if translation.truncated:
                 _say(f"line {number} was cut to the model's {translator.manifest.model['source_positions']} positions")
@@ -597,7 +687,24 @@ def _translate(translator: Translator, command: TranslateCommand, options: Trans
         shown = ", ".join(map(str, at_limit[:NAMED_LINES])) + (", …" if len(at_limit) > NAMED_LINES else "")
         _say(f"{len(at_limit)} translations stopped at the limit of new tokens (lines {shown})")
     if command.stats:
-        _say(_format_stats(stats, time.perf_counter() - started))
+        _say(format_stats(stats, time.perf_counter() - started))
+
+
+def _translations(
+    translator: Translator,
+    command: TranslateCommand,
+    options: TranslateOptions,
+    texts: Iterable[str],
+    stats: DecodeStats,
+) -> Iterator[Translation]:
+    prefixes = None if command.prefix_file is None else _read_file(command.prefix_file)
+    if command.alternatives is None:
+        yield from translator.translate_iter(texts, options, stats, prefixes=prefixes)
+        return
+    given = itertools.repeat(options.prefix or "") if prefixes is None else prefixes
+    for text, prefix in zip(texts, given, strict=prefixes is not None):
+        first, *others = translator.alternatives(text, prefix, command.alternatives, options)
+        yield replace(first, others=tuple(others))
 
 
 def _announce(model: Path | None, machine: Machine, *, bulk: bool) -> Translator:
@@ -658,7 +765,7 @@ def _read_file(path: Path, limit: int | None = None) -> tuple[str, ...]:
 
 def _write_lines(path: Path, lines: Iterable[str]) -> None:
     with _output_file(path) as out:
-        out.writelines(f"{_one_line(line)}\n" for line in lines)
+        out.writelines(f"{one_line(line)}\n" for line in lines)
 
 
 def _named_for(path: Path, backend: str) -> Path:
@@ -688,47 +795,6 @@ def _output_file(path: Path | None) -> Iterator[TextIO]:
     else:
         sys.stdout.reconfigure(encoding="utf-8", newline="\n")  # type: ignore[union-attr]  # a TextIOWrapper
         yield sys.stdout
-
-
-def _format(translation: Translation, *, as_json: bool) -> str:
-    if as_json:
-        return json.dumps(asdict(translation), ensure_ascii=False)
-    line = _one_line(translation.text)
-    return line if translation.score is None else f"{translation.score:.4f}\t{line}"
-
-
-def _one_line(text: str) -> str:
-    """A text in is a line out, also where a tokenizer has pieces that break lines."""
-    return text.replace("\n", " ").replace("\r", " ")
-
-
-def _format_ranking(candidates: list[str], ranking: Ranking, *, choices: bool, as_json: bool) -> str:
-    best = ranking.scores[ranking.best]
-    if as_json:
-        scores = [
-            {
-                "text": text,
-                "sum": score.sum,
-                "per_token": score.per_token,
-                "tokens": score.tokens,
-                "log_probabilities": score.log_probabilities,
-            }
-            for text, score in zip(candidates, ranking.scores, strict=True)
-        ]
-        return json.dumps({"best": ranking.best, "margin": ranking.margin, "scores": scores}, ensure_ascii=False)
-    if choices:
-        margin = "" if ranking.margin is None else f"{ranking.margin:.4f}"
-        return f"{candidates[ranking.best]}\t{margin}\t{best.sum:.4f}"
-    return f"{best.sum:.4f}\t{best.per_token:.4f}\t{best.tokens}"
-
-
-def _format_stats(stats: DecodeStats, seconds: float) -> str:
-    return (
-        f"{stats.sentences} sentences in {seconds:.2f} s: {stats.sentences / seconds:.1f} sentences/s, "
-        f"{stats.tokens / seconds:.0f} tokens/s, {stats.steps} steps, "
-        f"{stats.occupancy:.0%} of the rows in use, {stats.repacks} repacks, "
-        f"cache {stats.cache_bytes / 2**20:.1f} MiB"
-    )
 
 
 @contextlib.contextmanager
