@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from kvx.runtime.evaluation import Evaluation
     from kvx.runtime.options import TranslateOptions
     from kvx.runtime.schedule import DecodeStats
+    from kvx.runtime.shortlist import Shortlist
 
 ARTIFACTS = Path("artifacts")
 EXPORT_NEEDS = ("torch", "onnx", "onnx_ir", "onnxscript")
@@ -665,6 +666,81 @@ def _show_evaluations(found: list[Evaluation], json_file: Path | None) -> None:
         typer.echo(signature)
     if json_file:
         _write_lines(json_file, json.dumps({"backends": [asdict(result) for result in found]}, indent=1).split("\n"))
+
+
+shortlists = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Make a shortlist: the target pieces that the pieces of a source may become.",
+)
+app.add_typer(shortlists, name="shortlist")
+
+ShortlistBundleOption = Annotated[Path, typer.Option("--bundle", help="The bundle whose tokenizers it is for.")]
+ShortlistOutputOption = Annotated[
+    Path, typer.Option("-o", "--output", help="Shortlist (.npz), which appears when it is complete.")
+]
+PerSourceOption = Annotated[int, typer.Option(help="The most target pieces of a source piece.")]
+FrequentOption = Annotated[int, typer.Option(help="How many frequent target pieces every sentence may use.")]
+
+
+@shortlists.command("train")
+def train_shortlist(
+    bundle: ShortlistBundleOption,
+    source: Annotated[Path, typer.Option(help="Sources, a line each.")],
+    target: Annotated[Path, typer.Option(help="A translation of each, line by line.")],
+    output: ShortlistOutputOption,
+    per_source: PerSourceOption = 50,
+    frequent: FrequentOption = 100,
+    iterations: Annotated[int, typer.Option(help="Iterations of IBM Model 1.")] = 5,
+) -> None:
+    """Learn a shortlist from parallel text."""
+    from kvx.runtime import lexicon
+    from kvx.runtime.bundle import Bundle
+
+    options = lexicon.LexiconOptions(iterations=iterations, per_source=per_source, frequent=frequent)
+    opened, sources, targets = Bundle.open(bundle), _read_file(source), _read_file(target)
+    with _spinner(f"learning from {len(sources)} lines"):
+        shortlist, coverage = lexicon.train_shortlist(opened, sources, targets, options)
+        shortlist.write(output)
+    _say(
+        f"{_describe(shortlist, output)}; {coverage.candidates:.0f} candidates a sentence, "
+        f"which hold {coverage.share:.2%} of this text's target tokens"
+    )
+
+
+@shortlists.command("import")
+def import_shortlist(
+    table: Annotated[Path, typer.Argument(help='Lines of "target source probability", pieces of the tokenizers.')],
+    bundle: ShortlistBundleOption,
+    output: ShortlistOutputOption,
+    per_source: PerSourceOption = 50,
+    frequent: FrequentOption = 100,
+) -> None:
+    """Make a shortlist of a lexical table (lex.s2t)."""
+    from kvx.runtime import lexicon
+    from kvx.runtime.bundle import Bundle
+    from kvx.runtime.lines import open_lines, read_lines
+
+    options = lexicon.LexiconOptions(per_source=per_source, frequent=frequent)
+    opened = Bundle.open(bundle)
+    with open_lines(table) as stream, _spinner(f"reading {table}"):
+        shortlist, read = lexicon.import_shortlist(opened, read_lines(stream), options)
+        shortlist.write(output)
+    if read.unknown:
+        _say(
+            f"{read.unknown} of {read.entries} entries have pieces that the tokenizers do not know "
+            f"(the first on line {read.first_unknown})"
+        )
+    _say(_describe(shortlist, output))
+
+
+def _describe(shortlist: Shortlist, path: Path) -> str:
+    targets = shortlist.targets_per_source
+    pieces = sum(map(bool, targets))
+    return (
+        f"{path}, {path.stat().st_size / 1024:.0f} KiB: {pieces} of {len(targets)} source pieces, "
+        f"{sum(targets) / max(pieces, 1):.1f} targets each, {len(shortlist.frequent)} frequent ones"
+    )
 
 
 def _translate(translator: Translator, command: TranslateCommand, options: TranslateOptions) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,11 +56,18 @@ def complete_file(path: Path) -> Iterator[TextIO]:
 
     Raises InputError where it cannot be made.
     """
+    with complete_binary_file(path) as file, io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
+        yield text
+
+
+@contextlib.contextmanager
+def complete_binary_file(path: Path) -> Iterator[BinaryIO]:
+    """As complete_file, for bytes."""
     path = path.resolve()  # a link stays one
     special = path.exists() and not path.is_file()
     partial = path if special else path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        file = partial.open("w" if special else "x", encoding="utf-8", newline="")
+        file = partial.open("wb" if special else "xb")
     except OSError as error:
         raise InputError(
             f"{path} that cannot be written ({error.strerror})",

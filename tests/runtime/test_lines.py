@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvx.runtime.errors import InputError
-from kvx.runtime.lines import LONGEST_LINE, complete_file, open_lines, read_lines
+from kvx.runtime.lines import LONGEST_LINE, complete_binary_file, complete_file, open_lines, read_lines
 
 
 def lines(content: bytes) -> list[str]:
@@ -91,6 +91,16 @@ def test_a_file_appears_only_when_complete(tmp_path: Path) -> None:
         file.flush()
         assert not path.exists()
     assert path.read_bytes() == "größe\r\n\u2028".encode()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_binary_file_appears_only_when_complete_and_holds_the_very_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    with complete_binary_file(path) as file:
+        file.write(b"\xff\r\n\x00")
+        file.flush()
+        assert not path.exists()
+    assert path.read_bytes() == b"\xff\r\n\x00"
     assert list(tmp_path.iterdir()) == [path]
 
 
