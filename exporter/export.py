@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import kvx
+from kvx.exporter.beams import OrtBeamOperators, StandardBeamOperators
 from kvx.exporter.calibrate import calibrate
 from kvx.exporter.graphs import EncoderGraph, StepGraph
 from kvx.exporter.onnx import write_onnx
@@ -23,10 +24,11 @@ from kvx.exporter.standard import OPSET, StandardOperators
 from kvx.exporter.torchscript import write_torchscript
 from kvx.exporter.verify import prove_bundle, read_sources, read_verification
 from kvx.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from kvx.models.transformer import Transformer
 from kvx.runtime.backends import onnx, torchscript
 from kvx.runtime.bundle import CHECKPOINT_FILE, SOURCE_TOKENIZER_FILE, TARGET_TOKENIZER_FILE, Bundle
 from kvx.runtime.errors import BundleError, OptionError, ParityError, TokenizerError
-from kvx.runtime.manifest import CHUNK_FILE, FileEntry, Manifest, Precision
+from kvx.runtime.manifest import BEAMS_FILE, CHUNK_FILE, FileEntry, Manifest, Precision
 from kvx.runtime.plan import Plan, check_limit
 from kvx.runtime.signature import CHUNK_FEATURES, StepFeatures, cache_specs
 from kvx.runtime.tokenizer import Tokenizer
@@ -226,21 +228,28 @@ def _calibrate(bundle: Bundle, checkpoint: Checkpoint, text: Path) -> None:
 def _write_graphs(folder: Path, options: ExportOptions, checkpoint: Checkpoint, report: Report) -> None:
     model = checkpoint.model
     if "onnx" in options.formats:
-        ops = OrtOperators(model) if options.lowering == "ort" else StandardOperators()
-        report.phase("exporting the encoder to ONNX")
-        write_onnx(EncoderGraph(model, ops), folder / onnx.ENCODER_FILE, widths=ENCODER_WIDTHS.get(options.precision))
-        widths = STEP_WIDTHS.get(options.precision)
-        report.phase("exporting the decoder step to ONNX")
-        write_onnx(StepGraph(model, ops, options.features), folder / onnx.STEP_FILE, widths=widths)
-        report.phase("exporting the decoder for several tokens at once to ONNX")
-        chunk = StepGraph(model, ops, CHUNK_FEATURES)
-        write_onnx(chunk, folder / CHUNK_FILE, widths=widths, weights_of=folder / onnx.STEP_FILE)
+        _write_onnx_graphs(folder, options, model, report)
     if "torchscript" in options.formats:
         report.phase("tracing TorchScript")
         write_torchscript(EncoderGraph(model), folder / torchscript.ENCODER_FILE)
         write_torchscript(StepGraph(model, features=options.features), folder / torchscript.STEP_FILE)
     if len(options.formats) > 1:
         save_checkpoint(checkpoint, folder / CHECKPOINT_FILE)
+
+
+def _write_onnx_graphs(folder: Path, options: ExportOptions, model: Transformer, report: Report) -> None:
+    fused = options.lowering == "ort"
+    ops = OrtOperators(model) if fused else StandardOperators()
+    report.phase("exporting the encoder to ONNX")
+    write_onnx(EncoderGraph(model, ops), folder / onnx.ENCODER_FILE, widths=ENCODER_WIDTHS.get(options.precision))
+    widths, step = STEP_WIDTHS.get(options.precision), folder / onnx.STEP_FILE
+    report.phase("exporting the decoder step to ONNX")
+    write_onnx(StepGraph(model, ops, options.features), step, widths=widths)
+    report.phase("exporting the decoder for several tokens at once to ONNX")
+    write_onnx(StepGraph(model, ops, CHUNK_FEATURES), folder / CHUNK_FILE, widths=widths, weights_of=step)
+    report.phase("exporting the decoder for several rows a sentence to ONNX")
+    beams = StepGraph(model, OrtBeamOperators(model) if fused else StandardBeamOperators(), options.features.beams)
+    write_onnx(beams, folder / BEAMS_FILE, widths=widths, weights_of=step)
 
 
 def _describe(

@@ -1,7 +1,7 @@
-"""The two graphs of the contract as torch modules: flat tensors in, flat tensors out, in the signature's order.
+"""The graphs of the contract as torch modules: flat tensors in, flat tensors out, in the signature's order.
 
-Letters: B rows, S source positions, T capacity of a row's cache, H heads, D head width, L decoder layers,
-V target vocabulary.
+Letters: B rows, G sentences that share them, S source positions, T capacity of a row's cache, H heads, D head width,
+L decoder layers, V target vocabulary.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class EncoderGraph(nn.Module):
 
 class StepGraph(nn.Module):
     """One token per row, or Q: ids [B] or [B, Q], lengths [B], self caches [B, H, T, D], cross caches [B, H, S, D]
-    → logits [B, V] or [B, Q, V], caches.
+    → logits [B, V] or [B, Q, V], caches. With `shared_sources` source lengths are [G], cross caches [G, H, S, D].
     """
 
     def __init__(self, model: Transformer, ops: Operators = EAGER, features: StepFeatures | None = None) -> None:
@@ -57,7 +57,7 @@ class StepGraph(nn.Module):
 
 def example_inputs(graph: EncoderGraph | StepGraph) -> tuple[Tensor, ...]:
     """Inputs for tracing. Every free axis has a size of its own above 1, which a tracer would take for a constant."""
-    sizes = {"B": 2, "Q": 3, "S": 5, "T": 7}
+    sizes = {"B": 6, "G": 2, "Q": 3, "S": 5, "T": 7}  # three rows a sentence where they share it
     inputs = []
     for spec in graph.signature.inputs:
         shape = spec.shape(sizes)

@@ -23,12 +23,13 @@ from kvx.runtime.manifest import Precision
 from kvx.runtime.plan import Plan
 from kvx.runtime.rows import Source
 from kvx.runtime.search import Greedy
-from kvx.runtime.signature import Dimensions, StepFeatures, encoder_signature, step_signature
+from kvx.runtime.signature import Dimensions, StepFeatures, TensorSpec, encoder_signature, step_signature
 
 POISON = 1e30  # any finite number may lie beyond a row's length
 ROWS = 5
 LONGEST_SOURCE = 23
 CHUNKS = (3, 1, 4, 2)
+BEAMS = (4, 1, 3)
 DRAWN_SENTENCES = 16
 DRAWN_TOKENS = 32
 
@@ -222,6 +223,8 @@ class Trial:
         yield from self.check_steps(backend)
         if backend.query_tokens:
             yield self.check_chunks(backend)
+        if _shares_sources(backend):
+            yield self.check_beams(backend)
 
     def check_encoder(self, backend: ExportedGraphs) -> Check:
         """Cross keys and values within every row's length; the ids beyond it are random, not pads."""
@@ -281,25 +284,66 @@ class Trial:
             truth.lengths[number] = tried.lengths[number] = 0
         return found.check(backend, "several tokens at once", self.tolerance)
 
+    def check_beams(self, backend: ExportedGraphs) -> Check:
+        """Several rows of a sentence over one copy of its source against eager rows with a copy each; sentences at
+        different positions, poisoned.
+        """
+        found = Differences()
+        for beams in BEAMS:
+            truth, tried = self._cache(beams=beams), self._cache(backend.beam_cache_specs, beams)
+            eager_step, step = self.eager.bind(truth), backend.bind(tried)
+            for sentence in range(ROWS):
+                ids = self.random.integers(0, self.model.config.target_vocab_size, ROWS * beams)
+                _poison(tried, self.random)
+                before = {name: buffer.copy() for name, buffer in tried.buffers.items()}
+                got, expected = step(ids), eager_step(ids)
+                found.add("logits", expected.logits, got.logits)
+                truth.advance()
+                tried.advance()
+                self._compare_caches(found, truth, tried, before)
+                anew = slice(sentence * beams, (sentence + 1) * beams)
+                truth.lengths[anew] = tried.lengths[anew] = 0
+        return found.check(backend, "several rows a sentence", self.tolerance)
+
+    @staticmethod
+    def _compare_caches(found: Differences, truth: KVCache, tried: KVCache, before: Tensors) -> None:
+        """What was written, that nothing else was, and that the sources are as they were."""
+        for spec in tried.specs:
+            old, new = before[spec.name], tried.buffers[spec.name]
+            if "S" in spec.axes:
+                found.require_equal(f"{spec.name} left as it is", old, new)
+                continue
+            found.add(spec.name, _inside(truth.buffers[spec.name], truth.lengths), _inside(new, tried.lengths))
+            kept = _outside(old, tried.lengths), _outside(new, tried.lengths)
+            found.require_equal(f"{spec.name} beyond the lengths", *kept)
+
     def check_neighbours(self, backend: ExportedGraphs, tolerance: float) -> Check:
-        """Logits of rows that are encoded and stepped alone against those of the same rows among others."""
-        found, ids = Differences(), self.random.integers(0, self.model.config.target_vocab_size, (self.steps, ROWS))
-        together = self._logits(backend, range(ROWS), ids)
-        for row in range(ROWS):
-            found.add("logits", together[:, [row]], self._logits(backend, [row], ids))
+        """Logits of rows that are encoded and stepped alone against those of the same rows among others, and so of
+        sentences with several rows where there is a graph for them.
+        """
+        found, vocabulary = Differences(), self.model.config.target_vocab_size
+        for beams in (1, max(BEAMS)) if _shares_sources(backend) else (1,):
+            ids = self.random.integers(0, vocabulary, (self.steps, ROWS, beams))
+            name = "logits" if beams == 1 else f"logits of {beams} rows a sentence"
+            together = self._logits(backend, range(ROWS), ids)
+            for row in range(ROWS):
+                found.add(name, together[:, [row]], self._logits(backend, [row], ids))
         return found.check(backend, "rows alone against rows among others", tolerance)
 
-    def _logits(self, backend: Backend, rows: Sequence[int], ids: IntArray) -> NDArray[Any]:
-        """Target ids [steps, ROWS] → the logits of these rows in a cache of their own [steps, rows, V]."""
-        chosen = list(rows)
+    def _logits(self, backend: Backend, sentences: Sequence[int], ids: IntArray) -> NDArray[Any]:
+        """Target ids [steps, ROWS, k] → the logits of these sentences, of k rows each, in a cache of their own
+        [steps, sentences, k, V].
+        """
+        chosen, (steps, _, beams) = list(sentences), ids.shape
         lengths = self.source_lengths[chosen]
-        cache = KVCache(backend.cache_specs, Capacity(len(chosen), len(ids), int(lengths.max())))
+        specs = backend.cache_specs if beams == 1 else backend.beam_cache_specs
+        cache = KVCache(specs, Capacity(len(chosen) * beams, steps, int(lengths.max()), beams))
         encoded = backend.encode(self.input_ids[chosen, : lengths.max()], lengths)
-        for row, length in enumerate(lengths.tolist()):
-            cache.admit(EncodedSource(encoded, row, length))
+        for place, length in enumerate(lengths.tolist()):
+            cache.admit(EncodedSource(encoded, place, length))
         step, logits = backend.bind(cache), []
         for given in ids[:, chosen]:
-            logits.append(step(given).logits.copy())
+            logits.append(step(given.reshape(-1)).logits.reshape(len(chosen), beams, -1).copy())
             cache.advance()
         return np.stack(logits)
 
@@ -334,8 +378,10 @@ class Trial:
         uncertainty = 2 * self.tolerance * max(1.0, float(logits.abs().max()))
         return Divergence(sentence, position, expected[position], got[position], margin, margin <= uncertainty)
 
-    def _cache(self) -> KVCache:
-        cache = KVCache(self.eager.cache_specs, Capacity(ROWS, max(self.steps, sum(CHUNKS)), self.input_ids.shape[1]))
+    def _cache(self, specs: Sequence[TensorSpec] | None = None, beams: int = 1) -> KVCache:
+        """The drawn sentences, of so many rows each, as eager encodes them."""
+        capacity = Capacity(ROWS * beams, max(self.steps, sum(CHUNKS)), self.input_ids.shape[1], beams)
+        cache = KVCache(specs or self.eager.cache_specs, capacity)
         tensors = self.eager.encode(self.input_ids, self.source_lengths)
         for index, length in enumerate(self.source_lengths.tolist()):
             cache.admit(EncodedSource(tensors, index, length))
@@ -364,6 +410,11 @@ def translations(backend: Backend, sources: Sequence[tuple[int, ...]], plan: Pla
     """The greedy ids of each source, by its number."""
     numbered = (Source(index, ids) for index, ids in enumerate(sources))
     return {outcome.index: outcome.best.ids for outcome in decode(backend, numbered, Greedy(), plan)}
+
+
+def _shares_sources(backend: Backend) -> bool:
+    """Whether several rows of a sentence have a graph of their own."""
+    return backend.beam_cache_specs != backend.cache_specs
 
 
 def _inside(array: NDArray[Any], lengths: IntArray) -> NDArray[Any]:

@@ -41,7 +41,7 @@ class StandardOperators(Operators):
     def self_attention(self, attention: Attention, x: Tensor, lengths: Tensor) -> Tensor:
         """Encoder, whole sentences: x [B, S, E], lengths [B] → [B, S, E]. The operator itself splits the heads."""
         query, key, value = attention.query(x), attention.key(x), attention.value(x)
-        attended = _attention(query, KeyValue(key, value), lengths, heads=attention.heads)
+        attended = attend(query, KeyValue(key, value), lengths, heads=attention.heads)
         result: Tensor = attention.output(attended)
         return result
 
@@ -55,7 +55,7 @@ class StandardOperators(Operators):
         several = x.ndim == 3
         query, new = self.project(attention, x)
         present = KeyValue(_scatter(past.key, new.key, past_lengths), _scatter(past.value, new.value, past_lengths))
-        attended = _attention(query, present, past_lengths + query.shape[2], causal=several)
+        attended = attend(query, present, past_lengths + query.shape[2], causal=several)
         return (attention.merge if several else attention.merge_token)(attended), present
 
     def cross_attention(
@@ -63,13 +63,11 @@ class StandardOperators(Operators):
     ) -> tuple[Tensor, KeyValue]:
         """One token, x [B, E], or several, [B, Q, E]; cross [B, H, S, D], source_lengths [B] → like x, and cross."""
         query = (attention.queries if x.ndim == 3 else attention.token_query)(x)
-        attended = _attention(query, cross, source_lengths)
+        attended = attend(query, cross, source_lengths)
         return (attention.merge if x.ndim == 3 else attention.merge_token)(attended), cross
 
 
-def _attention(
-    query: Tensor, past: KeyValue, lengths: Tensor, *, causal: bool = False, heads: int | None = None
-) -> Tensor:
+def attend(query: Tensor, past: KeyValue, lengths: Tensor, *, causal: bool = False, heads: int | None = None) -> Tensor:
     """query [B, H, Q, D], keys and values [B, H, K, D] of which lengths [B] count → [B, H, Q, D].
 
     With `heads` all of them are [B, positions, E].

@@ -19,7 +19,7 @@ from kvx.runtime.bundle import CHECKPOINT_FILE, Bundle
 from kvx.runtime.errors import BundleError, InputError, OptionError
 from kvx.runtime.evaluation import ParallelText
 from kvx.runtime.lines import open_lines, read_lines
-from kvx.runtime.manifest import CHUNK_FILE, Manifest
+from kvx.runtime.manifest import BEAMS_FILE, CHUNK_FILE, Manifest
 from kvx.runtime.plan import Plan
 from kvx.runtime.signature import cache_specs
 from kvx.runtime.sources import SourceReader, load_tokenizer
@@ -76,8 +76,12 @@ def prove_bundle(
 
 
 def _open_graphs(bundle: Bundle, name: str) -> ExportedGraphs:
-    backend = OnnxBackend if name == "onnx" else TorchScriptBackend
-    return backend(bundle.folder, bundle.manifest.dimensions, bundle.manifest.features)
+    arguments = bundle.folder, bundle.manifest.dimensions, bundle.manifest.features
+    if name == "torchscript":
+        return TorchScriptBackend(*arguments)
+    backend = OnnxBackend(*arguments)
+    backend.load()
+    return backend
 
 
 def _check_files(folder: Path) -> Check:
@@ -107,7 +111,7 @@ def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
 
 def _check_onnx(bundle: Bundle) -> Check:
     try:
-        for name in {ENCODER_FILE, STEP_FILE, CHUNK_FILE} & bundle.manifest.files.keys():
+        for name in {ENCODER_FILE, STEP_FILE, CHUNK_FILE, BEAMS_FILE} & bundle.manifest.files.keys():
             onnx.checker.check_model(bundle.folder / name, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         return Check("onnx", "ONNX checker", False, str(error))

@@ -468,6 +468,7 @@ class TestExport:
             "decoder_step.onnx.data",
             "encoder.onnx.data",
             "decoder_chunk.onnx",
+            "decoder_beams.onnx",
             "encoder.ts",
             "decoder_step.ts",
             "model.pt",

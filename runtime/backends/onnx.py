@@ -12,10 +12,11 @@ import onnxruntime as ort
 from kvx.runtime.backend import IntArray, Step, StepOutput, Tensors
 from kvx.runtime.cache import KVCache
 from kvx.runtime.errors import BundleError, DeviceError, OptionError
-from kvx.runtime.manifest import CHUNK_FILE, GRAPH_FILES
+from kvx.runtime.manifest import BEAMS_FILE, CHUNK_FILE, GRAPH_FILES
 from kvx.runtime.processor import available_threads, bytes_saturate
 from kvx.runtime.signature import (
     CHUNK_FEATURES,
+    Axis,
     Dimensions,
     Signature,
     StepFeatures,
@@ -34,7 +35,7 @@ ELEMENT_TYPES = {"tensor(int64)": "int64", "tensor(float)": "float32"}
 
 
 class OnnxBackend:
-    """Two sessions over one bundle's weights; every decode has buffers and bindings of its own.
+    """The sessions over one bundle's weights; every decode has buffers and bindings of its own.
 
     `threads` compute threads (default: the cores this process may use), all in each operator, or shared out to
     `workers` where their number is given; `spin` lets them wait busily within a run, never between runs; `device` is
@@ -64,63 +65,57 @@ class OnnxBackend:
                 remedy="Correct them or leave them out.",
             )
         threads = all_threads // (workers or 1)
-        self.cache_specs = cache_specs(dimensions)
-        self.beam_cache_specs = cache_specs(dimensions, shared_sources=True)
-        self.step_signature = step_signature(dimensions, features)
-        self.encoder_signature = encoder_signature(dimensions)
         machine = _Machine(threads, spin, device)
-        self._encoder = _session(folder / ENCODER_FILE, machine)
-        self._step = _session(folder / STEP_FILE, machine)
-        _check_contract(self._encoder, self.encoder_signature, ENCODER_FILE)
-        _check_contract(self._step, self.step_signature, STEP_FILE)
-        self.query_tokens = (folder / CHUNK_FILE).is_file()
-        self._chunk_signature = step_signature(dimensions, CHUNK_FEATURES)
-        self._chunk_session_of = folder / CHUNK_FILE, machine
-        self._chunk_lock = threading.Lock()
-        self._chunk: ort.InferenceSession | None = None
+        self._encoder = _Graph(folder / ENCODER_FILE, encoder_signature(dimensions), machine)
+        self._step = _Graph(folder / STEP_FILE, step_signature(dimensions, features), machine)
+        self._chunk = _Graph(folder / CHUNK_FILE, step_signature(dimensions, CHUNK_FEATURES), machine)
+        self._beams = _Graph(folder / BEAMS_FILE, step_signature(dimensions, features.beams), machine)
+        self.query_tokens = self._chunk.exists
+        self.cache_specs = cache_specs(dimensions)
+        self.beam_cache_specs = cache_specs(dimensions, shared_sources=self._beams.exists)
+        for graph in (self._encoder, self._step):
+            graph.session()
 
     def encode(self, input_ids: IntArray, source_lengths: IntArray) -> Tensors:
         """input_ids [B, S], source_lengths [B] → cross keys and values [B, H, S, D] by the cache's names."""
         outputs = self.run_encoder({"input_ids": input_ids, "source_lengths": source_lengths})
-        return {past: outputs[present] for present, past in self.encoder_signature.presents.items()}
+        return {past: outputs[present] for present, past in self._encoder.signature.presents.items()}
 
     def bind(self, cache: KVCache) -> Step:
-        """The step with the cache's buffers as its inputs and outputs."""
-        one = BoundStep(self._step, self.step_signature, cache)
+        """The step with the cache's buffers as its inputs and outputs: that for several rows a sentence where they
+        share its source, which takes one token of each.
+        """
+        if cache.shared_sources:
+            return BoundStep(self._beams, cache)
+        one = BoundStep(self._step, cache)
 
         def step(input_ids: IntArray) -> StepOutput:
-            return one(input_ids) if input_ids.ndim == 1 else several(input_ids)
-
-        def several(input_ids: IntArray) -> StepOutput:
-            chunk = {"input_ids": input_ids, "past_lengths": cache.lengths, "source_lengths": cache.source_lengths}
-            return _run_chunk(self._chunk_session(), self._chunk_signature, cache, chunk)
+            return one(input_ids) if input_ids.ndim == 1 else _run_chunk(self._chunk, cache, input_ids)
 
         return step
 
-    def _chunk_session(self) -> ort.InferenceSession:
-        """The graph for several tokens, loaded when it is first needed: most services never score."""
-        with self._chunk_lock:
-            if self._chunk is None:
-                self._chunk = _session(*self._chunk_session_of)
-                _check_contract(self._chunk, self._chunk_signature, CHUNK_FILE)
-            return self._chunk
+    def load(self) -> None:
+        """Loads what is otherwise loaded when it is first needed. Raises BundleError."""
+        for graph in (self._chunk, self._beams):
+            if graph.exists:
+                graph.session()
 
     def run_encoder(self, feeds: Tensors) -> Tensors:
         """The encoder graph as it is: its inputs by name → its outputs by name."""
-        return _run(self._encoder, self.encoder_signature, feeds)
+        return self._encoder.run(feeds)
 
     def run_step(self, feeds: Tensors) -> Tensors:
         """The step graph out of place: its inputs by name → its outputs by name; the inputs stay as they are."""
-        return _run(self._step, self.step_signature, feeds)
+        return self._step.run(feeds)
 
 
 class BoundStep:
     """A step whose inputs and outputs are bound once per row count, `present` onto the buffers of `past`."""
 
-    def __init__(self, session: ort.InferenceSession, signature: Signature, cache: KVCache) -> None:
-        self._session = session
+    def __init__(self, graph: _Graph, cache: KVCache) -> None:
+        self._session = graph.session()
         self._cache = cache
-        self._signature = signature
+        self._signature = graph.signature
         self._bindings: dict[int, ort.IOBinding] = {}
         self._allocate()
 
@@ -152,41 +147,66 @@ class BoundStep:
         }
 
     def _bind(self, n: int) -> ort.IOBinding:
-        cache = self._cache
-        buffers: Tensors = {
-            "input_ids": self._input_ids,
-            "past_lengths": cache.lengths,
-            "source_lengths": cache.source_lengths,
-            **cache.buffers,
-            **self._outputs,
-        }
-        return _bind(self._session, self._signature, buffers, n)
+        tokens: Tensors = {"input_ids": self._input_ids, **self._outputs}
+        return _bind(self._session, self._signature, self._cache, tokens, n)
 
 
-def _run_chunk(session: ort.InferenceSession, signature: Signature, cache: KVCache, tokens: Tensors) -> StepOutput:
-    """Several tokens of each active row, bound for this one run, whose logits [n, Q, V] nothing else will reuse."""
-    n, query = tokens["input_ids"].shape
-    vocabulary = signature.outputs[0].shape({"B": n, "Q": query})
-    logits = np.empty(vocabulary, np.float32)
-    ids = np.ascontiguousarray(tokens["input_ids"])
-    session.run_with_iobinding(
-        _bind(session, signature, {**tokens, "input_ids": ids, "logits": logits, **cache.buffers}, n)
-    )
+def _run_chunk(graph: _Graph, cache: KVCache, input_ids: IntArray) -> StepOutput:
+    """Several tokens of each active row [n, Q], bound for this one run, whose logits [n, Q, V] nothing else reuses."""
+    session, signature = graph.session(), graph.signature
+    n, query = input_ids.shape
+    logits = np.empty(signature.outputs[0].shape({"B": n, "Q": query}), np.float32)
+    tokens: Tensors = {"input_ids": np.ascontiguousarray(input_ids), "logits": logits}
+    session.run_with_iobinding(_bind(session, signature, cache, tokens, n))
     return StepOutput(logits)
 
 
-def _bind(session: ort.InferenceSession, signature: Signature, buffers: Tensors, n: int) -> ort.IOBinding:
-    """Binds the leading n rows of the buffers, `present` onto those of `past`.
+def _bind(
+    session: ort.InferenceSession, signature: Signature, cache: KVCache, tokens: Tensors, n: int
+) -> ort.IOBinding:
+    """Binds the leading n rows, and their sentences, of the cache and of the other tensors, `present` onto `past`.
 
     The leading rows of a C-ordered array are contiguous: the values share its memory.
     """
-    values = {name: ort.OrtValue.ortvalue_from_numpy(buffer[:n]) for name, buffer in buffers.items()}
+    lengths = {"past_lengths": cache.lengths, "source_lengths": cache.source_lengths}
+    buffers: Tensors = {**tokens, **lengths, **cache.buffers}
+    leading: dict[Axis, int] = {"B": n, "G": n // cache.capacity.beams}
+    axes = {spec.name: spec.axes[0] for spec in (*signature.inputs, *signature.outputs)}
+    values = {name: ort.OrtValue.ortvalue_from_numpy(buffers[name][: leading[axes[name]]]) for name in buffers}
     binding, presents = session.io_binding(), signature.presents
     for spec in signature.inputs:
         binding.bind_ortvalue_input(spec.name, values[spec.name])
     for spec in signature.outputs:
         binding.bind_ortvalue_output(spec.name, values[presents.get(spec.name, spec.name)])
     return binding
+
+
+class _Graph:
+    """One file of the bundle and what it takes and gives. Its session is made, once, when it is first needed: most
+    services never score, or never have several rows a sentence.
+    """
+
+    def __init__(self, path: Path, signature: Signature, machine: _Machine) -> None:
+        self.signature = signature
+        self.exists = path.is_file()
+        self._path = path
+        self._machine = machine
+        self._lock = threading.Lock()
+        self._session: ort.InferenceSession | None = None
+
+    def session(self) -> ort.InferenceSession:
+        """What runs it. Raises BundleError where it cannot be loaded or is not the contract's."""
+        with self._lock:
+            if self._session is None:
+                session = _session(self._path, self._machine)
+                _check_contract(session, self.signature, self._path.name)
+                self._session = session
+            return self._session
+
+    def run(self, feeds: Tensors) -> Tensors:
+        """Inputs by name → outputs by name, out of place."""
+        names = [spec.name for spec in self.signature.outputs]
+        return dict(zip(names, self.session().run(names, dict(feeds)), strict=True))
 
 
 class _Machine(NamedTuple):
@@ -276,8 +296,3 @@ def _agrees(got: TensorSpec, expected: TensorSpec) -> bool:
             for have, want in zip(got.axes, expected.axes, strict=True)
         )
     )
-
-
-def _run(session: ort.InferenceSession, signature: Signature, feeds: Tensors) -> Tensors:
-    names = [spec.name for spec in signature.outputs]
-    return dict(zip(names, session.run(names, dict(feeds)), strict=True))

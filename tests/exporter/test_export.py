@@ -40,7 +40,7 @@ TOKENIZERS = {"source.model", "target.model"}
 ONNX_FILES = {"encoder.onnx", "decoder_step.onnx"}
 TORCHSCRIPT_FILES = {"encoder.ts", "decoder_step.ts"}
 GRAPHS = ONNX_FILES | TORCHSCRIPT_FILES
-SHARED = {"decoder_chunk.onnx", "decoder_step.onnx.data", "encoder.onnx.data"}
+SHARED = {"decoder_beams.onnx", "decoder_chunk.onnx", "decoder_step.onnx.data", "encoder.onnx.data"}
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_the_manifest_says_when_it_was_created_in_utc(options: ExportOptions) ->
 def test_the_manifest_describes_the_graphs_as_they_are(tiny_bundle: Path) -> None:
     described = json.loads((tiny_bundle / MANIFEST_FILE).read_text(encoding="utf-8"))["graphs"]
     types = {onnx.TensorProto.INT64: "int64", onnx.TensorProto.FLOAT: "float32"}
-    for name in ("encoder", "decoder_step"):
+    for name in ("encoder", "decoder_step", "decoder_chunk", "decoder_beams"):
         graph = onnx.load(tiny_bundle / f"{name}.onnx").graph
         for side, values in (("inputs", graph.input), ("outputs", graph.output)):
             got = [
@@ -559,7 +559,7 @@ def test_a_graph_is_proven_although_the_manifest_leaves_out_its_format(bundle: P
     assert not report.passed
 
 
-@pytest.mark.parametrize("name", sorted(GRAPHS))
+@pytest.mark.parametrize("name", sorted(GRAPHS | {"decoder_beams.onnx", "decoder_chunk.onnx"}))
 def test_a_file_that_is_no_graph_is_found(bundle: Path, options: ExportOptions, name: str) -> None:
     replace_file(bundle, name, b"no graph at all")
     found = failed(prove_again(bundle, options.checkpoint))
@@ -598,11 +598,12 @@ def test_heads_that_contradict_the_checkpoint_are_refused(options: ExportOptions
         export(dataclasses.replace(options, heads=1))
 
 
-def test_the_graphs_for_one_and_for_several_tokens_share_their_weights(bundle: Path) -> None:
-    model = onnx.load(bundle / "decoder_chunk.onnx", load_external_data=False)
+@pytest.mark.parametrize("name", ["decoder_chunk.onnx", "decoder_beams.onnx"])
+def test_all_graphs_of_the_decoder_share_their_weights(tiny_bundle: Path, name: str) -> None:
+    model = onnx.load(tiny_bundle / name, load_external_data=False)
     matrices = [part for part in model.graph.initializer if len(part.dims) == 2]
     assert len(matrices) > 10
     places = {entry.value for part in matrices for entry in part.external_data if entry.key == "location"}
     assert places == {"decoder_step.onnx.data"}
     assert all(part.data_location == onnx.TensorProto.EXTERNAL for part in matrices)
-    assert not (bundle / "decoder_chunk.onnx.data").exists()
+    assert not (tiny_bundle / f"{name}.data").exists()

@@ -25,6 +25,7 @@ from kvx.models.transformer import Transformer
 from kvx.runtime.backend import IntArray, Tensors
 from kvx.runtime.backends.onnx import ENCODER_FILE, STEP_FILE, OnnxBackend
 from kvx.runtime.cache import Capacity, EncodedSource, KVCache
+from kvx.runtime.manifest import BEAMS_FILE
 from kvx.runtime.rows import Rows
 from kvx.runtime.search import Greedy
 from kvx.runtime.signature import Dimensions, Signature, StepFeatures, encoder_signature, step_signature
@@ -127,7 +128,7 @@ def test_onnxs_own_evaluator_gives_the_steps_of_eager(
     assert len(set(cache.lengths.tolist())) == 3
 
 
-@pytest.mark.parametrize("name", [ENCODER_FILE, STEP_FILE])
+@pytest.mark.parametrize("name", [ENCODER_FILE, STEP_FILE, BEAMS_FILE])
 def test_a_graph_needs_nothing_but_opset_24(standard_bundle: Path, name: str) -> None:
     model = onnx.load(standard_bundle / name)
     assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 24)]
@@ -145,7 +146,7 @@ def test_the_step_uses_the_operators_made_for_a_cache(tiny: Transformer, standar
     assert "Concat" not in used
 
 
-@pytest.mark.parametrize("name", [ENCODER_FILE, STEP_FILE])
+@pytest.mark.parametrize("name", [ENCODER_FILE, STEP_FILE, BEAMS_FILE])
 def test_a_graph_says_nothing_about_the_machine_that_wrote_it(standard_bundle: Path, name: str) -> None:
     content = (standard_bundle / name).read_bytes()
     for path in (ROOT, Path.home(), Path(sys.prefix), Path(torch.__file__).parent, standard_bundle.parent):
@@ -154,7 +155,7 @@ def test_a_graph_says_nothing_about_the_machine_that_wrote_it(standard_bundle: P
     assert f"/{getpass.getuser()}/".encode() not in content
 
 
-@pytest.mark.parametrize("name", [ENCODER_FILE, STEP_FILE])
+@pytest.mark.parametrize("name", [ENCODER_FILE, STEP_FILE, BEAMS_FILE])
 def test_a_graph_carries_no_metadata_of_its_exporter(standard_bundle: Path, name: str) -> None:
     model = onnx.load(standard_bundle / name)
     graph = model.graph
@@ -164,10 +165,14 @@ def test_a_graph_carries_no_metadata_of_its_exporter(standard_bundle: Path, name
     assert not model.doc_string
 
 
-@pytest.mark.parametrize("name", [ENCODER_FILE, STEP_FILE])
+@pytest.mark.parametrize("name", [ENCODER_FILE, STEP_FILE, BEAMS_FILE])
 def test_names_types_and_axes_are_the_contracts(standard_bundle: Path, dimensions: Dimensions, name: str) -> None:
     graph = onnx.load(standard_bundle / name).graph
-    expected = encoder_signature(dimensions) if name == ENCODER_FILE else step_signature(dimensions, StepFeatures())
+    expected = {
+        ENCODER_FILE: encoder_signature(dimensions),
+        STEP_FILE: step_signature(dimensions, StepFeatures()),
+        BEAMS_FILE: step_signature(dimensions, StepFeatures().beams),
+    }[name]
     for values, specs in ((graph.input, expected.inputs), (graph.output, expected.outputs)):
         got = [(value.name, ELEMENT_TYPES[value.type.tensor_type.elem_type], axes(value)) for value in values]
         assert got == [(spec.name, spec.dtype, spec.axes) for spec in specs]

@@ -29,11 +29,12 @@ from kvx.runtime.manifest import Manifest
 from kvx.runtime.plan import Plan
 from kvx.runtime.signature import Dimensions, StepFeatures, cache_specs
 
-ENCODER, LOGITS, CACHES, IN_PLACE, NEIGHBOURS, GREEDY = CHECKS = (
+ENCODER, LOGITS, CACHES, IN_PLACE, BEAMS, NEIGHBOURS, GREEDY = CHECKS = (
     "encoder outputs",
     "logits of",
     "caches written",
     "in place against out of place",
+    "several rows a sentence",
     "rows alone against rows among others",
     "greedy on drawn ids",
 )
@@ -103,6 +104,52 @@ class TouchesTheSource(Faultless):
     def alter(self, cache: KVCache, before: Tensors, output: StepOutput) -> StepOutput:
         cache.buffers["past_key_values.0.encoder.key"][0, 0, -1, 0] += 1
         return output
+
+
+class OfSharedSources(Faultless):
+    """Right wherever a sentence has one row."""
+
+    def alter(self, cache: KVCache, before: Tensors, output: StepOutput) -> StepOutput:
+        return self.alter_beams(cache, output) if cache.shared_sources else output
+
+    def alter_beams(self, cache: KVCache, output: StepOutput) -> StepOutput:
+        raise NotImplementedError
+
+
+class BeamsSwapPlaces(OfSharedSources):
+    def alter_beams(self, cache: KVCache, output: StepOutput) -> StepOutput:
+        by_sentence = output.logits.reshape(-1, cache.capacity.beams, output.logits.shape[-1])
+        return StepOutput(np.roll(by_sentence, 1, axis=1).reshape(output.logits.shape))
+
+
+class BeamsTouchTheSource(OfSharedSources):
+    def alter_beams(self, cache: KVCache, output: StepOutput) -> StepOutput:
+        cache.buffers["past_key_values.1.encoder.value"][-1, -1, -1, -1] = 0
+        return output
+
+
+class BeamsLeanOnTheFirst(OfSharedSources):
+    def alter_beams(self, cache: KVCache, output: StepOutput) -> StepOutput:
+        lean = np.float32(1e-3) * (output.logits[:1] - output.logits)
+        return StepOutput(output.logits + lean)
+
+
+class BeamsSeeTheNextSource(Faultless):
+    """As where rows are laid out beam by beam instead of sentence by sentence."""
+
+    def bind(self, cache: KVCache) -> Step:
+        step = super().bind(cache)
+
+        def shifted(input_ids: IntArray) -> StepOutput:
+            sources = [name for name in cache.buffers if ".encoder." in name] if cache.shared_sources else []
+            for array in (cache.source_lengths, *(cache.buffers[name] for name in sources)):
+                array[...] = np.roll(array, len(sources) // 4, axis=0)
+            output = step(input_ids)
+            for array in (cache.source_lengths, *(cache.buffers[name] for name in sources)):
+                array[...] = np.roll(array, -(len(sources) // 4), axis=0)
+            return output
+
+        return shifted
 
 
 class LogitsAreNaN(Faultless):
@@ -260,7 +307,11 @@ def test_faultless_graphs_pass_every_check(tiny: Transformer, graphs: OnnxBacken
         (WritesTheNextPosition, IN_PLACE),
         (WritesBeyondTheLengths, IN_PLACE),
         (TouchesTheSource, IN_PLACE),
+        (BeamsSeeTheNextSource, BEAMS),
+        (BeamsSwapPlaces, BEAMS),
+        (BeamsTouchTheSource, BEAMS),
         (RowsLeanOnTheFirst, NEIGHBOURS),
+        (BeamsLeanOnTheFirst, NEIGHBOURS),
         (GoesWrongAfterManySteps, GREEDY),
         (NextIdsAreWrong, GREEDY),
     ],

@@ -107,7 +107,7 @@ def test_a_searched_scale_is_never_worse_than_the_one_that_reaches_the_extreme()
     [("int8", "MatMulIntegerToFloat"), ("calibrated", "MatMulIntegerToFloat"), ("int4", "MatMulNBits")],
 )
 def test_no_product_or_lookup_of_a_weight_stays_in_float(bundles: dict[str, Path], name: str, product: str) -> None:
-    for file in ("decoder_step.onnx", "decoder_chunk.onnx"):
+    for file in ("decoder_step.onnx", "decoder_chunk.onnx", "decoder_beams.onnx"):
         used = collections.Counter(node.op_type for node in onnx.load(bundles[name] / file).graph.node)
         assert used[product] > 0
         assert used["Gemm"] == used["MatMul"] == 0
@@ -117,7 +117,7 @@ def test_no_product_or_lookup_of_a_weight_stays_in_float(bundles: dict[str, Path
     assert encoder["Gemm"] == 0
 
 
-@pytest.mark.parametrize("file", ["encoder.onnx", "decoder_step.onnx", "decoder_chunk.onnx"])
+@pytest.mark.parametrize("file", ["encoder.onnx", "decoder_step.onnx", "decoder_chunk.onnx", "decoder_beams.onnx"])
 def test_what_relu_gives_uses_all_256_levels(bundles: dict[str, Path], file: str) -> None:
     nodes = onnx.load(bundles["int8"] / file).graph.node
     layers = sum(node.op_type == "Relu" for node in nodes)

@@ -74,6 +74,7 @@ def derive(values: dict[str, Any]) -> None:
         "encoder": encoder_signature(dimensions),
         "decoder_step": step_signature(dimensions, StepFeatures(**values["features"])),
         "decoder_chunk": step_signature(dimensions, StepFeatures(query_tokens=True)),
+        "decoder_beams": step_signature(dimensions, StepFeatures(**values["features"]).beams),
     }
     values["graphs"] = {
         name: {
