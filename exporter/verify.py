@@ -13,13 +13,13 @@ from kvx.exporter.quality import VerificationText, prove_quantized
 from kvx.exporter.report import Report
 from kvx.models.checkpoint import load_checkpoint
 from kvx.models.transformer import Transformer
-from kvx.runtime.backends.onnx import ENCODER_FILE, STEP_FILE, OnnxBackend
+from kvx.runtime.backends.onnx import OnnxBackend
 from kvx.runtime.backends.torchscript import TorchScriptBackend
 from kvx.runtime.bundle import CHECKPOINT_FILE, Bundle
 from kvx.runtime.errors import BundleError, InputError, OptionError
 from kvx.runtime.evaluation import ParallelText
 from kvx.runtime.lines import open_lines, read_lines
-from kvx.runtime.manifest import BEAMS_FILE, CHUNK_FILE, Manifest
+from kvx.runtime.manifest import Manifest
 from kvx.runtime.plan import Plan
 from kvx.runtime.signature import cache_specs
 from kvx.runtime.sources import SourceReader, load_tokenizer
@@ -111,7 +111,7 @@ def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
 
 def _check_onnx(bundle: Bundle) -> Check:
     try:
-        for name in {ENCODER_FILE, STEP_FILE, CHUNK_FILE, BEAMS_FILE} & bundle.manifest.files.keys():
+        for name in (name for name in bundle.manifest.files if name.endswith(".onnx")):
             onnx.checker.check_model(bundle.folder / name, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         return Check("onnx", "ONNX checker", False, str(error))

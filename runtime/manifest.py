@@ -15,6 +15,7 @@ from kvx.runtime.cache import Capacity
 from kvx.runtime.errors import BundleError
 from kvx.runtime.signature import (
     CHUNK_FEATURES,
+    LOOP_FEATURES,
     Dimensions,
     Signature,
     StepFeatures,
@@ -27,6 +28,8 @@ MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1
 CHUNK_FILE = "decoder_chunk.onnx"
 BEAMS_FILE = "decoder_beams.onnx"
+SHORTLIST_FILE = "decoder_shortlist.onnx"
+LOOP_FILE = "decoder_loop.onnx"
 GRAPH_FILES = {  # of each format: the encoder and the decoder step
     "onnx": ("encoder.onnx", "decoder_step.onnx"),
     "torchscript": ("encoder.ts", "decoder_step.ts"),
@@ -109,10 +112,15 @@ class Manifest:
             "encoder": encoder_signature(self.dimensions),
             "decoder_step": step_signature(self.dimensions, self.features),
         }
-        if CHUNK_FILE in self.files:
-            graphs["decoder_chunk"] = step_signature(self.dimensions, CHUNK_FEATURES)
-        if BEAMS_FILE in self.files:
-            graphs["decoder_beams"] = step_signature(self.dimensions, self.features.beams)
+        beside = {
+            CHUNK_FILE: CHUNK_FEATURES,
+            BEAMS_FILE: self.features.beams,
+            SHORTLIST_FILE: self.features.shortlisted,
+            LOOP_FILE: LOOP_FEATURES,
+        }
+        for file, features in beside.items():
+            if file in self.files:
+                graphs[file.removesuffix(".onnx")] = step_signature(self.dimensions, features)
         return graphs
 
     @property

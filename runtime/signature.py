@@ -1,20 +1,21 @@
 """The contract of the graphs: the one place that knows tensor names, types and axes.
 
 Letters: B rows of the batch, G sentences that share them, S source positions, T capacity of a row's cache, H heads,
-D head width, L decoder layers, Q query tokens, V target vocabulary. An axis is a letter where its size may differ from
-run to run, else its size.
+D head width, L decoder layers, Q query tokens, E model width, V target vocabulary, C of it on a shortlist. An axis is
+a letter where its size may differ from run to run, else its size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 Axis = str | int
 
 PAST = "past_key_values"
 PRESENT = "present"
+PAST_FINISHED = "past_finished"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,28 +40,32 @@ class Signature:
 
     @property
     def presents(self) -> dict[str, str]:
-        """The cache outputs, each with the name of the input that it becomes for the next step."""
-        names = (spec.name for spec in self.outputs)
-        return {name: PAST + name.removeprefix(PRESENT) for name in names if name.startswith(PRESENT)}
+        """The outputs that stay in place, each with the name of the input that it becomes for the next step."""
+        names = [spec.name for spec in self.outputs]
+        looped = any(spec.name == PAST_FINISHED for spec in self.inputs)
+        fed_back = {"next_ids": "input_ids"} if looped else {}
+        return fed_back | {name: _becomes(name) for name in names if name.startswith(PRESENT)}
 
 
 @dataclass(frozen=True, slots=True)
 class Dimensions:
-    """The sizes of a model that its graphs show: L, H, D and V."""
+    """The sizes of a model that its graphs show, L, H, D and V, and the `element` type of its keys and values."""
 
     layers: int
     heads: int
     head_width: int
     vocab_size: int
+    element: str = "float32"
 
     @classmethod
-    def of_model(cls, model: Mapping[str, int]) -> Self:
+    def of_model(cls, model: Mapping[str, int], element: str = "float32") -> Self:
         """The dimensions of a model configuration, as the manifest holds it."""
         return cls(
             layers=model["decoder_layers"],
             heads=model["heads"],
             head_width=model["d_model"] // model["heads"],
             vocab_size=model["target_vocab_size"],
+            element=element,
         )
 
 
@@ -76,6 +81,11 @@ class StepFeatures:
     `shared_sources`: source_lengths [G] and the cross keys and values [G, H, S, D] are there once for each sentence,
     whose B / G rows, its beams, stand side by side. `attention`: the step also gives the cross-attention weights of
     this layer, counted from 0, the mean of its heads: float32 [B, S], zero beyond each source's length.
+    `shortlist`: it takes the rows of the output projection that count, float32 projection [C, E], and gives logits
+    [B, C] of them. `looped`: it feeds itself. Instead of logits it gives next_ids [B], to be bound onto input_ids, and
+    beside past_lengths takes limits [B], past_finished [B] and past_ids [B, T]. A row that is not finished writes its
+    next token into present_ids at past_lengths, advances present_lengths by one and is finished with eos or when that
+    reaches its limit; a finished one gives the pad id and advances nothing. T must be above every limit.
     """
 
     next_ids: bool = False
@@ -83,14 +93,22 @@ class StepFeatures:
     source_presents: bool = False
     shared_sources: bool = False
     attention: int | None = None
+    shortlist: bool = False
+    looped: bool = False
 
     @property
     def beams(self) -> StepFeatures:
         """Those of the graph for several rows a sentence, beside a step with these."""
         return StepFeatures(shared_sources=True, attention=self.attention)
 
+    @property
+    def shortlisted(self) -> StepFeatures:
+        """Those of the graph for a part of the vocabulary, for one row a sentence or several."""
+        return replace(self.beams, shortlist=True)
+
 
 CHUNK_FEATURES = StepFeatures(query_tokens=True)
+LOOP_FEATURES = StepFeatures(looped=True)
 
 
 def key_value_names(prefix: str, layer: int, side: str) -> tuple[str, str]:
@@ -110,24 +128,40 @@ def step_signature(dimensions: Dimensions, features: StepFeatures) -> Signature:
     """One token per row and the caches → logits [B, V] and the self-attention caches with one position written."""
     tokens: tuple[Axis, ...] = ("B", "Q") if features.query_tokens else ("B",)
     sources = "G" if features.shared_sources else "B"
-    next_ids = (TensorSpec("next_ids", "int64", tokens),) if features.next_ids else ()
+    width = dimensions.heads * dimensions.head_width
+    vocabulary: Axis = "C" if features.shortlist else dimensions.vocab_size
+    logits = () if features.looped else (TensorSpec("logits", "float32", (*tokens, vocabulary)),)
+    next_ids = (TensorSpec("next_ids", "int64", tokens),) if features.next_ids or features.looped else ()
     attention = (TensorSpec("attention", "float32", ("B", "S")),) if features.attention is not None else ()
     return Signature(
         inputs=(
             TensorSpec("input_ids", "int64", tokens),
             TensorSpec("past_lengths", "int64", ("B",)),
             TensorSpec("source_lengths", "int64", (sources,)),
+            *((TensorSpec("limits", "int64", ("B",)), *_loop_state("past")) if features.looped else ()),
+            *((TensorSpec("projection", "float32", ("C", width)),) if features.shortlist else ()),
             *_keys_values(dimensions, PAST, "decoder", "T"),
             *_keys_values(dimensions, PAST, "encoder", "S", sources),
         ),
         outputs=(
-            TensorSpec("logits", "float32", (*tokens, dimensions.vocab_size)),
+            *logits,
             *next_ids,
+            *((TensorSpec("present_lengths", "int64", ("B",)), *_loop_state("present")) if features.looped else ()),
             *attention,
             *_keys_values(dimensions, PRESENT, "decoder", "T"),
             *(_keys_values(dimensions, PRESENT, "encoder", "S", sources) if features.source_presents else ()),
         ),
     )
+
+
+def _loop_state(prefix: str) -> tuple[TensorSpec, ...]:
+    return TensorSpec(f"{prefix}_finished", "bool", ("B",)), TensorSpec(f"{prefix}_ids", "int64", ("B", "T"))
+
+
+def _becomes(output: str) -> str:
+    """The input that an output of this name becomes: present.… past_key_values.…, and present_… past_…."""
+    past = PAST if output.startswith(f"{PRESENT}.") else "past"
+    return past + output.removeprefix(PRESENT)
 
 
 def cache_specs(dimensions: Dimensions, *, shared_sources: bool = False) -> tuple[TensorSpec, ...]:
@@ -141,7 +175,7 @@ def _keys_values(
 ) -> tuple[TensorSpec, ...]:
     axes = (rows, dimensions.heads, positions, dimensions.head_width)
     return tuple(
-        TensorSpec(name, "float32", axes)
+        TensorSpec(name, dimensions.element, axes)
         for layer in range(dimensions.layers)
         for name in key_value_names(prefix, layer, side)
     )
