@@ -54,6 +54,11 @@ class Translation:
     source_tokens: tuple[str, ...] | None = None
     attention: FloatArray | None = field(default=None, compare=False, repr=False)
 
+    @property
+    def hypotheses(self) -> tuple[Translation, ...]:
+        """This one and the others."""
+        return self, *self.others
+
 
 class Translator:
     """A bundle ready to translate. Thread-safe: every call has a cache of its own over the shared weights."""
