@@ -276,9 +276,12 @@ def _chosen(
 def largest(logits: FloatArray, count: int) -> tuple[FloatArray, IntArray]:
     """logits [n, V] → the `count` largest of each row in falling order, and their ids, lower ones first on ties.
 
-    They lie in the `count` blocks with the largest maxima: one pass over the logits finds these.
+    They lie in the `count` blocks with the largest maxima: one pass over the logits finds these. Where more of a row
+    equal the last than there is room for, it is sorted whole; which of the impossible ones are given is left open.
     """
     n, vocabulary = logits.shape
+    candidates, ids = logits, np.broadcast_to(np.arange(vocabulary), logits.shape)
+    maxima = logits[:, :0]
     if vocabulary > 4 * BLOCK * count:
         whole = vocabulary - vocabulary % BLOCK
         maxima = logits[:, :whole].reshape(n, -1, BLOCK).max(axis=-1)
@@ -286,14 +289,18 @@ def largest(logits: FloatArray, count: int) -> tuple[FloatArray, IntArray]:
         ids = (blocks[:, :, None] * BLOCK + np.arange(BLOCK)).reshape(n, -1)
         tail = np.broadcast_to(np.arange(whole, vocabulary), (n, vocabulary - whole))
         ids = np.concatenate([ids, tail], axis=1)
-        values = np.take_along_axis(logits, ids, axis=-1)
-    else:
-        values, ids = logits, np.broadcast_to(np.arange(vocabulary), logits.shape)
+        candidates = np.take_along_axis(logits, ids, axis=-1)
+    values = candidates
     if count < values.shape[1]:
         kept = np.argpartition(values, values.shape[1] - count, axis=-1)[:, -count:]
         values, ids = np.take_along_axis(values, kept, axis=-1), np.take_along_axis(ids, kept, axis=-1)
     order = np.lexsort((ids, -values), axis=-1)
-    return np.take_along_axis(values, order, axis=-1), np.take_along_axis(ids, order, axis=-1)
+    values, ids = np.take_along_axis(values, order, axis=-1), np.take_along_axis(ids, order, axis=-1)
+    last = values[:, -1:]
+    crowded = ((candidates >= last).sum(axis=-1) > count) | ((maxima >= last).sum(axis=-1) > count)
+    for row in np.flatnonzero(crowded & (last[:, 0] > -np.inf)).tolist():
+        ids[row] = np.argsort(-logits[row], kind="stable")[:count]
+    return values, ids
 
 
 def log_normalizers(logits: FloatArray) -> NDArray[np.float64]:
