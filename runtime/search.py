@@ -91,7 +91,7 @@ class Sampling:
     def choose(self, output: StepOutput, logits: FloatArray, rows: Rows) -> Choice:
         """logits [n, V] → drawn ids [n]."""
         drawn = np.array([seat.state.random() for seat in rows.seats])
-        ids = self.draw(logits / np.float32(self.temperature), drawn)
+        ids = self.draw(self._tempered(logits), drawn)
         return Choice(ids, ids == rows.eos, log_probabilities(output.logits, ids) if self.scored else None)
 
     def results(self, rows: Rows, seat: int) -> list[Hypothesis]:
@@ -109,6 +109,14 @@ class Sampling:
         last = masses.shape[1] - 1 - (masses[:, ::-1] > 0).argmax(axis=-1)  # rounding must not pass what has a mass
         chosen: IntArray = np.take_along_axis(ids, np.minimum(passed, last)[:, None], axis=-1)[:, 0]
         return chosen
+
+    def _tempered(self, logits: FloatArray) -> FloatArray:
+        """logits [n, V] → their distances to the largest one, in temperatures: finite or −∞ whatever that is."""
+        limits = np.finfo(np.float32)
+        temperature = np.float32(min(max(self.temperature, float(limits.tiny)), float(limits.max)))
+        with np.errstate(over="ignore"):
+            tempered: FloatArray = (logits - logits.max(axis=-1, keepdims=True)) / temperature
+        return tempered
 
     def _candidates(self, logits: FloatArray) -> tuple[IntArray, NDArray[np.float64]]:
         """ids [n, m], ascending, and their masses [n, m], 0 for those that may not be drawn."""
