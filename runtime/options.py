@@ -113,6 +113,7 @@ class TranslateOptions:
             early_stopping=self.early_stopping is not False,
             n_best=self.n_best or 1,
             patience=1.0 if self.patience is None else self.patience,
+            gain=math.inf if (self.repetition_penalty or 1.0) < 1 else max(0.0, -(self.end_penalty or 0.0)),
             scored=self.scores,
         )
 

@@ -154,7 +154,8 @@ class BeamSearch:
 
     A target is compared by the sum of its log-probabilities divided by its length to the power of `length_penalty`,
     bos counted and eos not. With `early_stopping` a search is over as soon as `patience` · `size` targets have ended
-    (Kasai et al. 2022); without, when no open beam can get better than the worst of the `size` best ones.
+    (Kasai et al. 2022); without, when no open beam can get better than the worst of the `size` best ones, where
+    constraints add at most `gain` nats to what the model gives.
     """
 
     size: int
@@ -162,6 +163,7 @@ class BeamSearch:
     early_stopping: bool = True
     n_best: int = 1
     patience: float = 1.0
+    gain: float = 0.0
     scored: bool = False
 
     @property
@@ -240,7 +242,7 @@ class BeamSearch:
         if self.early_stopping:
             return True
         worst = sorted(map(_rank_score, closed), reverse=True)[self.size - 1]
-        attainable = self._ranked(best, longest if self.length_penalty > 0 else 1)
+        attainable = max(self._ranked(best + self.gain, length) for length in (1, longest))
         return attainable <= worst
 
     def _ranked(self, total: float, length: int) -> float:
