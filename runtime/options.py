@@ -25,6 +25,11 @@ Given = str | tuple[int, ...]
 Problem = tuple[str, str]
 
 LARGEST_SEED = 2**64 - 1
+RANGES = {  # beyond these nothing changes but that numbers overflow
+    "length_penalty": (-50, 50),
+    "end_penalty": (-1_000_000, 1_000_000),
+    "repetition_penalty": (0.001, 1000),
+}
 BEAM_OPTIONS = ("n_best", "length_penalty", "early_stopping", "patience")
 SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "seed")
 
@@ -140,14 +145,14 @@ class TranslateOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 yield f"{name} = {value}", f"{name} from 1 up"
-        for name in ("temperature", "repetition_penalty", "patience"):
+        for name in ("temperature", "patience"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 yield f"{name} = {value}", f"{name} above 0"
-        for name in ("length_penalty", "end_penalty"):
+        for name, (least, most) in RANGES.items():
             value = getattr(self, name)
-            if value is not None and not math.isfinite(value):
-                yield f"{name} = {value}", f"a finite {name}"
+            if value is not None and not least <= value <= most:
+                yield f"{name} = {value}", f"{name} from {least} to {most}"
         if self.top_p is not None and not 0 < self.top_p <= 1:
             yield f"top_p = {self.top_p}", "top_p above 0 and up to 1"
         if self.seed is not None and not 0 <= self.seed <= LARGEST_SEED:
