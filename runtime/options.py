@@ -157,6 +157,8 @@ class TranslateOptions:
             yield f"top_p = {self.top_p}", "top_p above 0 and up to 1"
         if self.seed is not None and not 0 <= self.seed <= LARGEST_SEED:
             yield f"seed = {self.seed}", f"a seed from 0 to {LARGEST_SEED}"
+        if isinstance(self.suppress, str):
+            yield f"suppress = {self.suppress!r}", "a tuple of pieces or ids to suppress"
         if self.on_long not in get_args(OnLong):
             yield f"on_long = {self.on_long!r}", f"on_long {' or '.join(get_args(OnLong))}"
 
