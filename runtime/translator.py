@@ -114,6 +114,7 @@ class Translator:
         anything is decoded, OptionError and CapacityError.
         """
         refuse_string(texts)
+        refuse_string(prefixes or ())
         options = replace(options or TranslateOptions(), window=max(1, len(texts)), **changes)
         plan, workers = self.plan(options, sentences=len(texts))
         read = list(self._read(texts, prefixes, options, plan))
@@ -135,6 +136,7 @@ class Translator:
         Raises OptionError and CapacityError.
         """
         refuse_string(texts)
+        refuse_string(prefixes or ())
         options = options or TranslateOptions()
         plan, workers = self.plan(options, sentences=options.window)
         read = self._read(texts, prefixes, options, plan)
