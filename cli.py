@@ -176,6 +176,12 @@ def export(
         Path | None, typer.Option(help="Fix the scales of int8 on the lines of a file, which is faster.")
     ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="The bundle's default limit of a translation.")] = None,
+    attention: Annotated[
+        bool, typer.Option("--with-attention", help="Steps also give what a decoder layer attends to in the source.")
+    ] = False,
+    attention_layer: Annotated[
+        int | None, typer.Option(help="The layer of --with-attention, counted from 0 [default: the last].")
+    ] = None,
     verify_text: VerifyTextOption = None,
     verify_reference: VerifyReferenceOption = None,
     verify_: Annotated[bool, typer.Option("--verify/--no-verify", help="Prove the export before it is kept.")] = True,
@@ -205,6 +211,8 @@ def export(
         precision=precision.value,
         calibration=calibration,
         max_new_tokens=max_new_tokens,
+        attention=attention,
+        attention_layer=attention_layer,
         verify=verify_,
         verify_text=verify_text,
         verify_reference=verify_reference,
@@ -812,7 +820,8 @@ def _eager_translator(path: Path, machine: Machine) -> Translator:
     if machine.threads is not None:
         torch.set_num_threads(machine.threads)
     model = load_checkpoint(bundle.folder / CHECKPOINT_FILE).model
-    return Translator(bundle, TorchBackend(model) if machine.backend is BackendName.TORCH else NoCacheBackend(model))
+    backend = TorchBackend if machine.backend is BackendName.TORCH else NoCacheBackend
+    return Translator(bundle, backend(model, attention_layer=bundle.manifest.features.attention))
 
 
 def _backend(name: str) -> BackendName:

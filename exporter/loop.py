@@ -54,14 +54,15 @@ class LoopGraph(nn.Module):
         """
         past, cross = caches_of(caches)
         positions = past_lengths.clamp(max=self.model.config.target_positions - 1)  # one finished there is beyond them
-        logits, presents, _ = self.model.step(input_ids, past_lengths, source_lengths, past, cross, self.ops, positions)
-        chosen = torch.where(past_finished, NOTHING, logits.argmax(dim=-1))
+        lengths = past_lengths, source_lengths
+        stepped = self.model.step(input_ids, *lengths, past, cross, self.ops, positions=positions)
+        chosen = torch.where(past_finished, NOTHING, stepped.logits.argmax(dim=-1))
         over, advance = chosen < 0, (chosen >= 0).to(torch.int64)
         next_ids = torch.where(over, self.special_ids.pad, chosen)
-        lengths = past_lengths + advance
-        finished = over | (chosen == self.special_ids.eos) | (lengths >= limits)
-        ids = past_ids.scatter(1, (lengths - advance)[:, None], next_ids[:, None])
-        return next_ids, lengths, finished, ids, *flatten(presents)
+        present_lengths = past_lengths + advance
+        finished = over | (chosen == self.special_ids.eos) | (present_lengths >= limits)
+        ids = past_ids.scatter(1, (present_lengths - advance)[:, None], next_ids[:, None])
+        return next_ids, present_lengths, finished, ids, *flatten(stepped.presents)
 
 
 class OrtLoopOperators(OrtOperators):

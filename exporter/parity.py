@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kvx.models.backend import TorchBackend
 from kvx.models.transformer import Transformer
-from kvx.runtime.backend import Backend, IntArray, Tensors
+from kvx.runtime.backend import Backend, FloatArray, IntArray, Tensors
 from kvx.runtime.cache import Capacity, EncodedSource, KVCache
 from kvx.runtime.decode import decode
 from kvx.runtime.errors import OptionError
@@ -30,12 +30,18 @@ ROWS = 5
 LONGEST_SOURCE = 23
 CHUNKS = (3, 1, 4, 2)
 BEAMS = (4, 1, 3)
+SUM_DIGITS = 4
 DRAWN_SENTENCES = 16
 DRAWN_TOKENS = 32
 
 
 class ExportedGraphs(Backend, Protocol):
     """A backend whose graphs can also be run out of place, by tensor names."""
+
+    @property
+    def features(self) -> StepFeatures:
+        """What its step has beyond the contract's core."""
+        ...
 
     def run_encoder(self, feeds: Tensors) -> Tensors:
         """The encoder's inputs → its outputs."""
@@ -155,7 +161,7 @@ def prove(
     `verify_sources` are the ids of further sentences, bos and eos included, to be translated by both.
     """
     limits = options.limits("fp32")
-    trial = Trial(model, options, limits.tolerance)
+    trial = Trial(model, options, limits.tolerance, backend.features.attention)
     yield from trial.check_tensors(backend)
     yield trial.check_neighbours(backend, limits.neighbours)
     yield trial.check_greedy(
@@ -198,11 +204,14 @@ class Differences:
 
 
 class Trial:
-    """Ragged inputs drawn once, and what the eager model makes of them."""
+    """Ragged inputs drawn once, and what the eager model makes of them, with the attention of a layer or of none."""
 
-    def __init__(self, model: Transformer, options: ParityOptions, tolerance: float) -> None:
+    def __init__(
+        self, model: Transformer, options: ParityOptions, tolerance: float, attention_layer: int | None = None
+    ) -> None:
         self.model = model
-        self.eager = TorchBackend(model)
+        self.attention_layer = attention_layer
+        self.eager = TorchBackend(model, attention_layer=attention_layer)
         self.tolerance = tolerance
         self.random = np.random.default_rng(options.seed)
         longest = min(LONGEST_SOURCE, model.config.source_positions)
@@ -237,7 +246,7 @@ class Trial:
 
     def check_steps(self, backend: ExportedGraphs) -> Iterator[Check]:
         """Logits and caches over many steps: rows at different positions, everything beyond their lengths poisoned."""
-        logits, caches, places = Differences(), Differences(), Differences()
+        logits, attention, caches, places = (Differences() for _ in range(4))
         truth, tried = self.cache(), self.cache()
         eager_step, step = self.eager.bind(truth), backend.bind(tried)
         presents = step_signature(self.dimensions, StepFeatures()).presents
@@ -247,14 +256,17 @@ class Trial:
             feeds = {"input_ids": ids, "past_lengths": tried.lengths, "source_lengths": tried.source_lengths}
             before = {name: buffer.copy() for name, buffer in tried.buffers.items()}
             apart = backend.run_step(feeds | before)
-            got = step(ids)
-            logits.add("logits", eager_step(ids).logits, apart["logits"])
+            got, expected = step(ids), eager_step(ids)
+            logits.add("logits", expected.logits, apart["logits"])
             places.add("logits", apart["logits"], got.logits)
+            if expected.attention is not None:
+                _compare_attention(attention, expected.attention, apart["attention"], truth.source_lengths)
+                places.add("attention", apart["attention"], _or_nothing(got.attention))
             truth.advance()
             tried.advance()
             for name, past in presents.items():
-                expected, found, bound = truth.buffers[past], apart[name], tried.buffers[past]
-                caches.add(name, inside(expected, truth.lengths), inside(found, truth.lengths))
+                wanted, found, bound = truth.buffers[past], apart[name], tried.buffers[past]
+                caches.add(name, inside(wanted, truth.lengths), inside(found, truth.lengths))
                 places.add(name, inside(found, truth.lengths), inside(bound, truth.lengths))
                 kept = outside(before[past], truth.lengths), outside(bound, truth.lengths)
                 places.require_equal(f"{name} beyond the lengths", *kept)
@@ -265,6 +277,10 @@ class Trial:
                 truth.lengths[number // 3 % ROWS] = tried.lengths[number // 3 % ROWS] = 0
         tolerance = self.tolerance
         yield logits.check(backend, f"logits of {self.steps} steps, caches poisoned beyond their lengths", tolerance)
+        if self.attention_layer is not None:
+            yield attention.check(
+                backend, f"attention of layer {self.attention_layer}, zero beyond the source", tolerance
+            )
         yield caches.check(backend, "caches written by these steps", tolerance)
         yield places.check(backend, "in place against out of place", tolerance)
 
@@ -298,6 +314,9 @@ class Trial:
                 before = {name: buffer.copy() for name, buffer in tried.buffers.items()}
                 got, expected = step(ids), eager_step(ids)
                 found.add("logits", expected.logits, got.logits)
+                if expected.attention is not None:
+                    given = _or_nothing(got.attention)
+                    _compare_attention(found, expected.attention, given, truth.source_lengths)
                 truth.advance()
                 tried.advance()
                 self._compare_caches(found, truth, tried, before)
@@ -411,6 +430,20 @@ def translations(backend: Backend, sources: Sequence[tuple[int, ...]], plan: Pla
     """The greedy ids of each source, by its number."""
     numbered = (Source(index, ids) for index, ids in enumerate(sources))
     return {outcome.index: outcome.best.ids for outcome in decode(backend, numbered, Greedy(), plan)}
+
+
+def _compare_attention(found: Differences, expected: FloatArray, got: FloatArray, source_lengths: IntArray) -> None:
+    """Attention [B, S]: near the expected, exactly zero beyond each source's length, every sum 1 up to rounding."""
+    found.add("attention", expected, got)
+    if got.shape == expected.shape:
+        beyond = got[np.arange(got.shape[1]) >= source_lengths[:, None]]
+        found.require_equal("attention beyond the source", np.zeros_like(beyond), beyond)
+        found.require_equal("sums of attention", np.ones(len(got)), got.sum(axis=1).round(SUM_DIGITS))
+
+
+def _or_nothing(attention: FloatArray | None) -> FloatArray:
+    """An attention that is missing has no row, which differs from any."""
+    return np.zeros((0, 0), np.float32) if attention is None else attention
 
 
 def _shares_sources(backend: Backend) -> bool:

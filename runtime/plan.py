@@ -135,9 +135,9 @@ class Plan:
 
         Rows are counted at their full length, so that a sentence that was let in can always go on.
         """
-        held = _rung(source, self.source_positions)
+        held = rung(source, self.source_positions)
         seats = min(self.seats, self.cache_bytes // self.seat_bytes(held))
-        return Capacity(seats * self.beams, _rung(target, self.max_new_tokens), held, self.beams)
+        return Capacity(seats * self.beams, rung(target, self.max_new_tokens), held, self.beams)
 
 
 def check_limit(limit: int, positions: int) -> None:
@@ -150,7 +150,7 @@ def check_limit(limit: int, positions: int) -> None:
         )
 
 
-def _rung(need: int, most: int) -> int:
+def rung(need: int, most: int) -> int:
     """The size that is allocated for a need: doubled from the smallest until it holds, `most` at the most."""
     size = SMALLEST_CAPACITY
     while size < need:

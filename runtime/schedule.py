@@ -151,10 +151,10 @@ class Schedule:
         for seat in range(self.cache.seated):
             yield self._outcome(seat, cancelled=True)
         for waiting in self._ready:
-            yield _nothing(waiting.source, waiting.target)
+            yield nothing(waiting.source, waiting.target)
         held_back = [self._held_back] if self._held_back else []
         for source in (*held_back, *self._sources):
-            yield from (_nothing(source, target) for target in range(len(source.targets)))
+            yield from (nothing(source, target) for target in range(len(source.targets)))
 
     def _count_step(self) -> None:
         self._stats.steps += 1
@@ -248,6 +248,6 @@ class Schedule:
         self.cache.resize(self._plan.capacity(target=target, source=source))
 
 
-def _nothing(source: Source, target: int) -> Outcome:
+def nothing(source: Source, target: int) -> Outcome:
     """A target that was cancelled before it began."""
     return Outcome(source.index, target, (Hypothesis((), ended=False, log_probabilities=()),), cancelled=True)

@@ -44,6 +44,7 @@ class Tokenizer:
                 remedy="Train it with pad_id, bos_id and eos_id set.",
             )
         self.special_ids = SpecialIds(**ids)
+        self.unknown_id = int(processor.unk_id())
 
     def __len__(self) -> int:
         """Pieces in the vocabulary, special ones included."""
@@ -57,6 +58,15 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The ids of pieces → text; special pieces vanish."""
         text: str = self._processor.decode(list(ids))
+        return text
+
+    def surfaces(self, text: str) -> tuple[str, ...]:
+        """The pieces of a text, one for each id of `encode`; where there is none for it, the text itself."""
+        return tuple(self._processor.encode(text, out_type=str))
+
+    def join(self, pieces: Sequence[str]) -> str:
+        """Pieces, and whatever stands in place of some, → text; special pieces vanish."""
+        text: str = self._processor.decode(list(pieces))
         return text
 
     def pieces(self, ids: Sequence[int]) -> tuple[str, ...]:

@@ -54,6 +54,11 @@ class Translation:
     source_tokens: tuple[str, ...] | None = None
     attention: FloatArray | None = field(default=None, compare=False, repr=False)
 
+    @property
+    def hypotheses(self) -> tuple[Translation, ...]:
+        """This one and the others."""
+        return self, *self.others
+
 
 class Translator:
     """A bundle ready to translate. Thread-safe: every call has a cache of its own over the shared weights."""
@@ -109,6 +114,7 @@ class Translator:
         anything is decoded, OptionError and CapacityError.
         """
         refuse_string(texts)
+        refuse_string(prefixes or ())
         options = replace(options or TranslateOptions(), window=max(1, len(texts)), **changes)
         plan, workers = self.plan(options, sentences=len(texts))
         read = list(self._read(texts, prefixes, options, plan))
@@ -130,6 +136,7 @@ class Translator:
         Raises OptionError and CapacityError.
         """
         refuse_string(texts)
+        refuse_string(prefixes or ())
         options = options or TranslateOptions()
         plan, workers = self.plan(options, sentences=options.window)
         read = self._read(texts, prefixes, options, plan)

@@ -1,0 +1,173 @@
+"""Rows of a fixed capacity on one device: every buffer an OrtValue, allocated once, bound once, never moved."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from kvx.runtime.backend import IntArray
+from kvx.runtime.cache import Capacity
+from kvx.runtime.device import Device
+from kvx.runtime.errors import CapacityError
+from kvx.runtime.loop import LoopState
+from kvx.runtime.signature import Signature, TensorSpec
+
+ONNX_TYPES = {"float32": 1, "int64": 7, "bool": 9, "float16": 10, "bfloat16": 16}  # onnx.TensorProto.DataType
+NO_CAPTURE = -1
+WARM_UP_RUNS = 2
+OUT_OF_MEMORY = ("failed to allocate", "out of memory", "bad_alloc", "bad allocation")
+
+_log = logging.getLogger("kvx")
+_graph_ids = itertools.count(1)
+
+
+class DeviceRows:
+    """See LoopRows. `session` runs the looped step and `encoder` the encoder, both on `device`.
+
+    With `capture` the step is captured as a CUDA graph, once, while all rows are idle; where ONNX Runtime refuses, it
+    runs uncaptured, which the log says. Raises CapacityError where the device has not the memory.
+    """
+
+    def __init__(
+        self,
+        encoder: ort.InferenceSession,
+        encoder_signature: Signature,
+        session: ort.InferenceSession,
+        signature: Signature,
+        capacity: Capacity,
+        device: Device,
+        *,
+        capture: bool,
+    ) -> None:
+        self.capacity = capacity
+        self._encoder = encoder
+        self._encoder_signature = encoder_signature
+        self._session = session
+        self._device = device
+        self._values = {spec.name: zeros(spec, capacity, device) for spec in signature.inputs}
+        self._specs = {spec.name: spec for spec in signature.inputs}
+        self._binding = self._bind(signature)
+        self._graph_id = NO_CAPTURE
+        self._options = _run_options(NO_CAPTURE)
+        self.write(LoopState.idle(capacity))
+        if capture:
+            self._capture()
+
+    def encode(self, row: int, input_ids: IntArray, source_lengths: IntArray) -> None:
+        """input_ids [n, S], source_lengths [n] → the cross keys and values of the rows from `row` on, in place."""
+        binding = self._encoder.io_binding()
+        for name, array in (("input_ids", input_ids), ("source_lengths", source_lengths)):
+            value = ort.OrtValue.ortvalue_from_numpy(array, self._device.kind, self._device.index)
+            binding.bind_ortvalue_input(name, value)
+        for name, past in self._encoder_signature.presents.items():
+            spec, value = self._specs[past], self._values[past]
+            shape = spec.shape({**self.capacity.sizes, "B": len(input_ids)})
+            first = value.data_ptr() + row * (value.tensor_size_in_bytes() // self.capacity.rows)
+            kind, index = self._device.kind, self._device.index
+            binding.bind_output(name, kind, index, ONNX_TYPES[spec.dtype], shape, first)
+        self._encoder.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+
+    def write(self, state: LoopState) -> None:
+        """Sets all of the state."""
+        for name in LoopState.__slots__:
+            self._values[name].update_inplace(getattr(state, name))
+
+    def run(self, steps: int) -> None:
+        """So many steps, each feeding the next; the host waits for the last."""
+        for _ in range(steps):
+            self._session.run_with_iobinding(self._binding, self._options)
+        self._binding.synchronize_outputs()
+
+    def read(self) -> LoopState:
+        """The state as it is now, copied."""
+        return LoopState(**{name: self._values[name].numpy().copy() for name in LoopState.__slots__})
+
+    def release(self) -> None:
+        """Gives up the captured graph, if there is one."""
+        if self._graph_id != NO_CAPTURE:
+            self._session.release_captured_graph(self._graph_id)
+
+    def _bind(self, signature: Signature) -> ort.IOBinding:
+        binding, presents = self._session.io_binding(), signature.presents
+        for spec in signature.inputs:
+            binding.bind_ortvalue_input(spec.name, self._values[spec.name])
+        for spec in signature.outputs:
+            binding.bind_ortvalue_output(spec.name, self._values[presents[spec.name]])
+        return binding
+
+    def _capture(self) -> None:
+        """Runs that change nothing, because every row is finished, then one that ONNX Runtime captures."""
+        for _ in range(WARM_UP_RUNS):
+            self._session.run_with_iobinding(self._binding, self._options)
+        graph_id = next(_graph_ids)
+        try:
+            self._session.run_with_iobinding(self._binding, _run_options(graph_id))
+        except Exception as error:  # ONNX Runtime raises a type of its own for each status
+            _log.warning("steps run uncaptured: %s", str(error).strip().splitlines()[0][:300])
+        else:
+            self._graph_id, self._options = graph_id, _run_options(graph_id)
+        self.write(LoopState.idle(self.capacity))
+
+
+def allocate(make: Any, capacity: Capacity, size: int, device: Device) -> Any:  # noqa: ANN401
+    """What `make` makes of a capacity of `size` bytes. Raises CapacityError, naming the rows that would fit, where the
+    device has not the memory; what was tried is given back.
+    """
+    try:
+        return make(capacity)
+    except Exception as error:
+        if not _is_out_of_memory(error):
+            raise
+    rows = capacity.rows // 2
+    while rows and not _fits(make, Capacity(rows, capacity.target, capacity.source)):
+        rows //= 2
+    raise CapacityError(
+        f"{capacity.rows} rows of {capacity.target} target and {capacity.source} source positions, {size:,} bytes, "
+        f"for which {device} has no memory",
+        expected=f"at most {rows} rows",
+        remedy="Plan fewer rows (--rows) or fewer new tokens (--max-new-tokens), or free memory of the device.",
+    )
+
+
+def zeros(spec: TensorSpec, capacity: Capacity, device: Device) -> ort.OrtValue:
+    """A buffer of zeros on the device. What nobody has written must be finite."""
+    shape = spec.shape(capacity.sizes)
+    value = ort.OrtValue.ortvalue_from_shape_and_type(shape, ONNX_TYPES[spec.dtype], device.kind, device.index)
+    value.update_inplace(_host_zeros(spec, shape))
+    return value
+
+
+def _host_zeros(spec: TensorSpec, shape: tuple[int, ...]) -> NDArray[Any] | ort.OrtValue:
+    if spec.dtype != "bfloat16":
+        return np.zeros(shape, spec.dtype)
+    bits = np.zeros(shape, np.uint16)  # numpy has no bfloat16
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, ONNX_TYPES["bfloat16"])
+
+
+def _fits(make: Any, capacity: Capacity) -> bool:  # noqa: ANN401
+    try:
+        make(capacity)
+    except Exception as error:
+        if not _is_out_of_memory(error):
+            raise
+        return False
+    return True
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(sign in text for sign in OUT_OF_MEMORY)
+
+
+def _run_options(graph_id: int) -> ort.RunOptions:
+    """Of a run whose end the host does not wait for."""
+    options = ort.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", str(graph_id))
+    options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+    return options
