@@ -334,10 +334,18 @@ class TranslateCommand:
     prefix_file: Path | None
     alternatives: int | None
     several: bool
+    plot_attention: Path | None
+    align: bool
 
     def __post_init__(self) -> None:
         if self.texts and self.input:
             raise OptionError("texts and --input", expected="one of them", remedy="Leave one out.")
+        if self.plot_attention is not None and len(self.texts) != 1:
+            raise OptionError(
+                f"--plot-attention for {len(self.texts) or 'a stream of'} texts",
+                expected="one text, as an argument",
+                remedy="Give the text to be looked at.",
+            )
         if self.prefix_file is not None and self.interactive:
             raise OptionError(
                 "--prefix-file for texts that are typed", expected="texts from a file or pipe", remedy="Use --prefix."
@@ -440,6 +448,15 @@ def translate(
     ] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: what has come gets less probable.")] = None,
     end_penalty: Annotated[float | None, typer.Option(help="Nats that ending costs.")] = None,
+    align: Annotated[
+        bool, typer.Option("--align", help="Also print source-target pairs of pieces; needs a bundle --with-attention.")
+    ] = False,
+    replace_unknown: Annotated[
+        bool, typer.Option("--replace-unknown", help="The aligned source word in place of an unknown token.")
+    ] = False,
+    plot_attention: Annotated[
+        Path | None, typer.Option(help="Write a page with the attention of one text's translation.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print an object a line.")] = False,
     scores: Annotated[bool, typer.Option("--scores", help="Also print log-probabilities.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print speed and cache size to stderr.")] = False,
@@ -460,6 +477,8 @@ def translate(
         prefix_file=prefix_file,
         alternatives=alternatives,
         several=max(n_best or 1, samples or 1, alternatives or 1) > 1,
+        plot_attention=plot_attention,
+        align=align,
     )
     machine = Machine(backend=backend, device=device, threads=threads, workers=workers, spin=spin)
     options = TranslateOptions(
@@ -486,6 +505,8 @@ def translate(
         repetition_penalty=repetition_penalty,
         end_penalty=end_penalty,
         scores=scores,
+        align=align or plot_attention is not None,
+        replace_unknown=replace_unknown,
     )
     translator = _announce(command.model, machine, bulk=not command.texts and not command.interactive)
     if command.interactive:
@@ -757,11 +778,10 @@ def _translate(translator: Translator, command: TranslateCommand, options: Trans
     stats, started, at_limit = DecodeStats(), time.perf_counter(), list[int]()
     with _input_texts(command) as texts, _output_file(command.output) as out, _counter(command) as count:
         for number, translation in enumerate(_translations(translator, command, options, texts, stats), 1):
-            if command.json:
-                out.write(translation_json(translation) + "\n")
-            else:
-                out.writelines(f"{line}\n" for line in translation_lines(translation, number, several=command.several))
+            _write_translation(out, translation, number, command)
             out.flush()
+            if command.plot_attention is not None:
+                _plot_attention(command.plot_attention, translation, command.texts[0])
             if translation.truncated:
                 _say(f"line {number} was cut to the model's {translator.manifest.model['source_positions']} positions")
             if translation.finish_reason == "length":
@@ -772,6 +792,28 @@ def _translate(translator: Translator, command: TranslateCommand, options: Trans
         _say(f"{len(at_limit)} translations stopped at the limit of new tokens (lines {shown})")
     if command.stats:
         _say(format_stats(stats, time.perf_counter() - started))
+
+
+def _write_translation(out: TextIO, translation: Translation, number: int, command: TranslateCommand) -> None:
+    if not command.align:
+        translation = replace(translation, alignment=None, source_tokens=None)
+    if command.json:
+        out.write(translation_json(translation) + "\n")
+    else:
+        out.writelines(f"{line}\n" for line in translation_lines(translation, number, several=command.several))
+
+
+def _plot_attention(path: Path, translation: Translation, text: str) -> None:
+    """A row for each token, eos included where the translation has ended."""
+    from kvx.runtime.heatmap import attention_html
+
+    if translation.attention is None:
+        raise InputError("an empty text", expected="a text that has a translation", remedy="Give one.")
+    tokens = (*translation.tokens, *(["eos"] if len(translation.ids) > len(translation.tokens) else []))
+    page = attention_html(
+        translation.attention, translation.source_tokens or (), tokens, f"{text} → {translation.text}"
+    )
+    _write_lines(path, page.split("\n"))
 
 
 def _translations(

@@ -78,11 +78,7 @@ class Tokenizer:
         one = int(self._processor.piece_to_id(piece))
         return one if self._processor.id_to_piece(one) == piece else None
 
-    def surfaces(self, text: str) -> tuple[str, ...]:
-        """Text → its pieces as they stand in it, those that the vocabulary does not have included."""
-        return tuple(self._processor.encode(text, out_type=str))
-
     def unknown_surfaces(self, text: str) -> list[str]:
         """The pieces of a text that the vocabulary does not have."""
-        unknown = self._processor.unk_id()
-        return [piece for piece, one in zip(self.surfaces(text), self.encode(text), strict=True) if one == unknown]
+        ids = self.encode(text)
+        return [piece for piece, one in zip(self.surfaces(text), ids, strict=True) if one == self.unknown_id]
