@@ -29,7 +29,7 @@ class Capacity:
 
     def bytes(self, specs: Iterable[TensorSpec]) -> int:
         """Bytes of the buffers `specs` at this capacity, known before anything is allocated."""
-        return sum(int(np.prod(spec.shape(self.sizes))) * np.dtype(spec.dtype).itemsize for spec in specs)
+        return sum(spec.bytes(self.sizes) for spec in specs)
 
     @property
     def sizes(self) -> dict[str, int]:
