@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -151,10 +152,10 @@ class Schedule:
         for seat in range(self.cache.seated):
             yield self._outcome(seat, cancelled=True)
         for waiting in self._ready:
-            yield _nothing(waiting.source, waiting.target)
+            yield self._nothing(waiting.source, waiting.target)
         held_back = [self._held_back] if self._held_back else []
-        for source in (*held_back, *self._sources):
-            yield from (_nothing(source, target) for target in range(len(source.targets)))
+        for source in itertools.chain(held_back, self._sources):
+            yield from (self._nothing(source, target) for target in range(len(source.targets)))
 
     def _count_step(self) -> None:
         self._stats.steps += 1
@@ -186,6 +187,11 @@ class Schedule:
         self._stats.sentences += 1
         self._stats.tokens += len(found[0].ids)
         return Outcome(who.index, who.target, tuple(found), cancelled)
+
+    def _nothing(self, source: Source, target: int) -> Outcome:
+        """A target that was cancelled before it began."""
+        none = Hypothesis((), ended=False, log_probabilities=() if self.rows.scored else None)
+        return Outcome(source.index, target, (none,), cancelled=True)
 
     def _can_seat(self, seat: int) -> bool:
         """Whether a target is ready for this seat, and the budget has room for it beside the others."""
@@ -246,8 +252,3 @@ class Schedule:
         """To what the plan gives for these positions; counted where rows had to be repacked."""
         self._stats.repacks += self.cache.active > 0
         self.cache.resize(self._plan.capacity(target=target, source=source))
-
-
-def _nothing(source: Source, target: int) -> Outcome:
-    """A target that was cancelled before it began."""
-    return Outcome(source.index, target, (Hypothesis((), ended=False, log_probabilities=()),), cancelled=True)
