@@ -8,6 +8,7 @@ Letters: R rows, S source positions, T capacity of a row.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -218,9 +219,9 @@ class _Loop:
         for row, source in enumerate(self._seated):
             if source is not None:
                 yield self._outcome(row, source, cancelled=True)
-        while ahead := self._waiting.look(1):
-            self._waiting.drawn.clear()
-            yield nothing(ahead[0], 0)
+        for source in itertools.chain(self._waiting.drawn, self._waiting.sources):
+            yield nothing(source, 0, scored=False)
+        self._waiting.drawn.clear()
 
 
 def _capacity(backend: LoopBackend, plan: Plan, ahead: list[Source]) -> Capacity:

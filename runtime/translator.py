@@ -28,6 +28,7 @@ from kvx.runtime.workers import side_by_side
 
 WINDOWS_AHEAD = 4
 WINDOW_PER_ROW = 8  # sentences read ahead and sorted by length together, for every row
+ALIKE_FOR_ALTERNATIVES = ("on_long", "cache_bytes", "suppress", "scores", "align", "replace_unknown")
 
 Cancelled = Callable[[], bool]
 
@@ -152,21 +153,22 @@ class Translator:
         Raises InputError, OptionError and CapacityError.
         """
         options = options or TranslateOptions()
+        refuse([(f"count = {count}", "a count from 1 up")] if count < 1 else [])
         limit = options.max_new_tokens or self.manifest.max_new_tokens
         begun = self.targets.prefix(prefix, limit, None)
         width = min(count, self.manifest.model["target_vocab_size"])
-        next_only = TranslateOptions(beam_size=width, n_best=width) if width > 1 else TranslateOptions()
-        refuse([(f"count = {count}", "a count from 1 up")] if count < 1 else [])
-        next_only = replace(next_only, max_new_tokens=len(begun) + 1, suppress=options.suppress, prefix=begun)
-        if width > 1:
-            next_only = replace(next_only, length_penalty=0.0)  # eos, which is not counted, has no advantage
-        first = self.translate([text], next_only)[0]
-        begins = [one.ids for one in (first, *first.others)]
-        ended = [one for one in begins if one[-1] == self.manifest.target_ids.eos]
-        going = [one for one in begins if one not in ended and len(one) < limit]
+        next_only = TranslateOptions()
+        if width > 1:  # eos, which is not counted, has no advantage without a length penalty
+            next_only = TranslateOptions(beam_size=width, n_best=width, length_penalty=0.0)
+        alike = {name: getattr(options, name) for name in ALIKE_FOR_ALTERNATIVES}
+        (first,) = self.translate([text], replace(next_only, max_new_tokens=len(begun) + 1, prefix=begun, **alike))
+        if not first.ids:
+            return [first]
+        begins = (replace(first, others=()), *first.others)
+        eos = self.manifest.target_ids.eos
+        going = [one.ids for one in begins if one.ids[-1] != eos and len(one.ids) < limit]
         found = dict(zip(going, self.translate([text] * len(going), options, prefixes=going), strict=True))
-        done = {one: other for one, other in zip(begins, (first, *first.others), strict=True) if one not in found}
-        return [found.get(one) or done[one] for one in begins]
+        return [found.get(one.ids, one) for one in begins]
 
     def score(
         self, sources: Sequence[str], targets: Sequence[Target], options: TranslateOptions | None = None
