@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,8 +80,14 @@ class LoopRows(Protocol):
         ...
 
 
+@runtime_checkable
 class LoopBackend(Protocol):
-    """A backend with a graph that feeds itself."""
+    """A backend with a graph that feeds itself, where `loops` is true."""
+
+    @property
+    def loops(self) -> bool:
+        """Whether this is how it decodes greedily."""
+        ...
 
     def loop_rows(self, capacity: Capacity) -> AbstractContextManager[LoopRows]:
         """Idle rows of this capacity, for one decode. Raises CapacityError where the device cannot hold them."""
