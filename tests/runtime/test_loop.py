@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvx import CapacityError, Translator
+from kvx import CapacityError, TranslateOptions, Translator
 from kvx.exporter.export import ExportOptions, export
 from kvx.runtime.backends.device_rows import DeviceRows, IdleRows
 from kvx.runtime.backends.onnx import OnnxBackend
+from kvx.runtime.bundle import Bundle
 from kvx.runtime.cache import Capacity
 from kvx.runtime.device import HOST
 from kvx.runtime.loop import LoopState, decode_in_blocks
@@ -46,9 +48,7 @@ class Looping:
     def plain(self, texts: list[str], limit: int | None = None) -> list[tuple[int, ...]]:
         return [found.ids for found in self.translator.translate(texts, max_new_tokens=limit)]
 
-    def options(self, rows: int, limit: int | None) -> object:
-        from kvx import TranslateOptions
-
+    def options(self, rows: int, limit: int | None) -> TranslateOptions:
         return TranslateOptions(rows=rows, max_new_tokens=limit, workers=1)
 
 
@@ -101,9 +101,8 @@ def test_what_stands_in_rows_without_a_sentence_changes_nothing(
         return rows
 
     plain_rows = OnnxBackend._new_rows
-    monkeypatch.setattr(
-        looping.backend, "_idle_rows", IdleRows(lambda capacity: poisoned(looping.backend, capacity), HOST)
-    )
+    idle = IdleRows(lambda capacity: poisoned(looping.backend, capacity), HOST)
+    monkeypatch.setattr(looping.backend, "_idle_rows", idle)
     found = looping.run(texts, rows=8, block=3)
     assert [found[index].best.ids for index in range(3)] == expected
     assert made[0].capacity.rows == 4  # one of them without a sentence
@@ -124,7 +123,7 @@ def test_sources_are_drawn_only_as_rows_fall_free(looping: Looping) -> None:
             drawn += 1
             yield source
 
-    plan, _ = looping.translator.plan(looping.options(4, None))  # type: ignore[arg-type]
+    plan, _ = looping.translator.plan(looping.options(4, None))
     outcomes = decode_in_blocks(looping.backend, stream(), plan, DecodeStats())
     next(outcomes)
     assert drawn <= 8
@@ -134,17 +133,15 @@ def test_sources_are_drawn_only_as_rows_fall_free(looping: Looping) -> None:
 def test_rows_that_were_given_back_serve_again(looping: Looping) -> None:
     with looping.backend.loop_rows(Capacity(2, 64, 32)) as first:
         pass
-    with (
-        looping.backend.loop_rows(Capacity(2, 64, 32)) as again,
-        looping.backend.loop_rows(Capacity(2, 64, 32)) as other,
-    ):
+    with looping.backend.loop_rows(Capacity(2, 64, 32)) as again:
         assert again is first
-        assert other is not first
+        with looping.backend.loop_rows(Capacity(2, 64, 32)) as other:
+            assert other is not first
 
 
 def test_cancelling_ends_all_as_they_are_and_loses_none(looping: Looping) -> None:
     texts = [" ".join(["ninety-nine"] * 4)] * 9
-    plan, _ = looping.translator.plan(looping.options(3, None))  # type: ignore[arg-type]
+    plan, _ = looping.translator.plan(looping.options(3, None))
     looks = iter([False, True])
     found = list(
         decode_in_blocks(
@@ -168,12 +165,13 @@ def test_a_translator_takes_this_way_where_the_backend_loops(looping: Looping, m
     scored = looping.translator.translate(texts, scores=True)
     begun = looping.translator.translate(texts, prefix="ein")
     monkeypatch.setattr(looping.backend, "loops", True)
-    calls = []
-    monkeypatch.setattr(
-        looping.backend,
-        "loop_rows",
-        lambda capacity: calls.append(capacity) or OnnxBackend.loop_rows(looping.backend, capacity),
-    )
+    calls: list[Capacity] = []
+
+    def noted(capacity: Capacity) -> AbstractContextManager[DeviceRows]:
+        calls.append(capacity)
+        return OnnxBackend.loop_rows(looping.backend, capacity)
+
+    monkeypatch.setattr(looping.backend, "loop_rows", noted)
     assert looping.translator.translate(texts) == plain
     assert len(calls) == 1
     assert looping.translator.translate(texts, scores=True) == scored  # log-probabilities need logits
@@ -187,7 +185,7 @@ def test_several_devices_share_the_texts_and_keep_their_order(bundle: Path, loop
     backends = [Looping(bundle).backend for _ in range(3)]
     for backend in backends:
         backend.loops = True
-    several = Translator(looping.translator_bundle(bundle), *backends)
+    several = Translator(Bundle.open(bundle), *backends)
     assert several.translate(texts, rows=4, workers=1) == plain
 
 
@@ -206,9 +204,9 @@ class NoMemory:
 
 def test_out_of_memory_names_the_bytes_and_the_rows_that_fit_and_leaves_the_rest_usable(looping: Looping) -> None:
     idle = IdleRows(NoMemory(looping.backend, 16), HOST)
-    with pytest.raises(CapacityError, match=r"64 rows .* 12,345 bytes.* at most 16 rows"):
-        with idle.taken(Capacity(64, 64, 32), 12_345):
-            pass
+    names_both = pytest.raises(CapacityError, match=r"64 rows .* 12,345 bytes.* at most 16 rows")
+    with names_both, idle.taken(Capacity(64, 64, 32), 12_345):
+        pass
     with idle.taken(Capacity(8, 64, 32), 1) as rows:
         rows.run(1)
         assert rows.read().past_finished.all()
