@@ -368,6 +368,21 @@ def test_a_single_beam_and_a_single_candidate_are_greedy(
         assert beam[key][0].log_probabilities == pytest.approx(found[0].log_probabilities)
 
 
+def test_the_graphs_own_argmax_is_taken_only_where_nothing_is_constrained() -> None:
+    class Choosing(FakeBackend):
+        def bind(self, cache: KVCache) -> Step:
+            step = super().bind(cache)
+            return lambda ids: (output := step(ids))._replace(next_ids=output.logits.argmax(axis=-1))
+
+    sources, filters = sources_of(range(10)), Constraints((LeastTokens(6),))
+    for constraints in (UNCONSTRAINED, filters):
+        chosen, plain = (
+            backend.run(sources, Greedy(), 8, constraints=constraints) for backend in (Choosing(3), FakeBackend(3))
+        )
+        assert chosen == plain
+    assert min(len(one.ids) for (one,) in plain.values()) == 6
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(vocabulary=st.integers(3, 12), size=st.integers(1, 6), seeds=seeds, early=st.booleans(), data=st.data())
 def test_the_best_are_sorted_distinct_and_no_more_than_asked_for(
@@ -406,7 +421,9 @@ def test_beams_go_on_from_what_is_given_as_if_it_had_come_by_itself(
 
 
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("search", [Greedy(), Sampling(seed=2), BeamSearch(4, n_best=4)], ids=repr)
+@pytest.mark.parametrize(
+    "search", [Greedy(), Sampling(seed=2), BeamSearch(4, n_best=4)], ids=lambda one: type(one).__name__
+)
 def test_attention_is_that_of_each_hypothesis_own_tokens(search: Search, shared: bool) -> None:
     class Attentive(FakeBackend):
         """The weights of a step are as much its own as its logits."""
