@@ -63,7 +63,8 @@ class OnnxBackend:
         device: Device = HOST,
     ) -> None:
         all_threads = available_threads() if threads is None else threads
-        self.decodes = all_threads if workers is None else workers
+        alone = all_threads if device.kind == "cpu" else 1  # a device is shared by the rows of one decode
+        self.decodes = alone if workers is None else workers
         if not 1 <= self.decodes <= all_threads:
             raise OptionError(
                 f"threads = {all_threads}, workers = {self.decodes}",
