@@ -281,7 +281,7 @@ def _write_graphs(
         save_checkpoint(checkpoint, folder / CHECKPOINT_FILE)
 
 
-class _Lowered(NamedTuple):
+class Lowered(NamedTuple):
     """A lowering's operators for the encoder and the step, for several rows a sentence, and for the loop."""
 
     step: Operators
@@ -305,7 +305,7 @@ def _write_onnx_graphs(
     features: StepFeatures,
     report: Report,
 ) -> None:
-    lowered = _Lowered.of(options.operators, model)
+    lowered = Lowered.of(options.operators, model)
     report.phase("exporting the encoder to ONNX")
     write_onnx(
         EncoderGraph(model, lowered.step), folder / onnx.ENCODER_FILE, widths=ENCODER_WIDTHS.get(options.precision)

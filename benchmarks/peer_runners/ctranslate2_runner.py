@@ -47,7 +47,7 @@ def load(request: Request) -> Any:  # noqa: ANN401  # of a package without types
     """A translator of `inter` batches side by side with `intra` threads each."""
     return ctranslate2.Translator(
         request["model"],
-        device="cpu",
+        device=request.get("device", "cpu"),
         compute_type=request["precision"],
         inter_threads=request["inter"],
         intra_threads=request["intra"],
