@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kvx import Translator
-from kvx.exporter.export import ExportOptions, export
+from kvx.exporter.export import ExportOptions, Lowering, export
 from kvx.exporter.halves import in_precision, peaks
 from kvx.exporter.parity import HALF_LARGEST, ParityOptions, Trial, poison
 from kvx.exporter.quality import check_range
@@ -135,7 +135,7 @@ def test_what_cannot_be_proven_is_refused(wrong: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("lowering", ["ort", "standard"])
-def test_float16_may_have_any_lowering(lowering: Any) -> None:
+def test_float16_may_have_any_lowering(lowering: Lowering) -> None:
     assert ExportOptions(checkpoint=Path("model.pt"), precision="fp16", lowering=lowering).formats == ("onnx",)
 
 
