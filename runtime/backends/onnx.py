@@ -38,15 +38,21 @@ CUDA_LIBRARY = Path(ort.__file__).parent / "capi" / "libonnxruntime_providers_cu
 ERRORS_ONLY_AS_EXCEPTIONS = 4
 SLOWER_FUSIONS = ["SkipLayerNormFusion"]  # 0.3 ms instead of 0.05 for 256 tokens of 256 channels on a CPU
 WARNINGS = 2  # ONNX Runtime's default
-ELEMENT_TYPES = {"tensor(int64)": "int64", "tensor(bool)": "bool", "tensor(float)": "float32"}
+ELEMENT_TYPES = {
+    "tensor(int64)": "int64",
+    "tensor(bool)": "bool",
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(bfloat16)": "bfloat16",
+}
 
 
 class OnnxBackend:
     """The sessions over one bundle's weights; every decode has buffers and bindings of its own.
 
     `threads` compute threads (default: the cores this process may use), all in each operator, or shared out to
-    `workers` where their number is given; `spin` lets them wait busily within a run, never between runs. Raises
-    BundleError where a graph is not the contract's, DeviceError where the session runs elsewhere than asked.
+    `workers` where their number is given; `spin` lets them wait busily within a run, never between runs;
+    without `capture` the steps of a loop on a device are launched one by one. Raises BundleError where a graph is not the contract's, DeviceError where the session runs elsewhere than asked.
     """
 
     name = "onnx"
@@ -61,6 +67,7 @@ class OnnxBackend:
         workers: int | None = None,
         spin: bool = False,
         device: Device = HOST,
+        capture: bool = True,
     ) -> None:
         all_threads = available_threads() if threads is None else threads
         alone = all_threads if device.kind == "cpu" else 1  # a device is shared by the rows of one decode
@@ -72,6 +79,12 @@ class OnnxBackend:
                 remedy="Correct them or leave them out.",
             )
         threads = all_threads // (workers or 1)
+        if dimensions.element == "bfloat16" and device.kind == "cpu":
+            raise DeviceError(
+                "bfloat16 on cpu",
+                expected="cuda, where ONNX Runtime has kernels for it",
+                remedy="Use --device cuda, or export with another --precision.",
+            )
         machine = _Machine(threads, spin, device)
         self._encoder = _Graph(folder / ENCODER_FILE, encoder_signature(dimensions), machine)
         self._step = _Graph(folder / STEP_FILE, step_signature(dimensions, features), machine)
@@ -79,6 +92,7 @@ class OnnxBackend:
         self._beams = _Graph(folder / BEAMS_FILE, step_signature(dimensions, features.beams), machine)
         self._loop = _Graph(folder / LOOP_FILE, step_signature(dimensions, LOOP_FEATURES), machine, captured=True)
         self.loops = self._loop.exists and device.kind != "cpu"
+        self._capture = capture and device.kind != "cpu"
         self._idle_rows = IdleRows(self._new_rows, device)
         self.features = features
         self.query_tokens = self._chunk.exists
@@ -115,9 +129,8 @@ class OnnxBackend:
 
     def _new_rows(self, capacity: Capacity) -> DeviceRows:
         encoder, loop = self._encoder, self._loop
-        device = loop.machine.device
         graphs = encoder.session(), encoder.signature, loop.session(), loop.signature
-        return DeviceRows(*graphs, capacity, device, capture=device.kind != "cpu")
+        return DeviceRows(*graphs, capacity, loop.machine.device, capture=self._capture)
 
     def load(self) -> None:
         """Loads what is otherwise loaded when it is first needed. Raises BundleError."""
