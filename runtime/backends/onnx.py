@@ -16,7 +16,7 @@ from kvx.runtime.backend import IntArray, Step, StepOutput, Tensors
 from kvx.runtime.backends.device_rows import DeviceRows, IdleRows
 from kvx.runtime.cache import Capacity, KVCache
 from kvx.runtime.device import HOST, Device, not_to_be_had
-from kvx.runtime.errors import BundleError, OptionError
+from kvx.runtime.errors import BundleError, DeviceError, OptionError
 from kvx.runtime.manifest import BEAMS_FILE, CHUNK_FILE, GRAPH_FILES, LOOP_FILE
 from kvx.runtime.processor import available_threads, bytes_saturate
 from kvx.runtime.signature import (
@@ -51,8 +51,9 @@ class OnnxBackend:
     """The sessions over one bundle's weights; every decode has buffers and bindings of its own.
 
     `threads` compute threads (default: the cores this process may use), all in each operator, or shared out to
-    `workers` where their number is given; `spin` lets them wait busily within a run, never between runs;
-    without `capture` the steps of a loop on a device are launched one by one. Raises BundleError where a graph is not the contract's, DeviceError where the session runs elsewhere than asked.
+    `workers` where their number is given; `spin` lets them wait busily within a run, never between runs; without
+    `capture` the steps of a loop on a device are launched one by one. Raises BundleError where a graph is not the
+    contract's, DeviceError where the session runs elsewhere than asked.
     """
 
     name = "onnx"
