@@ -86,6 +86,11 @@ class KVCache:
         """How many seats are in use."""
         return self.active // self.capacity.beams
 
+    @property
+    def longest_source(self) -> int:
+        """Positions of the longest source that is in use, 0 without any."""
+        return int(self.source_lengths[: self._sources_of(self.capacity, self.active)].max(initial=0))
+
     def admit(self, source: EncodedSource, seat: int | None = None) -> int:
         """Puts a sentence into a `seat` whose own has ended, else into the first free one; returns the seat.
 
@@ -156,7 +161,7 @@ class KVCache:
     def resize(self, capacity: Capacity) -> None:
         """Repacks the active rows into buffers of another capacity, which must hold what the rows hold."""
         used_target = int(self.lengths[: self.active].max(initial=0))
-        used_source = int(self.source_lengths[: self._sources_of(self.capacity, self.active)].max(initial=0))
+        used_source = self.longest_source
         if (
             capacity.rows < self.active
             or capacity.target < used_target
