@@ -18,6 +18,7 @@ from torch import nn
 from kvx.exporter.graphs import EncoderGraph, StepGraph, example_inputs
 from kvx.exporter.quantize import Widths, quantize
 from kvx.exporter.standard import IR_VERSION, OPSET
+from kvx.runtime.signature import PAST
 
 
 def write_onnx(
@@ -32,12 +33,12 @@ def write_onnx(
 
     With `weights_of`, another graph in the same folder, they are shared with that one.
     """
-    letters = {letter: torch.export.Dim(letter, min=1) for letter in ("B", "G", "Q", "S", "T")}
+    letters = {letter: torch.export.Dim(letter, min=1) for letter in ("B", "C", "G", "Q", "S", "T")}
     shapes = [
         {axis: letters[letter] for axis, letter in enumerate(spec.axes) if isinstance(letter, str)}
         for spec in graph.signature.inputs
     ]
-    flat, dynamic = (shapes, None) if isinstance(graph, EncoderGraph) else (shapes[:3], shapes[3:])
+    named = sum(not spec.name.startswith(PAST) for spec in graph.signature.inputs)  # the rest come as *caches
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             graph.eval(),
@@ -46,7 +47,7 @@ def write_onnx(
             opset_version=OPSET,
             input_names=[spec.name for spec in graph.signature.inputs],
             output_names=[spec.name for spec in graph.signature.outputs],
-            dynamic_shapes=(*flat, tuple(dynamic)) if dynamic is not None else tuple(flat),
+            dynamic_shapes=(*shapes[:named], tuple(shapes[named:])) if named < len(shapes) else tuple(shapes),
             verbose=False,
         )
     assert program is not None

@@ -229,10 +229,11 @@ class Transformer(nn.Module):
         past: Sequence[KeyValue],
         cross: Sequence[KeyValue],
         ops: Operators = EAGER,
+        projection: Tensor | None = None,
     ) -> tuple[Tensor, list[KeyValue], list[KeyValue]]:
         """One token per row, input_ids [B], or several, [B, Q], at the positions from past_lengths [B] on;
         source_lengths [B], past [B, H, T, D] and cross [B, H, S, D] per layer → logits [B, V] or [B, Q, V], present
-        [B, H, T, D] per layer, and cross.
+        [B, H, T, D] per layer, and cross. With a `projection` [C, E], rows of the head's weight, logits are [B, C].
 
         The eager operators write past in place and return it; T must hold every position. Where a row has fewer than
         Q tokens left, the rest may be any: what stands beyond its length is never seen.
@@ -247,7 +248,9 @@ class Transformer(nn.Module):
             x, present, source_present = layer.step(x, own, past_lengths, source, source_lengths, ops)
             presents.append(present)
             sources.append(source_present)
-        return self.head(ops.normalize(self.decoder_norm, x)), presents, sources
+        hidden = ops.normalize(self.decoder_norm, x)
+        logits = self.head(hidden) if projection is None else ops.shortlist_logits(hidden, projection)
+        return logits, presents, sources
 
     @property
     def decoder(self) -> list[DecoderLayer]:
