@@ -182,6 +182,9 @@ def export(
     tolerance: ToleranceOption = None,
     equal_lines: EqualLinesOption = None,
     bleu_lost: BleuLostOption = None,
+    with_shortlist: Annotated[
+        bool, typer.Option("--with-shortlist", help="Also what translating with a shortlist needs (onnx).")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the bundle that is there.")] = False,
 ) -> None:
     """Export a checkpoint to a bundle, and prove it equal to eager PyTorch."""
@@ -210,6 +213,7 @@ def export(
         verify_reference=verify_reference,
         parity=ParityOptions(tolerance=tolerance, equal_lines=equal_lines, bleu_lost=bleu_lost),
         force=force,
+        shortlist=with_shortlist,
     )
     with _reporting() as report:
         manifest = run(options, report)
@@ -370,6 +374,13 @@ LengthPenaltyOption = Annotated[
     typer.Option(help="Beams are compared by log-probability / length^this [default: 1.0]."),
 ]
 
+ShortlistOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="A file of kvx shortlist: translate with its candidates alone, on a bundle made --with-shortlist."
+    ),
+]
+
 
 @app.command()
 def translate(
@@ -432,6 +443,7 @@ def translate(
     ] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: what has come gets less probable.")] = None,
     end_penalty: Annotated[float | None, typer.Option(help="Nats that ending costs.")] = None,
+    shortlist: ShortlistOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print an object a line.")] = False,
     scores: Annotated[bool, typer.Option("--scores", help="Also print log-probabilities.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print speed and cache size to stderr.")] = False,
@@ -477,6 +489,7 @@ def translate(
         no_repeated_ngrams=no_repeated_ngrams,
         repetition_penalty=repetition_penalty,
         end_penalty=end_penalty,
+        shortlist=shortlist,
         scores=scores,
     )
     translator = _announce(command.model, machine, bulk=not command.texts and not command.interactive)
@@ -504,6 +517,7 @@ def evaluate(
     max_new_tokens: TokensOption = None,
     beam_size: BeamSizeOption = 1,
     length_penalty: LengthPenaltyOption = None,
+    shortlist: ShortlistOption = None,
     on_long: OnLongOption = OnLongSource.ERROR,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to a file.")] = None,
     hypotheses: Annotated[
@@ -522,6 +536,7 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         beam_size=beam_size,
         length_penalty=length_penalty,
+        shortlist=shortlist,
         on_long=on_long.value,
         rows=rows,
         cache_bytes=_cache_bytes(cache_mb),

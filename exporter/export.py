@@ -11,10 +11,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
+import numpy as np
+
 import kvx
 from kvx.exporter.beams import OrtBeamOperators, StandardBeamOperators
 from kvx.exporter.calibrate import calibrate
-from kvx.exporter.graphs import EncoderGraph, StepGraph
+from kvx.exporter.graphs import EncoderGraph, ShortlistGraph, StepGraph
 from kvx.exporter.onnx import write_onnx
 from kvx.exporter.ort import OrtOperators
 from kvx.exporter.parity import Check, ParityOptions, ParityReport
@@ -28,7 +30,15 @@ from kvx.models.transformer import Transformer
 from kvx.runtime.backends import onnx, torchscript
 from kvx.runtime.bundle import CHECKPOINT_FILE, SOURCE_TOKENIZER_FILE, TARGET_TOKENIZER_FILE, Bundle
 from kvx.runtime.errors import BundleError, OptionError, ParityError, TokenizerError
-from kvx.runtime.manifest import BEAMS_FILE, CHUNK_FILE, FileEntry, Manifest, Precision
+from kvx.runtime.manifest import (
+    BEAMS_FILE,
+    CHUNK_FILE,
+    PROJECTION_FILE,
+    SHORTLIST_FILE,
+    FileEntry,
+    Manifest,
+    Precision,
+)
 from kvx.runtime.plan import Plan, check_limit
 from kvx.runtime.signature import CHUNK_FEATURES, StepFeatures, cache_specs
 from kvx.runtime.tokenizer import Tokenizer
@@ -48,7 +58,8 @@ class ExportOptions:
     Runtime's own, "standard" for ai.onnx alone. `precision`: that of the weights. `calibration`: text on which the
     scales of bytes are fixed; without it every row has its own. `max_new_tokens`: the bundle's default limit. `verify`:
     whether to prove the export, also on the lines of `verify_text` and against their translations in
-    `verify_reference`. `force`: replace an existing bundle. Raises OptionError for what does not go together.
+    `verify_reference`. `force`: replace an existing bundle. `shortlist`: also write what translating with a shortlist
+    needs. Raises OptionError for what does not go together.
     """
 
     checkpoint: Path
@@ -66,6 +77,7 @@ class ExportOptions:
     verify_reference: Path | None = None
     parity: ParityOptions = field(default_factory=ParityOptions)
     force: bool = False
+    shortlist: bool = False
 
     def __post_init__(self) -> None:
         problems = [*self._unknown(), *self._contradictions()]
@@ -73,7 +85,7 @@ class ExportOptions:
             raise OptionError(
                 ", ".join(problems),
                 expected="int8 and int4 with the ort lowering and the onnx format, calibration and limits on "
-                "translations with these only, and references with their sources",
+                "translations with these only, references with their sources, and a shortlist with the onnx format",
                 remedy="Leave out what does not go together.",
             )
 
@@ -96,6 +108,8 @@ class ExportOptions:
             yield "--equal-lines without --verify-text, or with --precision fp32"
         if self.parity.bleu_lost is not None and self.verify_reference is None:
             yield "--bleu-lost without --verify-reference"
+        if self.shortlist and "onnx" not in self.formats:
+            yield f"--with-shortlist with --format {self.format}"
 
     @property
     def quantized(self) -> bool:
@@ -248,8 +262,14 @@ def _write_onnx_graphs(folder: Path, options: ExportOptions, model: Transformer,
     report.phase("exporting the decoder for several tokens at once to ONNX")
     write_onnx(StepGraph(model, ops, CHUNK_FEATURES), folder / CHUNK_FILE, widths=widths, weights_of=step)
     report.phase("exporting the decoder for several rows a sentence to ONNX")
-    beams = StepGraph(model, OrtBeamOperators(model) if fused else StandardBeamOperators(), options.features.beams)
+    several = OrtBeamOperators(model) if fused else StandardBeamOperators()
+    beams = StepGraph(model, several, options.features.beams)
     write_onnx(beams, folder / BEAMS_FILE, widths=widths, weights_of=step)
+    if options.shortlist:
+        report.phase("exporting the decoder for a part of the vocabulary to ONNX")
+        shortlisted = ShortlistGraph(model, several, options.features.shortlisted)
+        write_onnx(shortlisted, folder / SHORTLIST_FILE, widths=widths, weights_of=step)
+        np.save(folder / PROJECTION_FILE, model.head.weight.detach().numpy(), allow_pickle=False)
 
 
 def _describe(

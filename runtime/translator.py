@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Self, Unpack
 
-from kvx.runtime.backend import Backend, FloatArray
+from kvx.runtime.backend import Backend, FloatArray, shortlisting_of, specs_of
 from kvx.runtime.bundle import Bundle
 from kvx.runtime.decode import decode
 from kvx.runtime.errors import DeviceError, InputError
@@ -21,6 +21,7 @@ from kvx.runtime.plan import DEFAULT_ROWS, Plan
 from kvx.runtime.rows import FinishReason, Hypothesis, Source
 from kvx.runtime.schedule import DecodeStats, Outcome
 from kvx.runtime.scoring import RankBy, Ranking, Score, rank
+from kvx.runtime.shortlist import Shortlist, Vocabulary
 from kvx.runtime.sources import OnLong, SourceReader, SourceText, refuse_string
 from kvx.runtime.targets import Target, TargetReader
 from kvx.runtime.workers import side_by_side
@@ -63,6 +64,7 @@ class Translator:
         self.backend = backend
         self.targets = TargetReader(bundle)
         self._sources = SourceReader(bundle)
+        self._shortlists: dict[Path, Shortlist] = {}
 
     @classmethod
     def load(
@@ -111,8 +113,9 @@ class Translator:
         refuse_string(texts)
         options = replace(options or TranslateOptions(), window=max(1, len(texts)), **changes)
         plan, workers = self.plan(options, sentences=len(texts))
+        shortlist = self._shortlist(options)
         read = list(self._read(texts, prefixes, options, plan))
-        return list(self._run(iter(read), options, plan, workers, DecodeStats(), cancelled))
+        return list(self._run(iter(read), options, shortlist, plan, workers, DecodeStats(), cancelled))
 
     def translate_iter(
         self,
@@ -132,8 +135,9 @@ class Translator:
         refuse_string(texts)
         options = options or TranslateOptions()
         plan, workers = self.plan(options, sentences=options.window)
+        shortlist = self._shortlist(options)
         read = self._read(texts, prefixes, options, plan)
-        return self._run(read, options, plan, workers, stats or DecodeStats(), cancelled)
+        return self._run(read, options, shortlist, plan, workers, stats or DecodeStats(), cancelled)
 
     def alternatives(
         self, text: str, prefix: Target, count: int = 5, options: TranslateOptions | None = None
@@ -150,6 +154,7 @@ class Translator:
         next_only = TranslateOptions(beam_size=width, n_best=width) if width > 1 else TranslateOptions()
         refuse([(f"count = {count}", "a count from 1 up")] if count < 1 else [])
         next_only = replace(next_only, max_new_tokens=len(begun) + 1, suppress=options.suppress, prefix=begun)
+        next_only = replace(next_only, shortlist=options.shortlist)
         if width > 1:
             next_only = replace(next_only, length_penalty=0.0)  # eos, which is not counted, has no advantage
         first = self.translate([text], next_only)[0]
@@ -195,7 +200,7 @@ class Translator:
         beams = options.beam_size
         plan = Plan.of(
             self.manifest,
-            self.backend.cache_specs if beams == 1 else self.backend.beam_cache_specs,
+            specs_of(self.backend, beams=beams, shortlisted=options.shortlist is not None),
             rows=options.rows,
             cache_bytes=options.cache_bytes,
             max_new_tokens=options.max_new_tokens if max_new_tokens is None else max_new_tokens,
@@ -222,6 +227,16 @@ class Translator:
                 )
             yield text
 
+    def _shortlist(self, options: TranslateOptions) -> Shortlist | None:
+        """The shortlist that the options name, read when it is first asked for. Raises InputError."""
+        if options.shortlist is None:
+            return None
+        path = Path(options.shortlist)
+        if path not in self._shortlists:
+            source, target = Vocabulary.of(self.manifest, "source"), Vocabulary.of(self.manifest, "target")
+            self._shortlists[path] = Shortlist.read(path, source_vocab=source, target_vocab=target)
+        return self._shortlists[path]
+
     def _impossible(self, options: TranslateOptions) -> list[Problem]:
         """What this bundle cannot do of what is asked."""
         problems: list[Problem] = []
@@ -232,6 +247,13 @@ class Translator:
         if options.with_attention and self.manifest.features.attention is None:
             problems.append(
                 ("align or replace_unknown", "a bundle that gives attention, exported with --with-attention")
+            )
+        if options.shortlist is not None and shortlisting_of(self.backend) is None:
+            problems.append(
+                (
+                    f"shortlist = {options.shortlist} with the {self.backend.name} backend of this bundle",
+                    "a shortlist only with onnx and a bundle exported with --with-shortlist",
+                )
             )
         limit = options.max_new_tokens or self.manifest.max_new_tokens
         if (options.min_new_tokens or 1) > limit:
@@ -257,13 +279,15 @@ class Translator:
         self,
         requests: Iterator[_Request],
         options: TranslateOptions,
+        shortlist: Shortlist | None,
         plan: Plan,
         workers: int,
         stats: DecodeStats,
         cancelled: Cancelled | None,
     ) -> Iterator[Translation]:
         stop = cancelled or (lambda: False)
-        queue = _Queue(requests, options, options.window or plan.rows * workers * WINDOW_PER_ROW, stop)
+        window = options.window or plan.rows * workers * WINDOW_PER_ROW
+        queue = _Queue(requests, options, window, stop, shortlist)
         search, constraints = options.search(), options.constraints(self.targets.suppressed(options.suppress))
 
         def decode_them(sources: Iterator[Source], own: DecodeStats) -> Iterator[Outcome]:
@@ -275,6 +299,7 @@ class Translator:
                 own,
                 constraints=constraints,
                 with_attention=options.with_attention,
+                shortlist=shortlist,
                 cancelled=stop,
             )
 
@@ -311,12 +336,16 @@ class _Request(NamedTuple):
 
 @dataclass(slots=True)
 class _Queue:
-    """Texts on their way to the decoder, longest first within a window, and their translations back in order."""
+    """Texts on their way to the decoder, longest first within a window, and their translations back in order.
+
+    Those that a shortlist does not know come last: beside one that has the whole vocabulary, all others cost as much.
+    """
 
     requests: Iterator[_Request]
     options: TranslateOptions
     window: int
     cancelled: Cancelled
+    shortlist: Shortlist | None
     exhausted: bool = False
     error: InputError | None = None
     _under_way: dict[int, _Request] = field(default_factory=dict)
@@ -337,7 +366,7 @@ class _Queue:
             ]
             if not sources:
                 return
-            yield from sorted(sources, key=lambda source: len(source.ids), reverse=True)
+            yield from sorted(sources, key=self._rank, reverse=True)
 
     def request(self, index: int) -> _Request:
         """The text with this index, while it is under way."""
@@ -357,6 +386,10 @@ class _Queue:
         while self._given in self._finished:
             yield self._finished.pop(self._given)
             self._given += 1
+
+    def _rank(self, source: Source) -> tuple[bool, int]:
+        known = self.shortlist is None or self.shortlist.covers(source.ids[1:-1])
+        return known, len(source.ids)
 
     def _read_window(self) -> list[tuple[int, _Request]]:
         window: list[tuple[int, _Request]] = []
@@ -384,7 +417,7 @@ def _miscounted(got: str, line: int | None) -> InputError:
 
 
 def _files_in_use(bundle: Bundle, backend: str) -> list[str]:
-    endings = {"onnx": (".onnx", ".data"), "torchscript": (".ts",)}.get(backend, ())
+    endings = {"onnx": (".onnx", ".data", ".npy"), "torchscript": (".ts",)}.get(backend, ())
     return [name for name in bundle.manifest.files if name.endswith((*endings, ".model"))]
 
 
