@@ -176,6 +176,12 @@ def export(
         Path | None, typer.Option(help="Fix the scales of int8 on the lines of a file, which is faster.")
     ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="The bundle's default limit of a translation.")] = None,
+    attention: Annotated[
+        bool, typer.Option("--with-attention", help="Steps also give what a decoder layer attends to in the source.")
+    ] = False,
+    attention_layer: Annotated[
+        int | None, typer.Option(help="The layer of --with-attention, counted from 0 [default: the last].")
+    ] = None,
     verify_text: VerifyTextOption = None,
     verify_reference: VerifyReferenceOption = None,
     verify_: Annotated[bool, typer.Option("--verify/--no-verify", help="Prove the export before it is kept.")] = True,
@@ -208,6 +214,8 @@ def export(
         precision=precision.value,
         calibration=calibration,
         max_new_tokens=max_new_tokens,
+        attention=attention,
+        attention_layer=attention_layer,
         verify=verify_,
         verify_text=verify_text,
         verify_reference=verify_reference,
@@ -330,10 +338,18 @@ class TranslateCommand:
     prefix_file: Path | None
     alternatives: int | None
     several: bool
+    plot_attention: Path | None
+    align: bool
 
     def __post_init__(self) -> None:
         if self.texts and self.input:
             raise OptionError("texts and --input", expected="one of them", remedy="Leave one out.")
+        if self.plot_attention is not None and len(self.texts) != 1:
+            raise OptionError(
+                f"--plot-attention for {len(self.texts) or 'a stream of'} texts",
+                expected="one text, as an argument",
+                remedy="Give the text to be looked at.",
+            )
         if self.prefix_file is not None and self.interactive:
             raise OptionError(
                 "--prefix-file for texts that are typed", expected="texts from a file or pipe", remedy="Use --prefix."
@@ -444,6 +460,15 @@ def translate(
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: what has come gets less probable.")] = None,
     end_penalty: Annotated[float | None, typer.Option(help="Nats that ending costs.")] = None,
     shortlist: ShortlistOption = None,
+    align: Annotated[
+        bool, typer.Option("--align", help="Also print source-target pairs of pieces; needs a bundle --with-attention.")
+    ] = False,
+    replace_unknown: Annotated[
+        bool, typer.Option("--replace-unknown", help="The aligned source word in place of an unknown token.")
+    ] = False,
+    plot_attention: Annotated[
+        Path | None, typer.Option(help="Write a page with the attention of one text's translation.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print an object a line.")] = False,
     scores: Annotated[bool, typer.Option("--scores", help="Also print log-probabilities.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print speed and cache size to stderr.")] = False,
@@ -464,6 +489,8 @@ def translate(
         prefix_file=prefix_file,
         alternatives=alternatives,
         several=max(n_best or 1, samples or 1, alternatives or 1) > 1,
+        plot_attention=plot_attention,
+        align=align,
     )
     machine = Machine(backend=backend, device=device, threads=threads, workers=workers, spin=spin)
     options = TranslateOptions(
@@ -491,6 +518,8 @@ def translate(
         end_penalty=end_penalty,
         shortlist=shortlist,
         scores=scores,
+        align=align or plot_attention is not None,
+        replace_unknown=replace_unknown,
     )
     translator = _announce(command.model, machine, bulk=not command.texts and not command.interactive)
     if command.interactive:
@@ -764,11 +793,10 @@ def _translate(translator: Translator, command: TranslateCommand, options: Trans
     stats, started, at_limit = DecodeStats(), time.perf_counter(), list[int]()
     with _input_texts(command) as texts, _output_file(command.output) as out, _counter(command) as count:
         for number, translation in enumerate(_translations(translator, command, options, texts, stats), 1):
-            if command.json:
-                out.write(translation_json(translation) + "\n")
-            else:
-                out.writelines(f"{line}\n" for line in translation_lines(translation, number, several=command.several))
+            _write_translation(out, translation, number, command)
             out.flush()
+            if command.plot_attention is not None:
+                _plot_attention(command.plot_attention, translation, command.texts[0])
             if translation.truncated:
                 _say(f"line {number} was cut to the model's {translator.manifest.model['source_positions']} positions")
             if translation.finish_reason == "length":
@@ -779,6 +807,28 @@ def _translate(translator: Translator, command: TranslateCommand, options: Trans
         _say(f"{len(at_limit)} translations stopped at the limit of new tokens (lines {shown})")
     if command.stats:
         _say(format_stats(stats, time.perf_counter() - started))
+
+
+def _write_translation(out: TextIO, translation: Translation, number: int, command: TranslateCommand) -> None:
+    if not command.align:
+        translation = replace(translation, alignment=None, source_tokens=None)
+    if command.json:
+        out.write(translation_json(translation) + "\n")
+    else:
+        out.writelines(f"{line}\n" for line in translation_lines(translation, number, several=command.several))
+
+
+def _plot_attention(path: Path, translation: Translation, text: str) -> None:
+    """A row for each token, eos included where the translation has ended."""
+    from kvx.runtime.heatmap import attention_html
+
+    if translation.attention is None:
+        raise InputError("an empty text", expected="a text that has a translation", remedy="Give one.")
+    tokens = (*translation.tokens, *(["eos"] if len(translation.ids) > len(translation.tokens) else []))
+    page = attention_html(
+        translation.attention, translation.source_tokens or (), tokens, f"{text} → {translation.text}"
+    )
+    _write_lines(path, page.split("\n"))
 
 
 def _translations(
@@ -827,7 +877,8 @@ def _eager_translator(path: Path, machine: Machine) -> Translator:
     if machine.threads is not None:
         torch.set_num_threads(machine.threads)
     model = load_checkpoint(bundle.folder / CHECKPOINT_FILE).model
-    return Translator(bundle, TorchBackend(model) if machine.backend is BackendName.TORCH else NoCacheBackend(model))
+    backend = TorchBackend if machine.backend is BackendName.TORCH else NoCacheBackend
+    return Translator(bundle, backend(model, attention_layer=bundle.manifest.features.attention))
 
 
 def _backend(name: str) -> BackendName:

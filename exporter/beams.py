@@ -9,12 +9,14 @@ width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from kvx.exporter.ort import OrtOperators
 from kvx.exporter.standard import OPSET, StandardOperators, attend
-from kvx.models.operators import KeyValue
+from kvx.models.operators import KeyValue, positions_below, weigh
 from kvx.models.transformer import Attention
 
 
@@ -25,33 +27,50 @@ class StandardBeamOperators(StandardOperators):
         self, attention: Attention, x: Tensor, cross: KeyValue, source_lengths: Tensor
     ) -> tuple[Tensor, KeyValue]:
         """One token, x [B, E]; cross [G, H, S, D], source_lengths [G] → [B, E], and cross."""
-        query = _by_sentence(attention.query(x), cross.key, source_lengths)
-        attended: Tensor = attention.output(_by_row(attend(query, cross, source_lengths), x))
-        return attended, cross
+        heads = attend(_by_sentence(attention.query(x), cross, source_lengths), cross, source_lengths)
+        return _merge(attention, heads, x), cross
+
+    def weighed_cross_attention(
+        self, attention: Attention, x: Tensor, cross: KeyValue, source_lengths: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """One token, x [B, E]; cross [G, H, S, D], source_lengths [G] → [B, E], and the mean of its weights [B, S]."""
+        query = _by_sentence(attention.query(x), cross, source_lengths)
+        visible = positions_below(source_lengths, cross.key.shape[2])[:, None, None]
+        weights = weigh(query, cross.key, visible)
+        by_row = torch.cat([torch.tensor([-1]), _size(cross.key, axis=2)])
+        mean = _reshape(weights.mean(dim=1), by_row, (x.shape[0], cross.key.shape[2]))
+        return _merge(attention, weights @ cross.value, x), mean
 
 
 class OrtBeamOperators(StandardBeamOperators, OrtOperators):
-    """The `ort` lowering where sentences have several rows: only the cross-attention differs from the step's."""
+    """The `ort` lowering where sentences have several rows: only the attention to the source is not the step's."""
 
 
-def _by_sentence(query: Tensor, key: Tensor, source_lengths: Tensor) -> Tensor:
-    """query [B, E], key [G, H, S, D], source_lengths [G] → [G, H, B / G, D].
+def _by_sentence(query: Tensor, cross: KeyValue, source_lengths: Tensor) -> Tensor:
+    """query [B, E], cross [G, H, S, D], source_lengths [G] → [G, H, B / G, D].
 
     The shape comes from the lengths, for all layers at once; torch itself would ask for G to divide B.
     """
-    sentences, heads, _, width = key.shape
-    rows = query.shape[0] // sentences
-    count = torch.onnx.ops.symbolic("Shape", (source_lengths,), dtype=torch.int64, shape=(1,), version=OPSET)
-    split = _reshape(query, torch.cat([count, torch.tensor([-1, heads, width])]), (sentences, rows, heads, width))
-    return split.transpose(1, 2)
+    sentences, heads, _, width = cross.key.shape
+    shape = torch.cat([_size(source_lengths, axis=0), torch.tensor([-1, heads, width])])
+    return _reshape(query, shape, (sentences, query.shape[0] // sentences, heads, width)).transpose(1, 2)
 
 
-def _by_row(heads: Tensor, x: Tensor) -> Tensor:
-    """heads [G, H, B / G, D], x [B, E] → like x."""
-    return _reshape(heads.transpose(1, 2), torch.tensor([-1, x.shape[1]]), tuple(x.shape))
+def _merge(attention: Attention, heads: Tensor, x: Tensor) -> Tensor:
+    """heads [G, H, B / G, D], x [B, E] → like x, through the output projection."""
+    merged: Tensor = attention.output(_reshape(heads.transpose(1, 2), torch.tensor([-1, x.shape[1]]), x.shape))
+    return merged
 
 
-def _reshape(x: Tensor, shape: Tensor, seen: tuple[int | torch.SymInt, ...]) -> Tensor:
+def _size(x: Tensor, *, axis: int) -> Tensor:
+    """The size of an axis, as the graph sees it: int64 [1]."""
+    size: Tensor = torch.onnx.ops.symbolic(
+        "Shape", (x,), {"start": axis, "end": axis + 1}, dtype=torch.int64, shape=(1,), version=OPSET
+    )
+    return size
+
+
+def _reshape(x: Tensor, shape: Tensor, seen: Sequence[int | torch.SymInt]) -> Tensor:
     """x in the `shape` that the graph computes, `seen` by torch."""
     reshaped: Tensor = torch.onnx.ops.symbolic("Reshape", (x, shape), dtype=x.dtype, shape=seen, version=OPSET)
     return reshaped

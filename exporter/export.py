@@ -58,8 +58,9 @@ class ExportOptions:
     Runtime's own, "standard" for ai.onnx alone. `precision`: that of the weights. `calibration`: text on which the
     scales of bytes are fixed; without it every row has its own. `max_new_tokens`: the bundle's default limit. `verify`:
     whether to prove the export, also on the lines of `verify_text` and against their translations in
-    `verify_reference`. `force`: replace an existing bundle. `shortlist`: also write what translating with a shortlist
-    needs. Raises OptionError for what does not go together.
+    `verify_reference`. `force`: replace an existing bundle. `attention`: steps also give the attention to the source
+    of a decoder layer, the `attention_layer` counted from 0 (default: the last). `shortlist`: also write what
+    translating with a shortlist needs. Raises OptionError for what does not go together.
     """
 
     checkpoint: Path
@@ -77,6 +78,8 @@ class ExportOptions:
     verify_reference: Path | None = None
     parity: ParityOptions = field(default_factory=ParityOptions)
     force: bool = False
+    attention: bool = False
+    attention_layer: int | None = None
     shortlist: bool = False
 
     def __post_init__(self) -> None:
@@ -85,7 +88,8 @@ class ExportOptions:
             raise OptionError(
                 ", ".join(problems),
                 expected="int8 and int4 with the ort lowering and the onnx format, calibration and limits on "
-                "translations with these only, references with their sources, and a shortlist with the onnx format",
+                "translations with these only, references with their sources, a layer from 0 up with its attention, "
+                "and a shortlist with the onnx format",
                 remedy="Leave out what does not go together.",
             )
 
@@ -110,6 +114,8 @@ class ExportOptions:
             yield "--bleu-lost without --verify-reference"
         if self.shortlist and "onnx" not in self.formats:
             yield f"--with-shortlist with --format {self.format}"
+        if self.attention_layer is not None and (not self.attention or self.attention_layer < 0):
+            yield f"--attention-layer {self.attention_layer}" + ("" if self.attention else " without --with-attention")
 
     @property
     def quantized(self) -> bool:
@@ -123,10 +129,17 @@ class ExportOptions:
             return (self.format,)
         return ("onnx",) if self.quantized else ("onnx", "torchscript")
 
-    @property
-    def features(self) -> StepFeatures:
-        """What the step has beyond the contract's core."""
-        return StepFeatures(source_presents=self.lowering == "ort" and "onnx" in self.formats)
+    def features(self, layers: int) -> StepFeatures:
+        """What the step of a model with so many decoder layers has beyond the contract's core. Raises OptionError."""
+        layer = layers - 1 if self.attention_layer is None else self.attention_layer
+        if layer >= layers:
+            raise OptionError(
+                f"--attention-layer {layer}",
+                expected=f"0 to {layers - 1}, the model's decoder layers",
+                remedy="Correct it, or leave it out for the last.",
+            )
+        presents = self.lowering == "ort" and "onnx" in self.formats
+        return StepFeatures(source_presents=presents, attention=layer if self.attention else None)
 
     @property
     def folder(self) -> Path:
@@ -158,15 +171,16 @@ def export(options: ExportOptions, report: Report | None = None) -> Manifest:
         report.note(note)
     tokenizers = _load_tokenizers(options, checkpoint)
     checkpoint = _with_limit(checkpoint, options.max_new_tokens)
+    features = options.features(checkpoint.model.config.decoder_layers)
     with _whole_or_nothing(options.folder, replace_bundle=options.force) as folder:
         _copy_tokenizers(folder, options)
-        bundle = Bundle(folder, _describe(folder, options, checkpoint, tokenizers))
+        bundle = Bundle(folder, _describe(folder, options, checkpoint, tokenizers, features))
         text = read_verification(bundle, options.verify_text, options.verify_reference)
         if options.calibration is not None:
             report.phase("calibrating")
             _calibrate(bundle, checkpoint, options.calibration)
-        _write_graphs(folder, options, checkpoint, report)
-        manifest = _describe(folder, options, checkpoint, tokenizers)
+        _write_graphs(folder, options, checkpoint, features, report)
+        manifest = _describe(folder, options, checkpoint, tokenizers, features)
         manifest.write(folder)
         if options.verify:
             checks = prove_bundle(Bundle(folder, manifest), checkpoint.model, options.parity, text, report)
@@ -239,41 +253,49 @@ def _calibrate(bundle: Bundle, checkpoint: Checkpoint, text: Path) -> None:
     calibrate(checkpoint.model, list(read_sources(bundle, text)), plan)
 
 
-def _write_graphs(folder: Path, options: ExportOptions, checkpoint: Checkpoint, report: Report) -> None:
+def _write_graphs(
+    folder: Path, options: ExportOptions, checkpoint: Checkpoint, features: StepFeatures, report: Report
+) -> None:
     model = checkpoint.model
     if "onnx" in options.formats:
-        _write_onnx_graphs(folder, options, model, report)
+        _write_onnx_graphs(folder, options, model, features, report)
     if "torchscript" in options.formats:
         report.phase("tracing TorchScript")
         write_torchscript(EncoderGraph(model), folder / torchscript.ENCODER_FILE)
-        write_torchscript(StepGraph(model, features=options.features), folder / torchscript.STEP_FILE)
+        write_torchscript(StepGraph(model, features=features), folder / torchscript.STEP_FILE)
     if len(options.formats) > 1:
         save_checkpoint(checkpoint, folder / CHECKPOINT_FILE)
 
 
-def _write_onnx_graphs(folder: Path, options: ExportOptions, model: Transformer, report: Report) -> None:
+def _write_onnx_graphs(
+    folder: Path, options: ExportOptions, model: Transformer, features: StepFeatures, report: Report
+) -> None:
     fused = options.lowering == "ort"
     ops = OrtOperators(model) if fused else StandardOperators()
     report.phase("exporting the encoder to ONNX")
     write_onnx(EncoderGraph(model, ops), folder / onnx.ENCODER_FILE, widths=ENCODER_WIDTHS.get(options.precision))
     widths, step = STEP_WIDTHS.get(options.precision), folder / onnx.STEP_FILE
     report.phase("exporting the decoder step to ONNX")
-    write_onnx(StepGraph(model, ops, options.features), step, widths=widths)
+    write_onnx(StepGraph(model, ops, features), step, widths=widths)
     report.phase("exporting the decoder for several tokens at once to ONNX")
     write_onnx(StepGraph(model, ops, CHUNK_FEATURES), folder / CHUNK_FILE, widths=widths, weights_of=step)
     report.phase("exporting the decoder for several rows a sentence to ONNX")
     several = OrtBeamOperators(model) if fused else StandardBeamOperators()
-    beams = StepGraph(model, several, options.features.beams)
+    beams = StepGraph(model, several, features.beams)
     write_onnx(beams, folder / BEAMS_FILE, widths=widths, weights_of=step)
     if options.shortlist:
         report.phase("exporting the decoder for a part of the vocabulary to ONNX")
-        shortlisted = ShortlistGraph(model, several, options.features.shortlisted)
+        shortlisted = ShortlistGraph(model, several, features.shortlisted)
         write_onnx(shortlisted, folder / SHORTLIST_FILE, widths=widths, weights_of=step)
         np.save(folder / PROJECTION_FILE, model.head.weight.detach().numpy(), allow_pickle=False)
 
 
 def _describe(
-    folder: Path, options: ExportOptions, checkpoint: Checkpoint, tokenizers: tuple[Tokenizer, Tokenizer]
+    folder: Path,
+    options: ExportOptions,
+    checkpoint: Checkpoint,
+    tokenizers: tuple[Tokenizer, Tokenizer],
+    features: StepFeatures,
 ) -> Manifest:
     return Manifest(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds"),
@@ -281,7 +303,7 @@ def _describe(
         model=checkpoint.model.config.to_dict(),
         precision=options.precision,
         lowering=options.lowering,
-        features=options.features,
+        features=features,
         opset=OPSET,
         max_new_tokens=checkpoint.max_new_tokens,
         source_ids=tokenizers[0].special_ids,

@@ -46,7 +46,7 @@ class StepGraph(nn.Module):
         self, input_ids: Tensor, past_lengths: Tensor, source_lengths: Tensor, *caches: Tensor
     ) -> tuple[Tensor, ...]:
         """Ids and lengths [B], then key and value per layer: L self [B, H, T, D], L cross [B, H, S, D]
-        → logits [B, V], perhaps next_ids [B], 2·L self caches [B, H, T, D].
+        → logits [B, V], perhaps next_ids [B] and attention [B, S], 2·L self caches [B, H, T, D].
         """
         return self._step(input_ids, past_lengths, source_lengths, caches)
 
@@ -60,10 +60,14 @@ class StepGraph(nn.Module):
     ) -> tuple[Tensor, ...]:
         half = len(caches) // 2
         past, cross = _pair(caches[:half]), _pair(caches[half:])
-        lengths = past_lengths, source_lengths
-        logits, presents, sources = self.model.step(input_ids, *lengths, past, cross, self.ops, projection)
-        next_ids = (logits.argmax(dim=-1),) if self.features.next_ids else ()
-        return (logits, *next_ids, *_flatten(presents), *(_flatten(sources) if self.features.source_presents else ()))
+        lengths, layer = (past_lengths, source_lengths), self.features.attention
+        stepped = self.model.step(
+            input_ids, *lengths, past, cross, self.ops, attention_layer=layer, projection=projection
+        )
+        next_ids = (stepped.logits.argmax(dim=-1),) if self.features.next_ids else ()
+        attention = (stepped.attention,) if stepped.attention is not None else ()
+        sources = _flatten(stepped.sources) if self.features.source_presents else ()
+        return (stepped.logits, *next_ids, *attention, *_flatten(stepped.presents), *sources)
 
 
 class ShortlistGraph(StepGraph):

@@ -6,8 +6,9 @@ it on a shortlist.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -16,7 +17,16 @@ from numpy.typing import NDArray
 
 from kvx.models.backend import TorchBackend
 from kvx.models.transformer import Transformer
-from kvx.runtime.backend import Backend, IntArray, Shortlisting, Step, Tensors, shortlisting_of, specs_of
+from kvx.runtime.backend import (
+    Backend,
+    FloatArray,
+    IntArray,
+    Shortlisting,
+    Step,
+    Tensors,
+    shortlisting_of,
+    specs_of,
+)
 from kvx.runtime.cache import Capacity, EncodedSource, KVCache
 from kvx.runtime.decode import decode
 from kvx.runtime.errors import OptionError
@@ -33,12 +43,18 @@ LONGEST_SOURCE = 23
 CHUNKS = (3, 1, 4, 2)
 BEAMS = (4, 1, 3)
 SHORTLISTS = ((1, 2**31), (4, 1), (1, 7), (3, 600))  # rows a sentence, and the most tokens on the list
+SUM_DIGITS = 4
 DRAWN_SENTENCES = 16
 DRAWN_TOKENS = 32
 
 
 class ExportedGraphs(Backend, Protocol):
     """A backend whose graphs can also be run out of place, by tensor names."""
+
+    @property
+    def features(self) -> StepFeatures:
+        """What its step has beyond the contract's core."""
+        ...
 
     def run_encoder(self, feeds: Tensors) -> Tensors:
         """The encoder's inputs → its outputs."""
@@ -158,7 +174,7 @@ def prove(
     `verify_sources` are the ids of further sentences, bos and eos included, to be translated by both.
     """
     limits = options.limits("fp32")
-    trial = Trial(model, options, limits.tolerance)
+    trial = Trial(model, options, limits.tolerance, backend.features.attention)
     yield from trial.check_tensors(backend)
     yield trial.check_neighbours(backend, limits.neighbours)
     yield trial.check_greedy(
@@ -201,11 +217,14 @@ class Differences:
 
 
 class Trial:
-    """Ragged inputs drawn once, and what the eager model makes of them."""
+    """Ragged inputs drawn once, and what the eager model makes of them, with the attention of a layer or of none."""
 
-    def __init__(self, model: Transformer, options: ParityOptions, tolerance: float) -> None:
+    def __init__(
+        self, model: Transformer, options: ParityOptions, tolerance: float, attention_layer: int | None = None
+    ) -> None:
         self.model = model
-        self.eager = TorchBackend(model)
+        self.attention_layer = attention_layer
+        self.eager = TorchBackend(model, attention_layer=attention_layer)
         self.tolerance = tolerance
         self.random = np.random.default_rng(options.seed)
         longest = min(LONGEST_SOURCE, model.config.source_positions)
@@ -243,7 +262,7 @@ class Trial:
 
     def check_steps(self, backend: ExportedGraphs) -> Iterator[Check]:
         """Logits and caches over many steps: rows at different positions, everything beyond their lengths poisoned."""
-        logits, caches, places = Differences(), Differences(), Differences()
+        logits, attention, caches, places = (Differences() for _ in range(4))
         truth, tried = self._cache(), self._cache()
         eager_step, step = self.eager.bind(truth), backend.bind(tried)
         presents = step_signature(self.dimensions, StepFeatures()).presents
@@ -253,14 +272,17 @@ class Trial:
             feeds = {"input_ids": ids, "past_lengths": tried.lengths, "source_lengths": tried.source_lengths}
             before = {name: buffer.copy() for name, buffer in tried.buffers.items()}
             apart = backend.run_step(feeds | before)
-            got = step(ids)
-            logits.add("logits", eager_step(ids).logits, apart["logits"])
+            got, expected = step(ids), eager_step(ids)
+            logits.add("logits", expected.logits, apart["logits"])
             places.add("logits", apart["logits"], got.logits)
+            if expected.attention is not None:
+                _compare_attention(attention, expected.attention, apart["attention"], truth.source_lengths)
+                places.add("attention", apart["attention"], _or_nothing(got.attention))
             truth.advance()
             tried.advance()
             for name, past in presents.items():
-                expected, found, bound = truth.buffers[past], apart[name], tried.buffers[past]
-                caches.add(name, _inside(expected, truth.lengths), _inside(found, truth.lengths))
+                wanted, found, bound = truth.buffers[past], apart[name], tried.buffers[past]
+                caches.add(name, _inside(wanted, truth.lengths), _inside(found, truth.lengths))
                 places.add(name, _inside(found, truth.lengths), _inside(bound, truth.lengths))
                 kept = _outside(before[past], truth.lengths), _outside(bound, truth.lengths)
                 places.require_equal(f"{name} beyond the lengths", *kept)
@@ -271,6 +293,10 @@ class Trial:
                 truth.lengths[number // 3 % ROWS] = tried.lengths[number // 3 % ROWS] = 0
         tolerance = self.tolerance
         yield logits.check(backend, f"logits of {self.steps} steps, caches poisoned beyond their lengths", tolerance)
+        if self.attention_layer is not None:
+            yield attention.check(
+                backend, f"attention of layer {self.attention_layer}, zero beyond the source", tolerance
+            )
         yield caches.check(backend, "caches written by these steps", tolerance)
         yield places.check(backend, "in place against out of place", tolerance)
 
@@ -296,42 +322,43 @@ class Trial:
         """
         found = Differences()
         for beams in BEAMS:
-            truth, tried = self._cache(beams=beams), self._cache(backend.beam_cache_specs, beams)
-            eager_step, step = self.eager.bind(truth), backend.bind(tried)
-            for sentence in range(ROWS):
-                ids = self.random.integers(0, self.model.config.target_vocab_size, ROWS * beams)
-                _poison(tried, self.random)
-                before = {name: buffer.copy() for name, buffer in tried.buffers.items()}
-                got, expected = step(ids), eager_step(ids)
-                found.add("logits", expected.logits, got.logits)
-                truth.advance()
-                tried.advance()
-                self._compare_caches(found, truth, tried, before)
-                anew = slice(sentence * beams, (sentence + 1) * beams)
-                truth.lengths[anew] = tried.lengths[anew] = 0
+            self._compare_rows(found, backend.beam_cache_specs, beams, backend.bind, slice(None))
         return found.check(backend, "several rows a sentence", self.tolerance)
 
     def check_shortlist(self, backend: ExportedGraphs, shortlisting: Shortlisting) -> Check:
-        """Logits of parts of the vocabulary, all of it among them, against those that eager has of the same tokens, and
-        the caches; sentences at different positions, poisoned.
-        """
-        found, vocabulary = Differences(), self.model.config.target_vocab_size
+        """The same with logits of a part of the vocabulary, and with all of it in another order."""
+        found = Differences()
         for beams, most in SHORTLISTS:
-            truth, tried = self._cache(beams=beams), self._cache(shortlisting.cache_specs, beams)
-            eager_step, step = self.eager.bind(truth), shortlisting.bind(tried)
-            for sentence in range(ROWS):
-                ids = self.random.integers(0, vocabulary, ROWS * beams)
-                listed = self.random.permutation(vocabulary)[:most]
-                _poison(tried, self.random)
-                before = {name: buffer.copy() for name, buffer in tried.buffers.items()}
-                got = step(ids, shortlisting.projection[listed])
-                found.add("logits", eager_step(ids).logits[:, listed], got.logits)
-                truth.advance()
-                tried.advance()
-                self._compare_caches(found, truth, tried, before)
-                anew = slice(sentence * beams, (sentence + 1) * beams)
-                truth.lengths[anew] = tried.lengths[anew] = 0
+            listed = self.random.permutation(self.model.config.target_vocab_size)[:most]
+            bind = partial(_bind_projection, shortlisting, shortlisting.projection[listed])
+            self._compare_rows(found, shortlisting.cache_specs, beams, bind, listed)
         return found.check(backend, "a part of the vocabulary", self.tolerance)
+
+    def _compare_rows(
+        self,
+        found: Differences,
+        specs: Sequence[TensorSpec],
+        beams: int,
+        bind: Callable[[KVCache], Step],
+        listed: IntArray | slice,
+    ) -> None:
+        """Steps over sentences of so many rows each; `listed` are the tokens that the logits are those of."""
+        truth, tried = self._cache(beams=beams), self._cache(specs, beams)
+        eager_step, step = self.eager.bind(truth), bind(tried)
+        for sentence in range(ROWS):
+            ids = self.random.integers(0, self.model.config.target_vocab_size, ROWS * beams)
+            _poison(tried, self.random)
+            before = {name: buffer.copy() for name, buffer in tried.buffers.items()}
+            got, expected = step(ids), eager_step(ids)
+            found.add("logits", expected.logits[:, listed], got.logits)
+            if expected.attention is not None:
+                given = _or_nothing(got.attention)
+                _compare_attention(found, expected.attention, given, truth.source_lengths)
+            truth.advance()
+            tried.advance()
+            self._compare_caches(found, truth, tried, before)
+            anew = slice(sentence * beams, (sentence + 1) * beams)
+            truth.lengths[anew] = tried.lengths[anew] = 0
 
     @staticmethod
     def _compare_caches(found: Differences, truth: KVCache, tried: KVCache, before: Tensors) -> None:
@@ -449,12 +476,32 @@ def translations(backend: Backend, sources: Sequence[tuple[int, ...]], plan: Pla
     return {outcome.index: outcome.best.ids for outcome in decode(backend, numbered, Greedy(), plan)}
 
 
+def _bind_projection(shortlisting: Shortlisting, projection: FloatArray, cache: KVCache) -> Step:
+    """The step with these rows of the output projection."""
+    step = shortlisting.bind(cache)
+    return lambda input_ids: step(input_ids, projection)
+
+
 def _first_tokens(shortlisting: Shortlisting, cache: KVCache) -> Step:
     """The step over the first LEAST_COLUMNS tokens, or all and some of zeros."""
-    step, rows = shortlisting.bind(cache), shortlisting.projection[:LEAST_COLUMNS]
+    rows = shortlisting.projection[:LEAST_COLUMNS]
     projection = np.zeros((LEAST_COLUMNS, rows.shape[1]), np.float32)
     projection[: len(rows)] = rows
-    return lambda input_ids: step(input_ids, projection)
+    return _bind_projection(shortlisting, projection, cache)
+
+
+def _compare_attention(found: Differences, expected: FloatArray, got: FloatArray, source_lengths: IntArray) -> None:
+    """Attention [B, S]: near the expected, exactly zero beyond each source's length, every sum 1 up to rounding."""
+    found.add("attention", expected, got)
+    if got.shape == expected.shape:
+        beyond = got[np.arange(got.shape[1]) >= source_lengths[:, None]]
+        found.require_equal("attention beyond the source", np.zeros_like(beyond), beyond)
+        found.require_equal("sums of attention", np.ones(len(got)), got.sum(axis=1).round(SUM_DIGITS))
+
+
+def _or_nothing(attention: FloatArray | None) -> FloatArray:
+    """An attention that is missing has no row, which differs from any."""
+    return np.zeros((0, 0), np.float32) if attention is None else attention
 
 
 def _shares_sources(backend: Backend) -> bool:

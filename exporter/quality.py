@@ -32,7 +32,7 @@ def prove_quantized(
     text: VerificationText | None,
 ) -> Iterator[Check]:
     """The checks of one quantised backend, one by one as they are done."""
-    trial = Trial(model, options, limits.tolerance)
+    trial = Trial(model, options, limits.tolerance, backend.features.attention)
     yield from trial.check_tensors(backend)
     yield trial.check_neighbours(backend, limits.neighbours)
     if text is not None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvx.models.operators import KeyValue, Operators
+from kvx.models.operators import KeyValue, Operators, positions_below, weigh
 from kvx.models.transformer import Attention, LayerNorm
 
 OPSET = 24
@@ -65,6 +65,18 @@ class StandardOperators(Operators):
         query = (attention.queries if x.ndim == 3 else attention.token_query)(x)
         attended = attend(query, cross, source_lengths)
         return (attention.merge if x.ndim == 3 else attention.merge_token)(attended), cross
+
+    def weighed_cross_attention(
+        self, attention: Attention, x: Tensor, cross: KeyValue, source_lengths: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """One token, x [B, E]; cross [B, H, S, D], source_lengths [B] → [B, E], and the mean of its weights [B, S].
+
+        In single operators: `Attention` could give its weights, but the standard's shape inference takes a free S for 0
+        there (onnx 1.23).
+        """
+        visible = positions_below(source_lengths, cross.key.shape[2])[:, None, None]
+        weights = weigh(attention.token_query(x), cross.key, visible)
+        return attention.merge_token(weights @ cross.value), weights.mean(dim=(1, 2))
 
 
 def attend(query: Tensor, past: KeyValue, lengths: Tensor, *, causal: bool = False, heads: int | None = None) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,14 +18,17 @@ PAST_IDS = "past_ids"
 
 
 class TorchBackend:
-    """Eager PyTorch with the cache of the contract."""
+    """Eager PyTorch with the cache of the contract. `attention_layer`: the decoder layer, counted from 0, whose
+    attention steps of one token give.
+    """
 
     name = "torch"
     query_tokens = True
     decodes = 1  # torch's compute threads are one pool, which a second decode would only fight for
 
-    def __init__(self, model: Transformer) -> None:
+    def __init__(self, model: Transformer, *, attention_layer: int | None = None) -> None:
         self.model = model
+        self._attention_layer = attention_layer
         self.cache_specs: tuple[TensorSpec, ...] = cache_specs(Dimensions.of_model(model.config.to_dict()))
         self.beam_cache_specs = self.cache_specs
 
@@ -43,8 +48,9 @@ class TorchBackend:
         @torch.inference_mode()
         def step(input_ids: IntArray) -> StepOutput:
             past, cross = self._keys_values(cache, "decoder"), self._keys_values(cache, "encoder")
-            logits, *_ = self.model.step(torch.from_numpy(input_ids), *_lengths(cache), past, cross)
-            return StepOutput(_array(logits))
+            ids, layer = torch.from_numpy(input_ids), self._attention_layer if input_ids.ndim == 1 else None
+            stepped = self.model.step(ids, *_lengths(cache), past, cross, attention_layer=layer)
+            return StepOutput(_array(stepped.logits), None, _array(stepped.attention))
 
         return step
 
@@ -60,8 +66,8 @@ class NoCacheBackend(TorchBackend):
     name = "torch-no-cache"
     query_tokens = False
 
-    def __init__(self, model: Transformer) -> None:
-        super().__init__(model)
+    def __init__(self, model: Transformer, *, attention_layer: int | None = None) -> None:
+        super().__init__(model, attention_layer=attention_layer)
         cross = tuple(spec for spec in self.cache_specs if "S" in spec.axes)
         self.cache_specs = (TensorSpec(PAST_IDS, "int64", ("B", "T")), *cross)
         self.beam_cache_specs = self.cache_specs
@@ -75,8 +81,10 @@ class NoCacheBackend(TorchBackend):
             lengths, source_lengths = _lengths(cache)
             cache.buffers[PAST_IDS][np.arange(n), cache.lengths[:n]] = input_ids
             ids = torch.from_numpy(cache.buffers[PAST_IDS][:n, : int(cache.lengths[:n].max()) + 1])
-            hidden = self.model.decode(ids, self._keys_values(cache, "encoder"), source_lengths)
-            return StepOutput(_array(self.model.head(hidden[torch.arange(n), lengths])))
+            hidden, weights = self.model.decode_weighed(ids, self._keys_values(cache, "encoder"), source_lengths)
+            rows, layer = torch.arange(n), self._attention_layer
+            attention = None if layer is None else weights[layer][rows, :, lengths].mean(dim=1)
+            return StepOutput(_array(self.model.head(hidden[rows, lengths])), None, _array(attention))
 
         return step
 
@@ -87,6 +95,13 @@ def _lengths(cache: KVCache) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(cache.lengths[:n]), torch.from_numpy(cache.source_lengths[:n])
 
 
-def _array(logits: Tensor) -> FloatArray:
-    array: FloatArray = logits.numpy()
-    return array
+@overload
+def _array(tensor: Tensor) -> FloatArray: ...
+
+
+@overload
+def _array(tensor: None) -> None: ...
+
+
+def _array(tensor: Tensor | None) -> FloatArray | None:
+    return None if tensor is None else tensor.numpy()

@@ -29,14 +29,20 @@ def positions_below(lengths: Tensor, positions: int) -> Tensor:
     return torch.arange(positions, device=lengths.device) < lengths[:, None]
 
 
-def attend(query: Tensor, past: KeyValue, visible: Tensor) -> Tensor:
-    """query [B, H, Q, D], keys and values [B, H, K, D], visible [B, 1, Q or 1, K] → [B, H, Q, D].
+def weigh(query: Tensor, key: Tensor, visible: Tensor) -> Tensor:
+    """query [B, H, Q, D], key [B, H, K, D], visible [B, 1, Q or 1, K] → weights [B, H, Q, K], 0 where not visible.
 
-    Scaled dot-product attention (Vaswani et al. 2017, §3.2.1). Masked scores are replaced, not lowered, so that any
+    Of scaled dot-product attention (Vaswani et al. 2017, §3.2.1). Masked scores are replaced, not lowered, so that any
     finite number may lie under the mask.
     """
-    scores = query @ past.key.transpose(-2, -1) / query.shape[-1] ** 0.5
-    attended: Tensor = scores.masked_fill(~visible, MASKED_SCORE).softmax(dim=-1) @ past.value
+    scores = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
+    weights: Tensor = scores.masked_fill(~visible, MASKED_SCORE).softmax(dim=-1)
+    return weights
+
+
+def attend(query: Tensor, past: KeyValue, visible: Tensor) -> Tensor:
+    """query [B, H, Q, D], keys and values [B, H, K, D], visible [B, 1, Q or 1, K] → [B, H, Q, D]."""
+    attended: Tensor = weigh(query, past.key, visible) @ past.value
     return attended
 
 
@@ -79,6 +85,16 @@ class Operators:
         tokens = x.reshape(x.shape[0], -1, x.shape[-1])
         visible = positions_below(source_lengths, cross.key.shape[2])[:, None, None]
         return attention.merge(attend(attention.queries(tokens), cross, visible)).reshape(x.shape), cross
+
+    def weighed_cross_attention(
+        self, attention: Attention, x: Tensor, cross: KeyValue, source_lengths: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """One token, x [B, E]; cross [B, H, S, D], source_lengths [B] → [B, E], and its weights [B, S]: the mean of the
+        heads', whose sum is 1, zero beyond each source's length.
+        """
+        visible = positions_below(source_lengths, cross.key.shape[2])[:, None, None]
+        weights = weigh(attention.queries(x[:, None]), cross.key, visible)
+        return attention.merge(weights @ cross.value)[:, 0], weights.mean(dim=1)[:, 0]
 
     def shortlist_logits(self, x: Tensor, projection: Tensor) -> Tensor:
         """One token, x [B, E], and rows of the output projection [C, E] → logits [B, C]."""

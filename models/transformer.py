@@ -10,13 +10,13 @@ L decoder layers, V target vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from kvx.models.config import ModelConfig
-from kvx.models.operators import EAGER, KeyValue, Operators, attend, positions_below
+from kvx.models.operators import EAGER, KeyValue, Operators, attend, positions_below, weigh
 
 
 def sinusoidal_positions(positions: int, d_model: int) -> Tensor:
@@ -159,31 +159,54 @@ class DecoderLayer(nn.Module):
         self.cross_attention_norm = LayerNorm(config.d_model)
         self.feed_forward_norm = LayerNorm(config.d_model)
 
-    def forward(self, x: Tensor, cross: KeyValue, source_lengths: Tensor) -> Tensor:
-        """All target positions at once: x [B, T, E], cross [B, H, S, D] → [B, T, E]."""
+    def forward(self, x: Tensor, cross: KeyValue, source_lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """All target positions at once: x [B, T, E], cross [B, H, S, D] → [B, T, E], cross-attention [B, H, T, S]."""
         normed = EAGER.normalize(self.self_attention_norm, x)
         causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
         own = self.self_attention
         x = x + own.merge(attend(own.queries(normed), own.keys_values(normed), causal[None, None]))
         normed = EAGER.normalize(self.cross_attention_norm, x)
         visible = positions_below(source_lengths, cross.key.shape[2])[:, None, None]
-        x = x + self.cross_attention.merge(attend(self.cross_attention.queries(normed), cross, visible))
+        weights = weigh(self.cross_attention.queries(normed), cross.key, visible)
+        x = x + self.cross_attention.merge(weights @ cross.value)
         fed: Tensor = self.feed_forward(EAGER.normalize(self.feed_forward_norm, x))
-        return x + fed
+        return x + fed, weights
 
     def step(
-        self, x: Tensor, past: KeyValue, past_lengths: Tensor, cross: KeyValue, source_lengths: Tensor, ops: Operators
-    ) -> tuple[Tensor, KeyValue, KeyValue]:
+        self,
+        x: Tensor,
+        past: KeyValue,
+        past_lengths: Tensor,
+        cross: KeyValue,
+        source_lengths: Tensor,
+        ops: Operators,
+        *,
+        weighed: bool = False,
+    ) -> tuple[Tensor, KeyValue, KeyValue, Tensor | None]:
         """One target position, x [B, E], or several, [B, Q, E]; past [B, H, T, D], cross [B, H, S, D] → like x,
-        present [B, H, T, D], and cross.
+        present [B, H, T, D], cross, and, where `weighed`, the cross-attention's weights [B, S] for one position.
         """
         normed = ops.normalize(self.self_attention_norm, x)
         attended, present = ops.cached_attention(self.self_attention, normed, past, past_lengths)
         x = x + attended
-        normed = ops.normalize(self.cross_attention_norm, x)
-        attended, cross = ops.cross_attention(self.cross_attention, normed, cross, source_lengths)
+        normed, weights = ops.normalize(self.cross_attention_norm, x), None
+        if weighed:
+            attended, weights = ops.weighed_cross_attention(self.cross_attention, normed, cross, source_lengths)
+        else:
+            attended, cross = ops.cross_attention(self.cross_attention, normed, cross, source_lengths)
         x = x + attended
-        return x + self.feed_forward(ops.normalize(self.feed_forward_norm, x)), present, cross
+        return x + self.feed_forward(ops.normalize(self.feed_forward_norm, x)), present, cross, weights
+
+
+class Stepped(NamedTuple):
+    """What a step gives: logits [B, V] or [B, Q, V]; presents [B, H, T, D] and cross keys and values [B, H, S, D] of
+    every layer; attention [B, S], one layer's, where asked for.
+    """
+
+    logits: Tensor
+    presents: list[KeyValue]
+    sources: list[KeyValue]
+    attention: Tensor | None
 
 
 class Transformer(nn.Module):
@@ -216,10 +239,18 @@ class Transformer(nn.Module):
 
     def decode(self, target_ids: Tensor, cross: Sequence[KeyValue], source_lengths: Tensor) -> Tensor:
         """target_ids [B, T], cross [B, H, S, D] per layer → last hidden states [B, T, E], without a cache."""
+        return self.decode_weighed(target_ids, cross, source_lengths)[0]
+
+    def decode_weighed(
+        self, target_ids: Tensor, cross: Sequence[KeyValue], source_lengths: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """As `decode`, and the cross-attention weights of every layer [B, H, T, S]."""
         x: Tensor = self.target_embedding(target_ids, torch.arange(target_ids.shape[1], device=target_ids.device))
+        attentions = []
         for layer, keys_values in zip(self.decoder, cross, strict=True):
-            x = layer(x, keys_values, source_lengths)
-        return EAGER.normalize(self.decoder_norm, x)
+            x, weights = layer(x, keys_values, source_lengths)
+            attentions.append(weights)
+        return EAGER.normalize(self.decoder_norm, x), attentions
 
     def step(
         self,
@@ -229,11 +260,13 @@ class Transformer(nn.Module):
         past: Sequence[KeyValue],
         cross: Sequence[KeyValue],
         ops: Operators = EAGER,
+        attention_layer: int | None = None,
         projection: Tensor | None = None,
-    ) -> tuple[Tensor, list[KeyValue], list[KeyValue]]:
+    ) -> Stepped:
         """One token per row, input_ids [B], or several, [B, Q], at the positions from past_lengths [B] on;
         source_lengths [B], past [B, H, T, D] and cross [B, H, S, D] per layer → logits [B, V] or [B, Q, V], present
-        [B, H, T, D] per layer, and cross. With a `projection` [C, E], rows of the head's weight, logits are [B, C].
+        [B, H, T, D] per layer, cross, and, of one token per row, the attention [B, S] of the layer asked for. With a
+        `projection` [C, E], rows of the head's weight, logits are [B, C].
 
         The eager operators write past in place and return it; T must hold every position. Where a row has fewer than
         Q tokens left, the rest may be any: what stands beyond its length is never seen.
@@ -243,14 +276,16 @@ class Transformer(nn.Module):
             several = past_lengths[:, None] + torch.arange(input_ids.shape[1], device=input_ids.device)
             positions = several.clamp(max=self.config.target_positions - 1)  # beyond stands only what is never seen
         x = self.target_embedding(input_ids, positions)
-        presents, sources = [], []
-        for layer, own, source in zip(self.decoder, past, cross, strict=True):
-            x, present, source_present = layer.step(x, own, past_lengths, source, source_lengths, ops)
+        presents, sources, attention = [], [], None
+        for number, (layer, own, source) in enumerate(zip(self.decoder, past, cross, strict=True)):
+            weighed = number == attention_layer
+            x, present, given, weights = layer.step(x, own, past_lengths, source, source_lengths, ops, weighed=weighed)
             presents.append(present)
-            sources.append(source_present)
+            sources.append(given)
+            attention = weights if weighed else attention
         hidden = ops.normalize(self.decoder_norm, x)
         logits = self.head(hidden) if projection is None else ops.shortlist_logits(hidden, projection)
-        return logits, presents, sources
+        return Stepped(logits, presents, sources, attention)
 
     @property
     def decoder(self) -> list[DecoderLayer]:

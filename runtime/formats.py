@@ -24,7 +24,7 @@ def translation_lines(translation: Translation, number: int, *, several: bool) -
 
     Where there may be `several` hypotheses, a line each, with the number of the text before them.
     """
-    for one in (translation, *translation.others) if several else (translation,):
+    for one in translation.hypotheses if several else (translation,):
         cells = [str(number)] if several else []
         cells += [] if one.score is None else [f"{one.score:.4f}"]
         cells.append(one_line(one.text))

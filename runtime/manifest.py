@@ -6,7 +6,7 @@ import datetime
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -154,10 +154,19 @@ class Manifest:
             wrong.append("files, which hold no graph")
         if self.parity is not None and not _is_report(self.parity):
             wrong.append("parity")
+        wrong += [f"features.{name}" for name in self._impossible_features()]
         wrong += [f"files.{name}" for name, entry in self.files.items() if not entry.is_plausible]
         datetime.datetime.fromisoformat(self.created)
         if wrong:
             raise ValueError(f"impossible {', '.join(wrong)}")
+
+    def _impossible_features(self) -> Iterator[str]:
+        """Those that no step of this model has."""
+        layer = self.features.attention
+        if layer is not None and (type(layer) is not int or not 0 <= layer < self.model["decoder_layers"]):
+            yield "attention"
+        flags = ("next_ids", "query_tokens", "source_presents", "shared_sources")
+        yield from (name for name in flags if type(getattr(self.features, name)) is not bool)
 
     def _derived(self) -> dict[str, Any]:
         return {

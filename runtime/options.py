@@ -26,6 +26,11 @@ Given = str | tuple[int, ...]
 Problem = tuple[str, str]
 
 LARGEST_SEED = 2**64 - 1
+RANGES = {  # beyond these nothing changes but that numbers overflow
+    "length_penalty": (-50, 50),
+    "end_penalty": (-1_000_000, 1_000_000),
+    "repetition_penalty": (0.001, 1000),
+}
 BEAM_OPTIONS = ("n_best", "length_penalty", "early_stopping", "patience")
 SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "seed")
 
@@ -117,6 +122,7 @@ class TranslateOptions:
             early_stopping=self.early_stopping is not False,
             n_best=self.n_best or 1,
             patience=1.0 if self.patience is None else self.patience,
+            gain=math.inf if (self.repetition_penalty or 1.0) < 1 else max(0.0, -(self.end_penalty or 0.0)),
             scored=self.scores,
         )
 
@@ -143,18 +149,20 @@ class TranslateOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 yield f"{name} = {value}", f"{name} from 1 up"
-        for name in ("temperature", "repetition_penalty", "patience"):
+        for name in ("temperature", "patience"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 yield f"{name} = {value}", f"{name} above 0"
-        for name in ("length_penalty", "end_penalty"):
+        for name, (least, most) in RANGES.items():
             value = getattr(self, name)
-            if value is not None and not math.isfinite(value):
-                yield f"{name} = {value}", f"a finite {name}"
+            if value is not None and not least <= value <= most:
+                yield f"{name} = {value}", f"{name} from {least} to {most}"
         if self.top_p is not None and not 0 < self.top_p <= 1:
             yield f"top_p = {self.top_p}", "top_p above 0 and up to 1"
         if self.seed is not None and not 0 <= self.seed <= LARGEST_SEED:
             yield f"seed = {self.seed}", f"a seed from 0 to {LARGEST_SEED}"
+        if isinstance(self.suppress, str):
+            yield f"suppress = {self.suppress!r}", "a tuple of pieces or ids to suppress"
         if self.on_long not in get_args(OnLong):
             yield f"on_long = {self.on_long!r}", f"on_long {' or '.join(get_args(OnLong))}"
 

@@ -89,20 +89,22 @@ def curves_html(result: BenchResult | Mapping[str, Any]) -> str:
         _figure(chart, number) for number, chart in enumerate(_charts(values)) if chart.series[0].points
     )
     facts = "\n".join(f"<p>{escape(line)}</p>" for line in _facts(values))
+    return page(f"kvx bench: {name}", f"{facts}\n<main>\n{figures}\n</main>")
+
+
+def page(title: str, body: str, style: str = STYLE) -> str:
+    """A whole page; title and body are HTML."""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>kvx bench: {name}</title>
-<style>{STYLE}</style>
+<title>{title}</title>
+<style>{style}</style>
 </head>
 <body>
-<h1>kvx bench: {name}</h1>
-{facts}
-<main>
-{figures}
-</main>
+<h1>{title}</h1>
+{body}
 </body>
 </html>
 """

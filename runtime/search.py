@@ -91,7 +91,7 @@ class Sampling:
     def choose(self, output: StepOutput, logits: FloatArray, rows: Rows) -> Choice:
         """logits [n, V] → drawn ids [n]."""
         drawn = np.array([seat.state.random() for seat in rows.seats])
-        ids = self.draw(logits / np.float32(self.temperature), drawn)
+        ids = self.draw(self._tempered(logits), drawn)
         return Choice(ids, ids == rows.eos, log_probabilities(output.logits, ids) if self.scored else None)
 
     def results(self, rows: Rows, seat: int) -> list[Hypothesis]:
@@ -109,6 +109,14 @@ class Sampling:
         last = masses.shape[1] - 1 - (masses[:, ::-1] > 0).argmax(axis=-1)  # rounding must not pass what has a mass
         chosen: IntArray = np.take_along_axis(ids, np.minimum(passed, last)[:, None], axis=-1)[:, 0]
         return chosen
+
+    def _tempered(self, logits: FloatArray) -> FloatArray:
+        """logits [n, V] → their distances to the largest one, in temperatures: finite or −∞ whatever that is."""
+        limits = np.finfo(np.float32)
+        temperature = np.float32(min(max(self.temperature, float(limits.tiny)), float(limits.max)))
+        with np.errstate(over="ignore"):
+            tempered: FloatArray = (logits - logits.max(axis=-1, keepdims=True)) / temperature
+        return tempered
 
     def _candidates(self, logits: FloatArray) -> tuple[IntArray, NDArray[np.float64]]:
         """ids [n, m], ascending, and their masses [n, m], 0 for those that may not be drawn."""
@@ -146,7 +154,8 @@ class BeamSearch:
 
     A target is compared by the sum of its log-probabilities divided by its length to the power of `length_penalty`,
     bos counted and eos not. With `early_stopping` a search is over as soon as `patience` · `size` targets have ended
-    (Kasai et al. 2022); without, when no open beam can get better than the worst of the `size` best ones.
+    (Kasai et al. 2022); without, when no open beam can get better than the worst of the `size` best ones, where
+    constraints add at most `gain` nats to what the model gives.
     """
 
     size: int
@@ -154,6 +163,7 @@ class BeamSearch:
     early_stopping: bool = True
     n_best: int = 1
     patience: float = 1.0
+    gain: float = 0.0
     scored: bool = False
 
     @property
@@ -232,7 +242,7 @@ class BeamSearch:
         if self.early_stopping:
             return True
         worst = sorted(map(_rank_score, closed), reverse=True)[self.size - 1]
-        attainable = self._ranked(best, longest if self.length_penalty > 0 else 1)
+        attainable = max(self._ranked(best + self.gain, length) for length in (1, longest))
         return attainable <= worst
 
     def _ranked(self, total: float, length: int) -> float:
@@ -276,9 +286,12 @@ def _chosen(
 def largest(logits: FloatArray, count: int) -> tuple[FloatArray, IntArray]:
     """logits [n, V] → the `count` largest of each row in falling order, and their ids, lower ones first on ties.
 
-    They lie in the `count` blocks with the largest maxima: one pass over the logits finds these.
+    They lie in the `count` blocks with the largest maxima: one pass over the logits finds these. Where more of a row
+    equal the last than there is room for, it is sorted whole; which of the impossible ones are given is left open.
     """
     n, vocabulary = logits.shape
+    candidates, ids = logits, np.broadcast_to(np.arange(vocabulary), logits.shape)
+    maxima = logits[:, :0]
     if vocabulary > 4 * BLOCK * count:
         whole = vocabulary - vocabulary % BLOCK
         maxima = logits[:, :whole].reshape(n, -1, BLOCK).max(axis=-1)
@@ -286,14 +299,18 @@ def largest(logits: FloatArray, count: int) -> tuple[FloatArray, IntArray]:
         ids = (blocks[:, :, None] * BLOCK + np.arange(BLOCK)).reshape(n, -1)
         tail = np.broadcast_to(np.arange(whole, vocabulary), (n, vocabulary - whole))
         ids = np.concatenate([ids, tail], axis=1)
-        values = np.take_along_axis(logits, ids, axis=-1)
-    else:
-        values, ids = logits, np.broadcast_to(np.arange(vocabulary), logits.shape)
+        candidates = np.take_along_axis(logits, ids, axis=-1)
+    values = candidates
     if count < values.shape[1]:
         kept = np.argpartition(values, values.shape[1] - count, axis=-1)[:, -count:]
         values, ids = np.take_along_axis(values, kept, axis=-1), np.take_along_axis(ids, kept, axis=-1)
     order = np.lexsort((ids, -values), axis=-1)
-    return np.take_along_axis(values, order, axis=-1), np.take_along_axis(ids, order, axis=-1)
+    values, ids = np.take_along_axis(values, order, axis=-1), np.take_along_axis(ids, order, axis=-1)
+    last = values[:, -1:]
+    crowded = ((candidates >= last).sum(axis=-1) > count) | ((maxima >= last).sum(axis=-1) > count)
+    for row in np.flatnonzero(crowded & (last[:, 0] > -np.inf)).tolist():
+        ids[row] = np.argsort(-logits[row], kind="stable")[:count]
+    return values, ids
 
 
 def log_normalizers(logits: FloatArray) -> NDArray[np.float64]:

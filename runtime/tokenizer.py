@@ -44,6 +44,7 @@ class Tokenizer:
                 remedy="Train it with pad_id, bos_id and eos_id set.",
             )
         self.special_ids = SpecialIds(**ids)
+        self.unknown_id = int(processor.unk_id())
 
     def __len__(self) -> int:
         """Pieces in the vocabulary, special ones included."""
@@ -59,6 +60,15 @@ class Tokenizer:
         text: str = self._processor.decode(list(ids))
         return text
 
+    def surfaces(self, text: str) -> tuple[str, ...]:
+        """The pieces of a text, one for each id of `encode`; where there is none for it, the text itself."""
+        return tuple(self._processor.encode(text, out_type=str))
+
+    def join(self, pieces: Sequence[str]) -> str:
+        """Pieces, and whatever stands in place of some, → text; special pieces vanish."""
+        text: str = self._processor.decode(list(pieces))
+        return text
+
     def pieces(self, ids: Sequence[int]) -> tuple[str, ...]:
         """The pieces with these ids."""
         return tuple(self._processor.id_to_piece(list(ids)))
@@ -68,11 +78,7 @@ class Tokenizer:
         one = int(self._processor.piece_to_id(piece))
         return one if self._processor.id_to_piece(one) == piece else None
 
-    def surfaces(self, text: str) -> tuple[str, ...]:
-        """Text → its pieces as they stand in it, those that the vocabulary does not have included."""
-        return tuple(self._processor.encode(text, out_type=str))
-
     def unknown_surfaces(self, text: str) -> list[str]:
         """The pieces of a text that the vocabulary does not have."""
-        unknown = self._processor.unk_id()
-        return [piece for piece, one in zip(self.surfaces(text), self.encode(text), strict=True) if one == unknown]
+        ids = self.encode(text)
+        return [piece for piece, one in zip(self.surfaces(text), ids, strict=True) if one == self.unknown_id]

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Self, Unpack
 
+from kvx.runtime.alignment import align, replace_unknown
 from kvx.runtime.backend import Backend, FloatArray, shortlisting_of, specs_of
 from kvx.runtime.bundle import Bundle
 from kvx.runtime.decode import decode
@@ -54,6 +55,11 @@ class Translation:
     alignment: tuple[int, ...] | None = None
     source_tokens: tuple[str, ...] | None = None
     attention: FloatArray | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def hypotheses(self) -> tuple[Translation, ...]:
+        """This one and the others."""
+        return self, *self.others
 
 
 class Translator:
@@ -111,6 +117,7 @@ class Translator:
         anything is decoded, OptionError and CapacityError.
         """
         refuse_string(texts)
+        refuse_string(prefixes or ())
         options = replace(options or TranslateOptions(), window=max(1, len(texts)), **changes)
         plan, workers = self.plan(options, sentences=len(texts))
         shortlist = self._shortlist(options)
@@ -133,6 +140,7 @@ class Translator:
         Raises OptionError and CapacityError.
         """
         refuse_string(texts)
+        refuse_string(prefixes or ())
         options = options or TranslateOptions()
         plan, workers = self.plan(options, sentences=options.window)
         shortlist = self._shortlist(options)
@@ -315,15 +323,25 @@ class Translator:
     def _translation(
         self, request: _Request, outcome: Outcome, options: TranslateOptions, hypothesis: Hypothesis
     ) -> Translation:
-        pieces = hypothesis.ids[:-1] if hypothesis.ended else hypothesis.ids
+        tokenizer = self.targets.tokenizer
+        ids = hypothesis.ids[:-1] if hypothesis.ended else hypothesis.ids
+        pieces, attention = tokenizer.pieces(ids), hypothesis.attention
+        alignment = None if attention is None else align(attention[: len(ids)])
+        text = tokenizer.decode(ids)
+        if options.replace_unknown and alignment is not None and tokenizer.unknown_id in ids:
+            unknown, source = tokenizer.unknown_id, request.text.pieces
+            text = replace_unknown(source, pieces, ids, unknown, alignment, tokenizer.join)
         return Translation(
-            text=self.targets.tokenizer.decode(pieces),
-            tokens=self.targets.tokenizer.pieces(pieces),
+            text=text,
+            tokens=pieces,
             ids=hypothesis.ids,
             score=hypothesis.score,
             finish_reason=outcome.reason(hypothesis),
             truncated=request.text.truncated,
             log_probabilities=hypothesis.log_probabilities,
+            alignment=alignment if options.align else None,
+            source_tokens=request.text.pieces if options.align else None,
+            attention=attention if options.align else None,
         )
 
 

@@ -15,6 +15,8 @@ from kvx.exporter.export import ExportOptions, export
 from kvx.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from kvx.models.config import ModelConfig
 from kvx.models.transformer import Transformer
+from kvx.runtime.backends.onnx import OnnxBackend
+from kvx.runtime.manifest import BEAMS_FILE
 
 torch.set_num_threads(1)  # two threads on a busy machine wait for each other most of the time
 
@@ -96,6 +98,15 @@ def numbers_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def numbers_translator(numbers_bundle: Path) -> Translator:
     return Translator.load(numbers_bundle)
+
+
+@pytest.fixture(scope="session")
+def beams_translator(numbers_bundle: Path) -> Translator:
+    """The numbers model for several rows a sentence: with its own graph, or the plain step where there is none."""
+    translator = Translator.load(numbers_bundle, threads=1)
+    if not (numbers_bundle / BEAMS_FILE).is_file() and isinstance(translator.backend, OnnxBackend):
+        translator.backend.beam_cache_specs = translator.backend.cache_specs
+    return translator
 
 
 @pytest.fixture(scope="session")

@@ -73,6 +73,7 @@ class OnnxBackend:
         self._beams = _Graph(folder / BEAMS_FILE, step_signature(dimensions, features.beams), machine)
         shortlist = _Graph(folder / SHORTLIST_FILE, step_signature(dimensions, features.shortlisted), machine)
         self.shortlisting = OnnxShortlisting(shortlist, dimensions, folder) if shortlist.exists else None
+        self.features = features
         self.query_tokens = self._chunk.exists
         self.cache_specs = cache_specs(dimensions)
         self.beam_cache_specs = cache_specs(dimensions, shared_sources=self._beams.exists)
@@ -125,14 +126,15 @@ class BoundStep:
         self._allocate()
 
     def __call__(self, input_ids: IntArray) -> StepOutput:
-        """input_ids [n] for the n active rows → logits [n, V], valid until the next step."""
+        """input_ids [n] for the n active rows → logits [n, V] and what else the graph gives, valid until the next
+        step.
+        """
         n = self._cache.active
         if self._generation != self._cache.generation:
             self._allocate()
         self._input_ids[:n] = input_ids
         self._session.run_with_iobinding(self._binding(n))
-        next_ids = self._outputs.get("next_ids")
-        return StepOutput(self._outputs["logits"][:n], None if next_ids is None else next_ids[:n])
+        return StepOutput(**{name: output[:n] for name, output in self._outputs.items()})
 
     def _binding(self, n: int) -> ort.IOBinding:
         if n not in self._bindings:

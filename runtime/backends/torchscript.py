@@ -50,6 +50,7 @@ class TorchScriptBackend:
             raise OptionError(f"threads = {threads}", expected="1 or more", remedy="Correct it or leave it out.")
         if threads is not None:
             torch.set_num_threads(threads)
+        self.features = features
         self.cache_specs = self.beam_cache_specs = cache_specs(dimensions)
         self.step_signature = step_signature(dimensions, features)
         self.encoder_signature = encoder_signature(dimensions)
@@ -75,7 +76,8 @@ class TorchScriptBackend:
             with torch.inference_mode():
                 outputs = self._step(*(torch.from_numpy(arrays[name]) for name in names))
             named = _named(self.step_signature, outputs)
-            return StepOutput(named["logits"].numpy(), named["next_ids"].numpy() if "next_ids" in named else None)
+            presents = self.step_signature.presents
+            return StepOutput(**{name: tensor.numpy() for name, tensor in named.items() if name not in presents})
 
         return step
 

@@ -39,7 +39,7 @@ ENCODER, LOGITS, CACHES, IN_PLACE, BEAMS, NEIGHBOURS, GREEDY = CHECKS = (
     "greedy on drawn ids",
 )
 FEW_STEPS = ParityOptions(steps=6)
-ORT_FEATURES = StepFeatures(source_presents=True)
+PLAIN_FEATURES, ORT_FEATURES = StepFeatures(), StepFeatures(source_presents=True)
 SOURCES = [(2, 9, 8, 7, 3), (2, 5, 3)]
 
 
@@ -52,6 +52,7 @@ class Faultless:
 
     def __init__(self, graphs: ExportedGraphs) -> None:
         self.graphs = graphs
+        self.features = graphs.features
         self.cache_specs = graphs.cache_specs
         self.beam_cache_specs = graphs.beam_cache_specs
 
@@ -150,6 +151,46 @@ class BeamsSeeTheNextSource(Faultless):
             return output
 
         return shifted
+
+
+class OfAttention(Faultless):
+    """Right in everything but the attention, in place and out of place."""
+
+    def run_step(self, feeds: Tensors) -> Tensors:
+        outputs = super().run_step(feeds)
+        return {**outputs, "attention": self.blur(outputs["attention"])}
+
+    def alter(self, cache: KVCache, before: Tensors, output: StepOutput) -> StepOutput:
+        assert output.attention is not None
+        return output._replace(attention=self.blur(output.attention))
+
+    def blur(self, attention: FloatArray) -> FloatArray:
+        raise NotImplementedError
+
+
+class AttentionIsOff(OfAttention):
+    def blur(self, attention: FloatArray) -> FloatArray:
+        off = attention.copy()
+        off[0, 0] += np.float32(1e-3)
+        off[0, -1] -= np.float32(1e-3)
+        return off
+
+
+class AttentionLeaks(OfAttention):
+    """So little that no tolerance would show it."""
+
+    def blur(self, attention: FloatArray) -> FloatArray:
+        return np.where(attention == 0, np.float32(1e-12), attention)
+
+
+class AttentionSumsToLess(OfAttention):
+    def blur(self, attention: FloatArray) -> FloatArray:
+        return attention * np.float32(1 - 9e-5)
+
+
+class AttentionIsStaleInPlace(Faultless):
+    def alter(self, cache: KVCache, before: Tensors, output: StepOutput) -> StepOutput:
+        return output._replace(attention=None)
 
 
 class LogitsAreNaN(Faultless):
@@ -272,10 +313,33 @@ def graphs(tiny_bundle: Path, tiny: Transformer) -> OnnxBackend:
     return OnnxBackend(tiny_bundle, Dimensions.of_model(tiny.config.to_dict()), ORT_FEATURES, threads=1)
 
 
-def traced(model: Transformer, folder: Path) -> TorchScriptBackend:
+@pytest.fixture(scope="module")
+def attentive(tiny: Transformer, tmp_path_factory: pytest.TempPathFactory) -> TorchScriptBackend:
+    return traced(tiny, tmp_path_factory.mktemp("attentive"), StepFeatures(attention=1))
+
+
+@pytest.mark.parametrize(
+    ("fault", "caught_by"),
+    [
+        (AttentionIsOff, "attention of layer 1"),
+        (AttentionLeaks, "attention of layer 1"),
+        (AttentionSumsToLess, "attention of layer 1"),
+        (AttentionIsStaleInPlace, IN_PLACE),
+    ],
+)
+def test_a_fault_in_the_attention_is_caught(
+    tiny: Transformer, attentive: TorchScriptBackend, plan: Plan, fault: type[Faultless], caught_by: str
+) -> None:
+    assert all(check.passed for check in prove(tiny, Faultless(attentive), plan, FEW_STEPS))
+    wrong = [check.name for check in prove(tiny, fault(attentive), plan, FEW_STEPS) if not check.passed]
+    assert len(wrong) == 1
+    assert wrong[0].startswith(caught_by)
+
+
+def traced(model: Transformer, folder: Path, features: StepFeatures = PLAIN_FEATURES) -> TorchScriptBackend:
     write_torchscript(EncoderGraph(model), folder / torchscript.ENCODER_FILE)
-    write_torchscript(StepGraph(model), folder / torchscript.STEP_FILE)
-    return TorchScriptBackend(folder, Dimensions.of_model(model.config.to_dict()), StepFeatures())
+    write_torchscript(StepGraph(model, features=features), folder / torchscript.STEP_FILE)
+    return TorchScriptBackend(folder, Dimensions.of_model(model.config.to_dict()), features)
 
 
 def failed(checks: Iterator[Check]) -> list[str]:

@@ -227,6 +227,8 @@ def test_references_show_what_bleu_loses(checkpoint: Path, text: Path, tmp_path:
         {"parity": ParityOptions(equal_lines=0.9), "precision": "int8"},
         {"parity": ParityOptions(bleu_lost=1.0), "precision": "int8", "verify_text": Path("text")},
         {"precision": "float32"},
+        {"attention_layer": 1},
+        {"attention_layer": -1, "attention": True},
         {"lowering": "ORT"},
         {"format": "ONNX"},
     ],

@@ -70,7 +70,7 @@ def step_logits(model: Transformer, batch: Batch, *, poisoned: bool = False) -> 
         if poisoned:
             poison(past, lengths)
         ids = batch.target_ids[delays, lengths]
-        logits[delays, lengths], past, _ = model.step(ids, lengths, batch.source_lengths, past, cross)
+        logits[delays, lengths], past, *_ = model.step(ids, lengths, batch.source_lengths, past, cross)
     return logits
 
 
@@ -85,11 +85,43 @@ def test_what_lies_in_the_caches_beyond_the_lengths_changes_nothing(tiny: Transf
 def test_a_step_writes_one_position_of_each_row_in_place(tiny: Transformer, batch: Batch) -> None:
     cross, past = tiny.encode(batch.input_ids, batch.source_lengths), empty_cache(tiny, 4, 8)
     lengths = torch.tensor([0, 3, 7, 5])
-    _, present, _ = tiny.step(batch.target_ids[:, 0], lengths, batch.source_lengths, past, cross)
+    _, present, *_ = tiny.step(batch.target_ids[:, 0], lengths, batch.source_lengths, past, cross)
     for before, after in zip(past, present, strict=True):
         assert after.key.data_ptr() == before.key.data_ptr()
         written = (after.key != 0).any(-1).any(1)
         assert torch.equal(written, torch.arange(8) == lengths[:, None])
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_the_attention_of_steps_is_that_of_the_full_pass(tiny: Transformer, batch: Batch, layer: int) -> None:
+    cross, past = tiny.encode(batch.input_ids, batch.source_lengths), empty_cache(tiny, 4, 12)
+    full = tiny.decode_weighed(batch.target_ids, cross, batch.source_lengths)[1][layer].mean(dim=1)
+    poison(cross, batch.source_lengths)
+    for position in range(12):
+        lengths = torch.full((4,), position)
+        poison(past, lengths)
+        ids = batch.target_ids[:, position]
+        attention = tiny.step(ids, lengths, batch.source_lengths, past, cross, attention_layer=layer).attention
+        assert attention is not None
+        torch.testing.assert_close(attention, full[:, position], rtol=0, atol=FLOAT32_NOISE)
+        torch.testing.assert_close(attention.sum(dim=1), torch.ones(4), rtol=0, atol=FLOAT32_NOISE)
+        assert not attention[torch.arange(9) >= batch.source_lengths[:, None]].any()
+
+
+def test_attention_is_the_mean_of_the_heads_softmax(tiny: Transformer, batch: Batch) -> None:
+    cross, layer = tiny.encode(batch.input_ids, batch.source_lengths), tiny.decoder[1]
+    seen: list[Tensor] = []
+    hook = layer.cross_attention.query.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    _, attentions = tiny.decode_weighed(batch.target_ids, cross, batch.source_lengths)
+    hook.remove()
+    queries, keys = layer.cross_attention.query(seen[0]).numpy(), cross[1].key.numpy()
+    width = tiny.config.head_width
+    for row, length in enumerate(batch.source_lengths.tolist()):
+        for head in range(tiny.config.heads):
+            own = slice(head * width, (head + 1) * width)
+            powers = np.exp(queries[row, :, own].astype(np.float64) @ keys[row, head, :length].T / math.sqrt(width))
+            expected = powers / powers.sum(axis=1, keepdims=True)
+            np.testing.assert_allclose(attentions[1][row, head, :, :length], expected, rtol=0, atol=FLOAT32_NOISE)
 
 
 def test_source_ids_beyond_the_length_change_nothing(tiny: Transformer, batch: Batch) -> None:

@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvx import InputError, OptionError
+from kvx.runtime.options import LARGEST_SEED, TranslateKeywords, TranslateOptions
+from kvx.runtime.search import BeamSearch, Greedy, Sampling
+
+if TYPE_CHECKING:
+    from kvx import Translator
+
+COUNTS = [
+    "max_new_tokens",
+    "min_new_tokens",
+    "rows",
+    "workers",
+    "cache_bytes",
+    "window",
+    "beam_size",
+    "n_best",
+    "samples",
+    "top_k",
+    "no_repeated_ngrams",
+]
+OUT_OF_RANGE: list[tuple[str, Any]] = [
+    *((name, value) for name in COUNTS for value in (0, -1)),
+    *((name, value) for name in ("temperature", "repetition_penalty", "patience") for value in (0, -1.0, math.nan)),
+    *((name, math.inf) for name in ("temperature", "repetition_penalty", "patience", "length_penalty", "end_penalty")),
+    *((name, math.nan) for name in ("length_penalty", "end_penalty", "top_p")),
+    *(("top_p", value) for value in (0, 0.0, -0.1, 1.0001, 2)),
+    *(("seed", value) for value in (-1, 2**64)),
+    ("on_long", "skip"),
+]
+CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"seed": 1}, "seed = 1 with a deterministic search"),
+    ({"seed": 0}, "seed = 0 with a deterministic search"),
+    ({"temperature": 0.5}, "temperature = 0.5 with a deterministic search"),
+    ({"top_k": 3}, "top_k = 3 with a deterministic search"),
+    ({"top_p": 0.9, "beam_size": 4}, "top_p = 0.9 with a deterministic search"),
+    ({"n_best": 2}, "n_best = 2 without beams"),
+    ({"length_penalty": 0.0}, "length_penalty = 0.0 without beams"),
+    ({"early_stopping": False}, "early_stopping = False without beams"),
+    ({"patience": 2.0, "samples": 3}, "patience = 2.0 without beams"),
+    ({"samples": 2, "beam_size": 3}, "samples = 2 with beam_size = 3"),
+    ({"n_best": 4, "beam_size": 3}, "n_best = 4 of beam_size = 3"),
+    ({"rows": 3, "beam_size": 4}, "beam_size = 4 in rows = 3"),
+    ({"min_new_tokens": 6, "max_new_tokens": 5}, "min_new_tokens = 6 over max_new_tokens = 5"),
+    ({"patience": 2.0, "early_stopping": False, "beam_size": 2}, "patience = 2.0 without early_stopping"),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), OUT_OF_RANGE)
+def test_what_is_out_of_range_is_refused_by_name(name: str, value: object) -> None:
+    with pytest.raises(OptionError) as raised:
+        TranslateOptions(**{name: value})  # type: ignore[arg-type]
+    assert f"{name} = {value!r}" in raised.value.got
+    assert name in raised.value.expected
+
+
+@pytest.mark.parametrize(("options", "says"), CONTRADICTIONS)
+def test_contradictions_are_refused(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(OptionError) as raised:
+        TranslateOptions(**options)
+    assert says in raised.value.got.split(", ")
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    wrong=st.dictionaries(
+        st.sampled_from([name for name, _ in OUT_OF_RANGE]), st.just(-7) | st.just(math.nan), min_size=1
+    ).map(lambda found: {name: "skip" if name == "on_long" else value for name, value in found.items()})
+)
+def test_everything_out_of_range_is_named_at_once(wrong: dict[str, Any]) -> None:
+    unbounded = {name for name, value in wrong.items() if name in ("length_penalty", "end_penalty") and value == -7}
+    wrong = {name: -7 if name in (*COUNTS, "seed") else value for name, value in wrong.items() if name not in unbounded}
+    if not wrong:
+        return
+    with pytest.raises(OptionError) as raised:
+        TranslateOptions(**wrong)
+    for name, value in wrong.items():
+        assert f"{name} = {value!r}" in raised.value.got
+
+
+def test_all_contradictions_are_named_at_once_each_with_what_was_expected() -> None:
+    with pytest.raises(OptionError) as raised:
+        TranslateOptions(seed=1, top_p=2, beam_size=4, n_best=5, rows=2, min_new_tokens=3, max_new_tokens=2, patience=0)
+    for name in ("seed", "top_p", "beam_size", "n_best", "rows", "min_new_tokens", "max_new_tokens", "patience"):
+        assert f"{name} = " in raised.value.got
+    for expected in ("top_p above 0", "only with samples", "up to beam_size", "every beam", "up to max_new_tokens"):
+        assert expected in raised.value.expected
+
+
+@pytest.mark.parametrize("suppress", ["ab", ""])
+def test_one_str_is_nothing_to_suppress(suppress: str) -> None:
+    with pytest.raises(OptionError, match="suppress"):
+        TranslateOptions(suppress=suppress)  # type: ignore[arg-type]
+
+
+def test_the_keywords_are_the_options_but_for_the_window() -> None:
+    fields = typing.get_type_hints(TranslateOptions)
+    del fields["window"]
+    assert typing.get_type_hints(TranslateKeywords) == fields
+    assert set(fields) == {field.name for field in dataclasses.fields(TranslateOptions)} - {"window"}
+    assert TranslateKeywords.__required_keys__ == frozenset()
+
+
+def test_what_is_left_out_is_greedy_search_without_constraints() -> None:
+    options = TranslateOptions()
+    assert options.search() == Greedy()
+    assert options.constraints(()).filters == ()
+    assert (options.targets, options.with_attention) == (1, False)
+
+
+def test_options_are_those_of_the_search() -> None:
+    beams = TranslateOptions(
+        beam_size=5, n_best=3, length_penalty=0.0, early_stopping=True, patience=2.0, scores=True
+    ).search()
+    assert beams == BeamSearch(5, length_penalty=0.0, early_stopping=True, n_best=3, patience=2.0, scored=True)
+    assert TranslateOptions(beam_size=2).search() == BeamSearch(2)
+    assert TranslateOptions(beam_size=2, early_stopping=False).search() == BeamSearch(2, early_stopping=False)
+    samples = TranslateOptions(samples=4, temperature=0.5, top_k=7, top_p=0.9, seed=0)
+    assert samples.search() == Sampling(0, temperature=0.5, top_k=7, top_p=0.9)
+    assert samples.targets == 4
+    assert TranslateOptions(scores=True).search() == Greedy(scored=True)
+
+
+def test_without_a_seed_each_search_has_one_of_its_own() -> None:
+    options = TranslateOptions(samples=1)
+    seeds = {search.seed for search in (options.search() for _ in range(5)) if isinstance(search, Sampling)}
+    assert len(seeds) == 5
+    assert all(0 <= seed <= LARGEST_SEED for seed in seeds)
+
+
+EXTREMES: list[Mapping[str, Any]] = [
+    {"beam_size": 3, "length_penalty": 1e3},
+    {"beam_size": 3, "length_penalty": -1e3},
+    {"beam_size": 3, "length_penalty": 50.0, "early_stopping": False},
+    {"beam_size": 3, "length_penalty": -50.0, "early_stopping": False},
+    {"beam_size": 2, "patience": 1e300},
+    {"beam_size": 3, "end_penalty": 1e300},
+    {"samples": 2, "end_penalty": -1e300},
+    {"samples": 2, "end_penalty": -1e6, "seed": LARGEST_SEED},
+    {"end_penalty": 1e6, "no_repeated_ngrams": 1, "suppress": tuple(range(4, 70))},
+    {"repetition_penalty": 1e300},
+    {"samples": 2, "repetition_penalty": 1e-300, "top_p": 0.5},
+    {"samples": 2, "repetition_penalty": 1e-6, "top_k": 5},
+    {"beam_size": 4, "repetition_penalty": 1e6},
+    {"samples": 2, "temperature": 1e-300},
+    {"samples": 2, "temperature": 1e300, "suppress": (4, 5, 6)},
+    {"samples": 2, "top_p": 1e-300},
+]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("options", EXTREMES, ids=str)
+def test_extreme_options_are_refused_or_work(beams_translator: Translator, options: Mapping[str, Any]) -> None:
+    try:
+        wanted = TranslateOptions(scores=True, **options)
+    except OptionError:
+        return
+    for one in beams_translator.translate(["one", "seven hundred and twelve"], wanted):
+        for each in (one, *one.others):
+            assert 1 <= len(each.ids) <= beams_translator.manifest.max_new_tokens
+            assert not set(each.ids) & set(wanted.suppress)
+            assert each.score is not None
+            assert math.isfinite(each.score)
+
+
+IMPOSSIBLE: list[tuple[Mapping[str, Any], str]] = [
+    ({"beam_size": 10_000}, "beam_size = 10000; expected beam_size up to the vocabulary's"),
+    ({"samples": 1, "top_k": 10_000}, "top_k = 10000; expected top_k up to the vocabulary's"),
+    ({"align": True}, "a bundle that gives attention"),
+    ({"replace_unknown": True}, "a bundle that gives attention"),
+    ({"min_new_tokens": 33}, "min_new_tokens = 33; expected at most 32"),
+    ({"max_new_tokens": 65}, "max_new_tokens 65; expected 1 to 64"),
+    ({"suppress": ("漢", "</s>")}, "suppress = '漢', '</s>'; expected pieces"),
+]
+
+
+@pytest.mark.parametrize(("options", "says"), IMPOSSIBLE, ids=str)
+def test_what_the_bundle_cannot_do_is_refused(
+    beams_translator: Translator, options: Mapping[str, Any], says: str
+) -> None:
+    with pytest.raises(OptionError) as raised:
+        beams_translator.translate(["one"], **options)
+    assert says in str(raised.value)
+
+
+@pytest.mark.parametrize(("options", "says"), IMPOSSIBLE, ids=str)
+def test_streams_refuse_what_the_bundle_cannot_do_before_they_read(
+    beams_translator: Translator, options: Mapping[str, Any], says: str
+) -> None:
+    read: list[str] = []
+    texts = (read.append(text) or text for text in ["one", "two"])  # type: ignore[func-returns-value]
+    with pytest.raises(OptionError):
+        next(beams_translator.translate_iter(texts, TranslateOptions(**options)))
+    assert read == []
+
+
+def test_all_that_the_bundle_cannot_do_is_named_at_once(beams_translator: Translator) -> None:
+    with pytest.raises(OptionError) as raised:
+        beams_translator.translate(["one"], beam_size=9_999, align=True, min_new_tokens=50)
+    for problem in ("beam_size = 9999", "align", "min_new_tokens = 50"):
+        assert problem in raised.value.got
+
+
+def test_as_many_beams_as_pieces_are_possible_and_one_more_are_not(beams_translator: Translator) -> None:
+    vocabulary = beams_translator.manifest.model["target_vocab_size"]
+    (found,) = beams_translator.translate(["one"], beam_size=vocabulary, n_best=3, max_new_tokens=2)
+    assert len({one.ids for one in (found, *found.others)}) == 3
+    with pytest.raises(OptionError):
+        beams_translator.translate(["one"], beam_size=vocabulary + 1)
+
+
+def test_changes_are_checked_with_the_options_that_they_change(beams_translator: Translator) -> None:
+    with pytest.raises(OptionError, match="n_best = 3 of beam_size = 2"):
+        beams_translator.translate(["one"], TranslateOptions(beam_size=3, n_best=3), beam_size=2)
+
+
+def test_a_prefix_for_all_is_refused_without_a_line(beams_translator: Translator) -> None:
+    with pytest.raises(InputError) as raised:
+        beams_translator.translate(["one", "two"], prefix="漢")
+    assert raised.value.line is None
+    assert "'漢'" in raised.value.got
