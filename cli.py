@@ -298,10 +298,20 @@ class Machine:
         if self.spin and self.backend is not BackendName.ONNX:
             raise OptionError(f"--spin with {self.backend}", expected="the onnx backend", remedy="Leave it out.")
 
-    @property
-    def place(self) -> str:
-        """The device: auto is the one that bundles are proven on."""
-        return "cpu" if self.device == "auto" else self.device
+    def place(self, path: Path) -> str:
+        """The device: auto is CUDA for a bundle exported for it where its libraries are found, else the CPU."""
+        if self.device != "auto":
+            return self.device
+        if self.backend is not BackendName.ONNX:
+            return "cpu"
+        from kvx.runtime.manifest import Manifest
+
+        if Manifest.read(path).lowering != "cuda":
+            return "cpu"
+        from kvx.runtime.backends.onnx import CUDA_LIBRARY
+        from kvx.runtime.device import missing_library
+
+        return "cuda" if missing_library(CUDA_LIBRARY) is None else "cpu"
 
     def check(self, path: Path) -> None:
         """Raises BundleError where the bundle has not what the backend needs."""
@@ -318,10 +328,11 @@ class Machine:
         from kvx.runtime.processor import available_threads
 
         workers = self.workers
-        if workers is None and bulk and self.backend is BackendName.ONNX:
+        place = self.place(path)
+        if workers is None and bulk and self.backend is BackendName.ONNX and place == "cpu":
             workers = self.threads or available_threads()
         return Translator.load(
-            path, backend=self.backend, threads=self.threads, workers=workers, spin=self.spin, device=self.place
+            path, backend=self.backend, threads=self.threads, workers=workers, spin=self.spin, device=place
         )
 
 
@@ -368,7 +379,7 @@ class TranslateCommand:
 ModelOption = Annotated[Path | None, typer.Option(help="Bundle [default: the newest below ./artifacts].")]
 BackendOption = Annotated[BackendName, typer.Option(help="What runs the model.")]
 DeviceOption = Annotated[
-    str, typer.Option(help="auto, cpu, cuda or cuda:<index>; auto is where bundles are proven, the CPU.")
+    str, typer.Option(help="auto, cpu, cuda, cuda:<index>, or several with commas; auto is the one exported for.")
 ]
 RowsOption = Annotated[
     int | None, typer.Option(help="Cache rows of a worker, one a sentence or a beam [default: 64, or what fits].")
@@ -855,7 +866,7 @@ def _announce(model: Path | None, machine: Machine, *, bulk: bool) -> Translator
     path = model or newest_bundle(ARTIFACTS)
     loaded = machine.load(path, bulk=bulk)
     if model is None or machine.device == "auto":
-        _say(f"{path} on {machine.backend}, {machine.place}")
+        _say(f"{path} on {machine.backend}, {machine.place(path)}")
     return loaded
 
 
@@ -869,8 +880,8 @@ def _eager_translator(path: Path, machine: Machine) -> Translator:
     from kvx.models.checkpoint import load_checkpoint
     from kvx.runtime.bundle import CHECKPOINT_FILE, Bundle
 
-    if machine.place != "cpu":
-        raise DeviceError(f"device {machine.place} for {machine.backend}", expected="cpu", remedy="Use --device cpu.")
+    if machine.place(path) != "cpu":
+        raise DeviceError(f"device {machine.device} for {machine.backend}", expected="cpu", remedy="Use --device cpu.")
     bundle = Bundle.open(path)
     bundle.require(CHECKPOINT_FILE)
     bundle.check_hashes()

@@ -58,7 +58,7 @@ def seconds(translator: Translator, sources: list[Source], setting: Setting) -> 
         return decode(translator.backend, shared, Greedy(), plan, stats)
 
     started = time.perf_counter()
-    count = sum(1 for _ in side_by_side(greedy, workers, sources, DecodeStats()))
+    count = sum(1 for _ in side_by_side([greedy] * workers, sources, DecodeStats()))
     assert count == len(sources)
     return time.perf_counter() - started
 

@@ -17,6 +17,7 @@ import kvx
 from kvx.exporter.beams import OrtBeamOperators, StandardBeamOperators
 from kvx.exporter.calibrate import calibrate
 from kvx.exporter.graphs import EncoderGraph, ShortlistGraph, StepGraph
+from kvx.exporter.loop import LoopGraph, OrtLoopOperators
 from kvx.exporter.onnx import write_onnx
 from kvx.exporter.ort import OrtOperators
 from kvx.exporter.parity import Check, ParityOptions, ParityReport
@@ -33,11 +34,13 @@ from kvx.runtime.errors import BundleError, OptionError, ParityError, TokenizerE
 from kvx.runtime.manifest import (
     BEAMS_FILE,
     CHUNK_FILE,
+    LOOP_FILE,
     PROJECTION_FILE,
     SHORTLIST_FILE,
     FileEntry,
     Manifest,
     Precision,
+    SpecialIds,
 )
 from kvx.runtime.plan import Plan, check_limit
 from kvx.runtime.signature import CHUNK_FEATURES, StepFeatures, cache_specs
@@ -58,9 +61,10 @@ class ExportOptions:
     Runtime's own, "standard" for ai.onnx alone. `precision`: that of the weights. `calibration`: text on which the
     scales of bytes are fixed; without it every row has its own. `max_new_tokens`: the bundle's default limit. `verify`:
     whether to prove the export, also on the lines of `verify_text` and against their translations in
-    `verify_reference`. `force`: replace an existing bundle. `attention`: steps also give the attention to the source
-    of a decoder layer, the `attention_layer` counted from 0 (default: the last). `shortlist`: also write what
-    translating with a shortlist needs. Raises OptionError for what does not go together.
+    `verify_reference`. `loop`: whether to write the graph that feeds itself, too. `force`: replace an existing bundle.
+    `attention`: steps also give the attention to the source of a decoder layer, the `attention_layer` counted from 0
+    (default: the last). `shortlist`: also write what translating with a shortlist needs. Raises OptionError for what
+    does not go together.
     """
 
     checkpoint: Path
@@ -77,6 +81,7 @@ class ExportOptions:
     verify_text: Path | None = None
     verify_reference: Path | None = None
     parity: ParityOptions = field(default_factory=ParityOptions)
+    loop: bool = False
     force: bool = False
     attention: bool = False
     attention_layer: int | None = None
@@ -179,7 +184,7 @@ def export(options: ExportOptions, report: Report | None = None) -> Manifest:
         if options.calibration is not None:
             report.phase("calibrating")
             _calibrate(bundle, checkpoint, options.calibration)
-        _write_graphs(folder, options, checkpoint, features, report)
+        _write_graphs(folder, options, checkpoint, tokenizers[1].special_ids, features, report)
         manifest = _describe(folder, options, checkpoint, tokenizers, features)
         manifest.write(folder)
         if options.verify:
@@ -254,11 +259,21 @@ def _calibrate(bundle: Bundle, checkpoint: Checkpoint, text: Path) -> None:
 
 
 def _write_graphs(
-    folder: Path, options: ExportOptions, checkpoint: Checkpoint, features: StepFeatures, report: Report
+    folder: Path,
+    options: ExportOptions,
+    checkpoint: Checkpoint,
+    target_ids: SpecialIds,
+    features: StepFeatures,
+    report: Report,
 ) -> None:
     model = checkpoint.model
     if "onnx" in options.formats:
         _write_onnx_graphs(folder, options, model, features, report)
+        if options.loop:
+            report.phase("exporting the decoder that feeds itself to ONNX")
+            ops = OrtLoopOperators(model) if options.lowering == "ort" else StandardOperators()
+            widths, step = STEP_WIDTHS.get(options.precision), folder / onnx.STEP_FILE
+            write_onnx(LoopGraph(model, target_ids, ops), folder / LOOP_FILE, widths=widths, weights_of=step)
     if "torchscript" in options.formats:
         report.phase("tracing TorchScript")
         write_torchscript(EncoderGraph(model), folder / torchscript.ENCODER_FILE)

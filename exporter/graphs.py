@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kvx.models.operators import EAGER, KeyValue, Operators
 from kvx.models.transformer import Transformer
-from kvx.runtime.signature import Dimensions, StepFeatures, encoder_signature, step_signature
+from kvx.runtime.signature import Dimensions, Signature, StepFeatures, encoder_signature, step_signature
 
 
 class EncoderGraph(nn.Module):
@@ -27,7 +27,7 @@ class EncoderGraph(nn.Module):
 
     def forward(self, input_ids: Tensor, source_lengths: Tensor) -> tuple[Tensor, ...]:
         """input_ids [B, S], source_lengths [B] → 2·L tensors [B, H, S, D]."""
-        return _flatten(self.model.encode(input_ids, source_lengths, self.ops))
+        return flatten(self.model.encode(input_ids, source_lengths, self.ops))
 
 
 class StepGraph(nn.Module):
@@ -58,16 +58,15 @@ class StepGraph(nn.Module):
         caches: Sequence[Tensor],
         projection: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        half = len(caches) // 2
-        past, cross = _pair(caches[:half]), _pair(caches[half:])
+        past, cross = caches_of(caches)
         lengths, layer = (past_lengths, source_lengths), self.features.attention
         stepped = self.model.step(
             input_ids, *lengths, past, cross, self.ops, attention_layer=layer, projection=projection
         )
         next_ids = (stepped.logits.argmax(dim=-1),) if self.features.next_ids else ()
         attention = (stepped.attention,) if stepped.attention is not None else ()
-        sources = _flatten(stepped.sources) if self.features.source_presents else ()
-        return (stepped.logits, *next_ids, *attention, *_flatten(stepped.presents), *sources)
+        sources = flatten(stepped.sources) if self.features.source_presents else ()
+        return (stepped.logits, *next_ids, *attention, *flatten(stepped.presents), *sources)
 
 
 class ShortlistGraph(StepGraph):
@@ -80,18 +79,22 @@ class ShortlistGraph(StepGraph):
         return self._step(input_ids, past_lengths, source_lengths, caches, projection)
 
 
-def example_inputs(graph: EncoderGraph | StepGraph) -> tuple[Tensor, ...]:
+def example_inputs(signature: Signature) -> tuple[Tensor, ...]:
     """Inputs for tracing. Every free axis has a size of its own above 1, which a tracer would take for a constant."""
     sizes = {"B": 6, "G": 2, "Q": 3, "S": 5, "T": 7, "C": 11}  # three rows a sentence where they share it
-    inputs = []
-    for spec in graph.signature.inputs:
-        shape = spec.shape(sizes)
-        inputs.append(torch.ones(shape, dtype=torch.int64) if spec.dtype == "int64" else torch.zeros(shape))
-    return tuple(inputs)
+    types = {spec.dtype: getattr(torch, spec.dtype) for spec in signature.inputs}  # the contract's names are torch's
+    return tuple(torch.ones(spec.shape(sizes), dtype=types[spec.dtype]) for spec in signature.inputs)
 
 
-def _flatten(pairs: Sequence[KeyValue]) -> tuple[Tensor, ...]:
+def flatten(pairs: Sequence[KeyValue]) -> tuple[Tensor, ...]:
+    """Keys and values per layer → key, value, key, value, …"""
     return tuple(tensor for pair in pairs for tensor in pair)
+
+
+def caches_of(caches: Sequence[Tensor]) -> tuple[list[KeyValue], list[KeyValue]]:
+    """The caches in the signature's order → keys and values per layer, of self- and of cross-attention."""
+    half = len(caches) // 2
+    return _pair(caches[:half]), _pair(caches[half:])
 
 
 def _pair(tensors: Sequence[Tensor]) -> list[KeyValue]:

@@ -16,13 +16,14 @@ from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 from torch import nn
 
 from kvx.exporter.graphs import EncoderGraph, StepGraph, example_inputs
+from kvx.exporter.loop import LoopGraph
 from kvx.exporter.quantize import Widths, quantize
 from kvx.exporter.standard import IR_VERSION, OPSET
 from kvx.runtime.signature import PAST
 
 
 def write_onnx(
-    graph: EncoderGraph | StepGraph,
+    graph: EncoderGraph | StepGraph | LoopGraph,
     path: Path,
     *,
     widths: Widths | None = None,
@@ -38,16 +39,17 @@ def write_onnx(
         {axis: letters[letter] for axis, letter in enumerate(spec.axes) if isinstance(letter, str)}
         for spec in graph.signature.inputs
     ]
-    named = sum(not spec.name.startswith(PAST) for spec in graph.signature.inputs)  # the rest come as *caches
+    named = sum(not spec.name.startswith(PAST) for spec in graph.signature.inputs)  # the caches are one parameter
+    flat, caches = shapes[:named], shapes[named:]
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             graph.eval(),
-            example_inputs(graph),
+            example_inputs(graph.signature),
             dynamo=True,
             opset_version=OPSET,
             input_names=[spec.name for spec in graph.signature.inputs],
             output_names=[spec.name for spec in graph.signature.outputs],
-            dynamic_shapes=(*shapes[:named], tuple(shapes[named:])) if named < len(shapes) else tuple(shapes),
+            dynamic_shapes=(*flat, tuple(caches)) if caches else tuple(flat),
             verbose=False,
         )
     assert program is not None

@@ -257,18 +257,18 @@ class Trial:
         got = backend.run_encoder({"input_ids": self.input_ids, "source_lengths": self.source_lengths})
         expected = self.eager.encode(self.input_ids, self.source_lengths)
         for name, past in encoder_signature(self.dimensions).presents.items():
-            found.add(name, _inside(expected[past], self.source_lengths), _inside(got[name], self.source_lengths))
+            found.add(name, inside(expected[past], self.source_lengths), inside(got[name], self.source_lengths))
         return found.check(backend, "encoder outputs", self.tolerance)
 
     def check_steps(self, backend: ExportedGraphs) -> Iterator[Check]:
         """Logits and caches over many steps: rows at different positions, everything beyond their lengths poisoned."""
         logits, attention, caches, places = (Differences() for _ in range(4))
-        truth, tried = self._cache(), self._cache()
+        truth, tried = self.cache(), self.cache()
         eager_step, step = self.eager.bind(truth), backend.bind(tried)
         presents = step_signature(self.dimensions, StepFeatures()).presents
         for number in range(self.steps):
             ids = self.random.integers(0, self.model.config.target_vocab_size, ROWS)
-            _poison(tried, self.random)
+            poison(tried, self.random)
             feeds = {"input_ids": ids, "past_lengths": tried.lengths, "source_lengths": tried.source_lengths}
             before = {name: buffer.copy() for name, buffer in tried.buffers.items()}
             apart = backend.run_step(feeds | before)
@@ -282,9 +282,9 @@ class Trial:
             tried.advance()
             for name, past in presents.items():
                 wanted, found, bound = truth.buffers[past], apart[name], tried.buffers[past]
-                caches.add(name, _inside(wanted, truth.lengths), _inside(found, truth.lengths))
-                places.add(name, _inside(found, truth.lengths), _inside(bound, truth.lengths))
-                kept = _outside(before[past], truth.lengths), _outside(bound, truth.lengths)
+                caches.add(name, inside(wanted, truth.lengths), inside(found, truth.lengths))
+                places.add(name, inside(found, truth.lengths), inside(bound, truth.lengths))
+                kept = outside(before[past], truth.lengths), outside(bound, truth.lengths)
                 places.require_equal(f"{name} beyond the lengths", *kept)
             for spec in tried.specs:
                 if "S" in spec.axes:
@@ -303,11 +303,11 @@ class Trial:
     def check_chunks(self, backend: ExportedGraphs) -> Check:
         """Several tokens of each row at once against one after the other, rows at different positions, poisoned."""
         found = Differences()
-        truth, tried = self._cache(), self._cache()
+        truth, tried = self.cache(), self.cache()
         eager_step, step = self.eager.bind(truth), backend.bind(tried)
         for number, size in enumerate(CHUNKS):
             ids = self.random.integers(0, self.model.config.target_vocab_size, (ROWS, size))
-            _poison(tried, self.random)
+            poison(tried, self.random)
             got = step(ids).logits
             for position in range(size):
                 found.add("logits", eager_step(ids[:, position]).logits, got[:, position])
@@ -343,11 +343,11 @@ class Trial:
         listed: IntArray | slice,
     ) -> None:
         """Steps over sentences of so many rows each; `listed` are the tokens that the logits are those of."""
-        truth, tried = self._cache(beams=beams), self._cache(specs, beams)
+        truth, tried = self.cache(beams=beams), self.cache(specs, beams)
         eager_step, step = self.eager.bind(truth), bind(tried)
         for sentence in range(ROWS):
             ids = self.random.integers(0, self.model.config.target_vocab_size, ROWS * beams)
-            _poison(tried, self.random)
+            poison(tried, self.random)
             before = {name: buffer.copy() for name, buffer in tried.buffers.items()}
             got, expected = step(ids), eager_step(ids)
             found.add("logits", expected.logits[:, listed], got.logits)
@@ -368,8 +368,8 @@ class Trial:
             if "S" in spec.axes:
                 found.require_equal(f"{spec.name} left as it is", old, new)
                 continue
-            found.add(spec.name, _inside(truth.buffers[spec.name], truth.lengths), _inside(new, tried.lengths))
-            kept = _outside(old, tried.lengths), _outside(new, tried.lengths)
+            found.add(spec.name, inside(truth.buffers[spec.name], truth.lengths), inside(new, tried.lengths))
+            kept = outside(old, tried.lengths), outside(new, tried.lengths)
             found.require_equal(f"{spec.name} beyond the lengths", *kept)
 
     def check_neighbours(self, backend: ExportedGraphs, tolerance: float) -> Check:
@@ -442,9 +442,10 @@ class Trial:
         uncertainty = 2 * self.tolerance * max(1.0, float(logits.abs().max()))
         return Divergence(sentence, position, expected[position], got[position], margin, margin <= uncertainty)
 
-    def _cache(self, specs: Sequence[TensorSpec] | None = None, beams: int = 1) -> KVCache:
-        """The drawn sentences, of so many rows each, as eager encodes them."""
-        capacity = Capacity(ROWS * beams, max(self.steps, sum(CHUNKS)), self.input_ids.shape[1], beams)
+    def cache(self, specs: Sequence[TensorSpec] | None = None, beams: int = 1, fillers: int = 0) -> KVCache:
+        """The drawn sentences, of so many rows each, as eager encodes them, and room for as many rows more."""
+        positions = max(self.steps, sum(CHUNKS)) + 1  # a finished row stands behind its last token
+        capacity = Capacity(ROWS * beams + fillers, positions, self.input_ids.shape[1], beams)
         cache = KVCache(specs or self.eager.cache_specs, capacity)
         tensors = self.eager.encode(self.input_ids, self.source_lengths)
         for index, length in enumerate(self.source_lengths.tolist()):
@@ -509,19 +510,19 @@ def _shares_sources(backend: Backend) -> bool:
     return backend.beam_cache_specs != backend.cache_specs
 
 
-def _inside(array: NDArray[Any], lengths: IntArray) -> NDArray[Any]:
+def inside(array: NDArray[Any], lengths: IntArray) -> NDArray[Any]:
     """[B, H, positions, D] → the positions within the rows' lengths [sum of lengths, H, D]."""
     positions: NDArray[Any] = array.transpose(0, 2, 1, 3)
     return positions[np.arange(positions.shape[1]) < lengths[:, None]]
 
 
-def _outside(array: NDArray[Any], lengths: IntArray) -> NDArray[Any]:
+def outside(array: NDArray[Any], lengths: IntArray) -> NDArray[Any]:
     """[B, H, positions, D] → the positions beyond the rows' lengths [their number, H, D]."""
     positions: NDArray[Any] = array.transpose(0, 2, 1, 3)
     return positions[np.arange(positions.shape[1]) >= lengths[:, None]]
 
 
-def _poison(cache: KVCache, random: np.random.Generator) -> None:
+def poison(cache: KVCache, random: np.random.Generator) -> None:
     """Puts ±POISON wherever no position of a row's own or of its source is."""
     for spec in cache.specs:
         buffer, lengths = cache.buffers[spec.name], cache.source_lengths if "S" in spec.axes else cache.lengths

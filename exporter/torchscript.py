@@ -15,6 +15,6 @@ def write_torchscript(graph: EncoderGraph | StepGraph, path: Path) -> None:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.filterwarnings("ignore", message=r"`torch\.jit\.\w+` is deprecated", category=DeprecationWarning)
         traced = torch.jit.trace(  # type: ignore[no-untyped-call]
-            graph.eval(), example_inputs(graph), check_trace=False
+            graph.eval(), example_inputs(graph.signature), check_trace=False
         )
         torch.jit.save(torch.jit.freeze(traced), str(path))

@@ -8,7 +8,8 @@ from pathlib import Path
 import onnx
 import torch
 
-from kvx.exporter.parity import Check, ExportedGraphs, ParityOptions, ParityReport, prove
+from kvx.exporter.loop_parity import check_loop
+from kvx.exporter.parity import Check, ExportedGraphs, ParityOptions, ParityReport, Trial, prove
 from kvx.exporter.quality import VerificationText, prove_quantized
 from kvx.exporter.report import Report
 from kvx.models.checkpoint import load_checkpoint
@@ -19,7 +20,7 @@ from kvx.runtime.bundle import CHECKPOINT_FILE, Bundle
 from kvx.runtime.errors import BundleError, InputError, OptionError
 from kvx.runtime.evaluation import ParallelText
 from kvx.runtime.lines import open_lines, read_lines
-from kvx.runtime.manifest import Manifest
+from kvx.runtime.manifest import LOOP_FILE, Manifest
 from kvx.runtime.plan import Plan
 from kvx.runtime.signature import cache_specs
 from kvx.runtime.sources import SourceReader, load_tokenizer
@@ -73,6 +74,10 @@ def prove_bundle(
             yield from prove(model, graphs, plan, options, text.sources if text else ())
         else:
             yield from prove_quantized(model, graphs, plan, options, options.limits(precision), text)
+        if name == "onnx" and LOOP_FILE in bundle.manifest.files:
+            report.phase("proving the decoder that feeds itself")
+            trial = Trial(model, options, options.limits(precision).tolerance)
+            yield check_loop(trial, graphs, bundle.folder, plan)
 
 
 def _open_graphs(bundle: Bundle, name: str) -> ExportedGraphs:

@@ -262,6 +262,7 @@ class Transformer(nn.Module):
         ops: Operators = EAGER,
         attention_layer: int | None = None,
         projection: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Stepped:
         """One token per row, input_ids [B], or several, [B, Q], at the positions from past_lengths [B] on;
         source_lengths [B], past [B, H, T, D] and cross [B, H, S, D] per layer → logits [B, V] or [B, Q, V], present
@@ -269,9 +270,10 @@ class Transformer(nn.Module):
         `projection` [C, E], rows of the head's weight, logits are [B, C].
 
         The eager operators write past in place and return it; T must hold every position. Where a row has fewer than
-        Q tokens left, the rest may be any: what stands beyond its length is never seen.
+        Q tokens left, the rest may be any: what stands beyond its length is never seen. `positions`, in the form of
+        input_ids, are those to embed where a row may stand beyond the last one.
         """
-        positions = past_lengths
+        positions = past_lengths if positions is None else positions
         if input_ids.ndim == 2:
             several = past_lengths[:, None] + torch.arange(input_ids.shape[1], device=input_ids.device)
             positions = several.clamp(max=self.config.target_positions - 1)  # beyond stands only what is never seen

@@ -44,6 +44,9 @@ class Device:
         return self.kind if self.kind == "cpu" else f"{self.kind}:{self.index}"
 
 
+HOST = Device()
+
+
 def not_to_be_had(device: Device, got: str, provider: Path) -> DeviceError:
     """The error for a device that a session did not get, with the library whose lack explains it, if one does."""
     library = missing_library(provider)

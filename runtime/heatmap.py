@@ -32,7 +32,7 @@ def attention_html(
     attention: FloatArray, source_pieces: Sequence[str], target_pieces: Sequence[str], title: str
 ) -> str:
     """attention [T, S], S − 2 source and T target pieces → a page with a row for each target token, from top to bottom,
-    and a column for each source position. The darker, the more of the row's attention; its most is framed.
+    and a column for each source position. The stronger the colour, the more of the row's attention; its most is framed.
 
     Raises InputError where the numbers do not agree.
     """

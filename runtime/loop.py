@@ -8,11 +8,12 @@ Letters: R rows, S source positions, T capacity of a row.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,8 +80,14 @@ class LoopRows(Protocol):
         ...
 
 
+@runtime_checkable
 class LoopBackend(Protocol):
-    """A backend with a graph that feeds itself."""
+    """A backend with a graph that feeds itself, where `loops` is true."""
+
+    @property
+    def loops(self) -> bool:
+        """Whether this is how it decodes greedily."""
+        ...
 
     def loop_rows(self, capacity: Capacity) -> AbstractContextManager[LoopRows]:
         """Idle rows of this capacity, for one decode. Raises CapacityError where the device cannot hold them."""
@@ -218,9 +225,9 @@ class _Loop:
         for row, source in enumerate(self._seated):
             if source is not None:
                 yield self._outcome(row, source, cancelled=True)
-        while ahead := self._waiting.look(1):
-            self._waiting.drawn.clear()
-            yield nothing(ahead[0], 0)
+        for source in itertools.chain(self._waiting.drawn, self._waiting.sources):
+            yield nothing(source, 0, scored=False)
+        self._waiting.drawn.clear()
 
 
 def _capacity(backend: LoopBackend, plan: Plan, ahead: list[Source]) -> Capacity:

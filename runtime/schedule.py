@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -154,13 +155,14 @@ class Schedule:
 
     def cancel(self) -> Iterator[Outcome]:
         """Every target as far as it has come, those that wait for a seat and all further sources with nothing."""
+        scored = self.rows.scored
         for seat in range(self.cache.seated):
             yield self._outcome(seat, cancelled=True)
         for waiting in self._ready:
-            yield nothing(waiting.source, waiting.target)
+            yield nothing(waiting.source, waiting.target, scored=scored)
         held_back = [self._held_back] if self._held_back else []
-        for source in (*held_back, *self._sources):
-            yield from (nothing(source, target) for target in range(len(source.targets)))
+        for source in itertools.chain(held_back, self._sources):
+            yield from (nothing(source, target, scored=scored) for target in range(len(source.targets)))
 
     def _count_step(self) -> None:
         self._stats.steps += 1
@@ -258,6 +260,7 @@ class Schedule:
         self.cache.resize(self._plan.capacity(target=target, source=source))
 
 
-def nothing(source: Source, target: int) -> Outcome:
+def nothing(source: Source, target: int, *, scored: bool) -> Outcome:
     """A target that was cancelled before it began."""
-    return Outcome(source.index, target, (Hypothesis((), ended=False, log_probabilities=()),), cancelled=True)
+    hypothesis = Hypothesis((), ended=False, log_probabilities=() if scored else None)
+    return Outcome(source.index, target, (hypothesis,), cancelled=True)

@@ -80,7 +80,8 @@ def rank(
     ]
     jobs.sort(key=lambda job: len(job.ids), reverse=True)
     scores: dict[tuple[int, int], Score] = {}
-    for found in side_by_side(partial(score, translator.backend, plan), workers, jobs, DecodeStats()):
+    decodes = [partial(score, backend, plan) for backend in translator.backends] * workers
+    for found in side_by_side(decodes, jobs, DecodeStats()):
         scores[found.index, found.target] = Score(found.best.ids, found.best.log_probabilities or ())
     return [
         _ranking(tuple(scores[index, target] for target in range(len(given))), by)

@@ -15,20 +15,24 @@ from kvx.runtime.alignment import align, replace_unknown
 from kvx.runtime.backend import Backend, FloatArray, shortlisting_of, specs_of
 from kvx.runtime.bundle import Bundle
 from kvx.runtime.decode import decode
+from kvx.runtime.device import Device
 from kvx.runtime.errors import DeviceError, InputError
+from kvx.runtime.loop import LoopBackend, decode_in_blocks
 from kvx.runtime.manifest import GRAPH_FILES
 from kvx.runtime.options import Problem, TranslateKeywords, TranslateOptions, refuse
 from kvx.runtime.plan import DEFAULT_ROWS, Plan
 from kvx.runtime.rows import FinishReason, Hypothesis, Source
 from kvx.runtime.schedule import DecodeStats, Outcome
 from kvx.runtime.scoring import RankBy, Ranking, Score, rank
+from kvx.runtime.search import Greedy
 from kvx.runtime.shortlist import Shortlist, Vocabulary
 from kvx.runtime.sources import OnLong, SourceReader, SourceText, refuse_string
 from kvx.runtime.targets import Target, TargetReader
-from kvx.runtime.workers import side_by_side
+from kvx.runtime.workers import Decode, side_by_side
 
 WINDOWS_AHEAD = 4
 WINDOW_PER_ROW = 8  # sentences read ahead and sorted by length together, for every row
+ALIKE_FOR_ALTERNATIVES = ("on_long", "cache_bytes", "suppress", "shortlist", "scores", "align", "replace_unknown")
 
 Cancelled = Callable[[], bool]
 
@@ -65,9 +69,10 @@ class Translation:
 class Translator:
     """A bundle ready to translate. Thread-safe: every call has a cache of its own over the shared weights."""
 
-    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend, *others: Backend) -> None:
         self.manifest = bundle.manifest
         self.backend = backend
+        self.backends = (backend, *others)
         self.targets = TargetReader(bundle)
         self._sources = SourceReader(bundle)
         self._shortlists: dict[Path, Shortlist] = {}
@@ -89,17 +94,19 @@ class Translator:
         `backend`: "onnx" or "torchscript" (which needs torch). `threads`: compute threads (default: the cores this
         process may use). `workers`: decode loops that share them out, for many sentences at a time; by default each
         operator has all threads, which is best for few. `spin`: threads wait busily while a step runs, which makes
-        several of them faster on one text and slower where cores are shared (onnx only). `device`: "cpu", "cuda" or
-        "cuda:<index>". Raises BundleError, DeviceError, OptionError, TokenizerError.
+        several of them faster on one text and slower where cores are shared (onnx only). `device`: "cpu", "cuda",
+        "cuda:<index>", or several with commas between, which share out the texts. Raises BundleError, DeviceError,
+        OptionError, TokenizerError.
         """
-        opened = Bundle.open(Path(bundle))
+        opened, devices = Bundle.open(Path(bundle)), Device.parse_list(device)
+        make = partial(_make_backend, opened, backend, threads=threads, workers=workers, spin=spin)
         with ThreadPoolExecutor(max_workers=1) as pool:
             hashes = pool.submit(opened.check_hashes, _files_in_use(opened, backend))
             try:
-                made = _make_backend(opened, backend, threads=threads, workers=workers, spin=spin, device=device)
+                made = [make(one) for one in devices]
             finally:
                 hashes.result()  # an altered file explains whatever the backend made of it
-        return cls(opened, made)
+        return cls(opened, *made)
 
     def translate(
         self,
@@ -122,7 +129,8 @@ class Translator:
         plan, workers = self.plan(options, sentences=len(texts))
         shortlist = self._shortlist(options)
         read = list(self._read(texts, prefixes, options, plan))
-        return list(self._run(iter(read), options, shortlist, plan, workers, DecodeStats(), cancelled))
+        given = prefixes is not None or options.prefix is not None
+        return list(self._run(iter(read), options, shortlist, plan, workers, DecodeStats(), cancelled, given=given))
 
     def translate_iter(
         self,
@@ -145,7 +153,8 @@ class Translator:
         plan, workers = self.plan(options, sentences=options.window)
         shortlist = self._shortlist(options)
         read = self._read(texts, prefixes, options, plan)
-        return self._run(read, options, shortlist, plan, workers, stats or DecodeStats(), cancelled)
+        given = prefixes is not None or options.prefix is not None
+        return self._run(read, options, shortlist, plan, workers, stats or DecodeStats(), cancelled, given=given)
 
     def alternatives(
         self, text: str, prefix: Target, count: int = 5, options: TranslateOptions | None = None
@@ -156,22 +165,22 @@ class Translator:
         Raises InputError, OptionError and CapacityError.
         """
         options = options or TranslateOptions()
+        refuse([(f"count = {count}", "a count from 1 up")] if count < 1 else [])
         limit = options.max_new_tokens or self.manifest.max_new_tokens
         begun = self.targets.prefix(prefix, limit, None)
         width = min(count, self.manifest.model["target_vocab_size"])
-        next_only = TranslateOptions(beam_size=width, n_best=width) if width > 1 else TranslateOptions()
-        refuse([(f"count = {count}", "a count from 1 up")] if count < 1 else [])
-        next_only = replace(next_only, max_new_tokens=len(begun) + 1, suppress=options.suppress, prefix=begun)
-        next_only = replace(next_only, shortlist=options.shortlist)
-        if width > 1:
-            next_only = replace(next_only, length_penalty=0.0)  # eos, which is not counted, has no advantage
-        first = self.translate([text], next_only)[0]
-        begins = [one.ids for one in (first, *first.others)]
-        ended = [one for one in begins if one[-1] == self.manifest.target_ids.eos]
-        going = [one for one in begins if one not in ended and len(one) < limit]
+        next_only = TranslateOptions()
+        if width > 1:  # eos, which is not counted, has no advantage without a length penalty
+            next_only = TranslateOptions(beam_size=width, n_best=width, length_penalty=0.0)
+        alike = {name: getattr(options, name) for name in ALIKE_FOR_ALTERNATIVES}
+        (first,) = self.translate([text], replace(next_only, max_new_tokens=len(begun) + 1, prefix=begun, **alike))
+        if not first.ids:
+            return [first]
+        begins = (replace(first, others=()), *first.others)
+        eos = self.manifest.target_ids.eos
+        going = [one.ids for one in begins if one.ids[-1] != eos and len(one.ids) < limit]
         found = dict(zip(going, self.translate([text] * len(going), options, prefixes=going), strict=True))
-        done = {one: other for one, other in zip(begins, (first, *first.others), strict=True) if one not in found}
-        return [found.get(one) or done[one] for one in begins]
+        return [found.get(one.ids, one) for one in begins]
 
     def score(
         self, sources: Sequence[str], targets: Sequence[Target], options: TranslateOptions | None = None
@@ -292,33 +301,56 @@ class Translator:
         workers: int,
         stats: DecodeStats,
         cancelled: Cancelled | None,
+        *,
+        given: bool,
     ) -> Iterator[Translation]:
         stop = cancelled or (lambda: False)
-        window = options.window or plan.rows * workers * WINDOW_PER_ROW
+        decodes = [
+            self._decode(backend, options, shortlist, plan, stop, given=given) for backend in self.backends
+        ] * workers
+        window = options.window or plan.rows * len(decodes) * WINDOW_PER_ROW
         queue = _Queue(requests, options, window, stop, shortlist)
-        search, constraints = options.search(), options.constraints(self.targets.suppressed(options.suppress))
-
-        def decode_them(sources: Iterator[Source], own: DecodeStats) -> Iterator[Outcome]:
-            return decode(
-                self.backend,
-                sources,
-                search,
-                plan,
-                own,
-                constraints=constraints,
-                with_attention=options.with_attention,
-                shortlist=shortlist,
-                cancelled=stop,
-            )
-
         while not queue.exhausted:
-            for outcome in side_by_side(decode_them, workers, queue.sources(), stats, at_once=plan.group):
+            for outcome in side_by_side(decodes, queue.sources(), stats, at_once=plan.group):
                 found = partial(self._translation, queue.request(outcome.index), outcome, options)
                 queue.finish(outcome.index, outcome.target, tuple(map(found, outcome.hypotheses)))
                 yield from queue.in_order()
             yield from queue.in_order()
         if queue.error is not None:
             raise queue.error
+
+    def _decode(
+        self,
+        backend: Backend,
+        options: TranslateOptions,
+        shortlist: Shortlist | None,
+        plan: Plan,
+        stop: Cancelled,
+        *,
+        given: bool,
+    ) -> Decode:
+        """What a backend does with sources, of whose targets something may be `given`: blocks of steps on a device
+        where nothing but greedy tokens is asked for.
+        """
+        search, constraints = options.search(), options.constraints(self.targets.suppressed(options.suppress))
+        more = given or options.scores or options.with_attention or constraints.filters or shortlist is not None
+        if isinstance(search, Greedy) and not more and isinstance(backend, LoopBackend) and backend.loops:
+            return partial(_in_blocks, backend, plan, stop)
+
+        def decode_them(sources: Iterator[Source], stats: DecodeStats) -> Iterator[Outcome]:
+            return decode(
+                backend,
+                sources,
+                search,
+                plan,
+                stats,
+                constraints=constraints,
+                with_attention=options.with_attention,
+                shortlist=shortlist,
+                cancelled=stop,
+            )
+
+        return decode_them
 
     def _translation(
         self, request: _Request, outcome: Outcome, options: TranslateOptions, hypothesis: Hypothesis
@@ -430,6 +462,12 @@ class _Queue:
 NOTHING = Translation(text="", tokens=(), ids=(), score=None, finish_reason="end", truncated=False)
 
 
+def _in_blocks(
+    backend: LoopBackend, plan: Plan, stop: Cancelled, sources: Iterator[Source], stats: DecodeStats
+) -> Iterator[Outcome]:
+    return decode_in_blocks(backend, sources, plan, stats, cancelled=stop)
+
+
 def _miscounted(got: str, line: int | None) -> InputError:
     return InputError(got, expected="a prefix for each text", remedy="Check that both belong together.", line=line)
 
@@ -440,7 +478,7 @@ def _files_in_use(bundle: Bundle, backend: str) -> list[str]:
 
 
 def _make_backend(
-    bundle: Bundle, name: str, *, threads: int | None, workers: int | None, spin: bool, device: str
+    bundle: Bundle, name: str, device: Device, *, threads: int | None, workers: int | None, spin: bool
 ) -> Backend:
     arguments = (bundle.folder, bundle.manifest.dimensions, bundle.manifest.features)
     if name == "onnx":
@@ -456,5 +494,5 @@ def _make_backend(
         from kvx.runtime.backends import torchscript
 
         bundle.require(*GRAPH_FILES[name])
-        return torchscript.TorchScriptBackend(*arguments, threads=threads, device=device)
+        return torchscript.TorchScriptBackend(*arguments, threads=threads, device=str(device))
     raise DeviceError(f"backend {name!r}", expected="onnx or torchscript", remedy="Correct the backend.")

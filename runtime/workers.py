@@ -19,12 +19,12 @@ SOURCES_AT_ONCE = 16
 
 
 def side_by_side(
-    decode: Decode, workers: int, sources: Iterable[Source], stats: DecodeStats, *, at_once: int = SOURCES_AT_ONCE
+    decodes: Sequence[Decode], sources: Iterable[Source], stats: DecodeStats, *, at_once: int = SOURCES_AT_ONCE
 ) -> Iterator[Outcome]:
-    """What becomes of all sources, as they are over, from so many decodes, each given up to `at_once` sources."""
-    if workers == 1:
-        return decode(iter(sources), stats)
-    return decode_in_parallel([decode] * workers, sources, stats, at_once=at_once)
+    """What becomes of all sources, as they are over, from these decodes, each given up to `at_once` sources."""
+    if len(decodes) == 1:
+        return decodes[0](iter(sources), stats)
+    return decode_in_parallel(decodes, sources, stats, at_once=at_once)
 
 
 def decode_in_parallel(

@@ -54,14 +54,20 @@ class Seed:
 
     @property
     def greedy(self) -> list[dict[str, object]]:
-        lines = (self.folder / "reference" / "greedy.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-        return [json.loads(line) for line in lines]
+        return self._lines("greedy")
 
     @property
-    def greedy_bleu(self) -> float:
+    def beam3(self) -> list[dict[str, object]]:
+        return self._lines("beam3")
+
+    def bleu(self, search: str) -> float:
         scores = json.loads((self.folder / "reference" / "scores.json").read_text(encoding="utf-8"))
-        bleu: float = scores["greedy"]["bleu"]
+        bleu: float = scores[search]["bleu"]
         return bleu
+
+    def _lines(self, search: str) -> list[dict[str, object]]:
+        lines = (self.folder / "reference" / f"{search}.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+        return [json.loads(line) for line in lines]
 
 
 @pytest.fixture(scope="session")

@@ -491,6 +491,16 @@ class TestExport:
         assert Manifest.read(output).created > before.created
         assert names_in(tmp_path) == ["tiny"]
 
+    def test_the_attention_of_a_layer_comes_where_asked_for(self, small: list[str], tmp_path: Path) -> None:
+        alone = invoke(*small, "-o", tmp_path / "refused", "--attention-layer", "0")
+        assert alone.exit_code == 2
+        assert "--attention-layer 0 without --with-attention" in alone.stderr
+        layers = []
+        for name, more in (("last", []), ("first", ["--attention-layer", "0"])):
+            assert invoke(*small, "-o", tmp_path / name, "--with-attention", *more).exit_code == 0
+            layers.append(Manifest.read(tmp_path / name).features.attention)
+        assert layers == [1, 0]
+
     def test_the_default_output_is_named_after_the_checkpoints_folder(
         self, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

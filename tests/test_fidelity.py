@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from kvx.tests.conftest import Seed
 
 SAMPLE = 100
+BEAM_SAMPLE = 40
 SCORE_TOLERANCE = 1e-3
 BLEU_TOLERANCE = 0.05
 TOLERANCE = 1e-4
@@ -65,7 +66,20 @@ def test_all_lines_equal_the_reference(translator: Translator, seed: Seed) -> No
     translations = translator.translate(seed.sources)
     assert differing_lines(translations, seed.greedy) == []
     bleu = sacrebleu.corpus_bleu([translation.text for translation in translations], [seed.references])
-    assert bleu.score == pytest.approx(seed.greedy_bleu, abs=BLEU_TOLERANCE)
+    assert bleu.score == pytest.approx(seed.bleu("greedy"), abs=BLEU_TOLERANCE)
+
+
+def test_lines_of_three_beams_equal_the_reference(translator: Translator, seed: Seed) -> None:
+    translations = translator.translate(seed.sources[:BEAM_SAMPLE], beam_size=3, rows=24)
+    assert differing_lines(translations, seed.beam3[:BEAM_SAMPLE]) == []
+
+
+@pytest.mark.proof
+def test_all_lines_of_three_beams_equal_the_reference(translator: Translator, seed: Seed) -> None:
+    translations = translator.translate(seed.sources, beam_size=3)
+    assert differing_lines(translations, seed.beam3) == []
+    bleu = sacrebleu.corpus_bleu([translation.text for translation in translations], [seed.references])
+    assert bleu.score == pytest.approx(seed.bleu("beam3"), abs=BLEU_TOLERANCE)
 
 
 @pytest.mark.parametrize("backend", ["onnx", "torchscript"])

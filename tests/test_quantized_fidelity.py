@@ -59,7 +59,7 @@ def test_fewer_bits_are_smaller_and_hardly_worse(
     text.write_text("\n".join(seed.sources[:CALIBRATION_LINES]) + "\n", encoding="utf-8")
     bundle = exported(seed, tmp_path / "bundle", precision, text if calibrated else None)
     assert size(bundle) <= MOST_BYTES[precision] * size(float32)
-    assert bleu(seed, bundle) == pytest.approx(seed.greedy_bleu, abs=MOST_BLEU[precision])
+    assert bleu(seed, bundle) == pytest.approx(seed.bleu("greedy"), abs=MOST_BLEU[precision])
 
 
 def test_every_number_of_rows_gives_the_same_lines_in_int8(seed: Seed, tmp_path: Path) -> None:

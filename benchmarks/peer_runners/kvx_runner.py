@@ -58,7 +58,7 @@ def _together(translator: Translator, sources: list[Source], options: TranslateO
         return decode(translator.backend, shared, Greedy(), plan, stats)
 
     ordered = sorted(sources, key=lambda source: len(source.ids), reverse=True)
-    return side_by_side(greedy, workers, ordered, DecodeStats(), at_once=plan.group)
+    return side_by_side([greedy] * workers, ordered, DecodeStats(), at_once=plan.group)
 
 
 def _eager(request: Request) -> Translator:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +25,10 @@ ONNX_TYPES = {"float32": 1, "int64": 7, "bool": 9, "float16": 10, "bfloat16": 16
 NO_CAPTURE = -1
 WARM_UP_RUNS = 2
 OUT_OF_MEMORY = ("failed to allocate", "out of memory", "bad_alloc", "bad allocation")
+
+MakeRows = Callable[[Capacity], "DeviceRows"]
+
+MOST_IDLE = 4
 
 _log = logging.getLogger("kvx")
 _graph_ids = itertools.count(1)
@@ -115,22 +123,73 @@ class DeviceRows:
         self.write(LoopState.idle(self.capacity))
 
 
-def allocate(make: Any, capacity: Capacity, size: int, device: Device) -> Any:  # noqa: ANN401
-    """What `make` makes of a capacity of `size` bytes. Raises CapacityError, naming the rows that would fit, where the
-    device has not the memory; what was tried is given back.
-    """
-    try:
-        return make(capacity)
-    except Exception as error:
-        if not _is_out_of_memory(error):
-            raise
-    rows = capacity.rows // 2
-    while rows and not _fits(make, Capacity(rows, capacity.target, capacity.source)):
-        rows //= 2
-    raise CapacityError(
+class IdleRows:
+    """Rows that no decode has at the moment, a few of them, so that what is allocated and captured serves again."""
+
+    def __init__(self, make: MakeRows, device: Device) -> None:
+        self._make = make
+        self._device = device
+        self._idle: list[DeviceRows] = []
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def taken(self, capacity: Capacity, size: int) -> Iterator[DeviceRows]:
+        """Rows of a capacity of `size` bytes, for one decode. Raises CapacityError."""
+        rows = self._take(capacity) or self._allocate(capacity, size)
+        try:
+            yield rows
+        finally:
+            self._give_back(rows)
+
+    def _take(self, capacity: Capacity) -> DeviceRows | None:
+        with self._lock:
+            found = next((rows for rows in self._idle if rows.capacity == capacity), None)
+            if found is not None:
+                self._idle.remove(found)
+            return found
+
+    def _give_back(self, rows: DeviceRows) -> None:
+        with self._lock:
+            self._idle.append(rows)
+            if len(self._idle) > MOST_IDLE:
+                self._idle.pop(0).release()
+
+    def _allocate(self, capacity: Capacity, size: int) -> DeviceRows:
+        """New rows, if need be in the place of idle ones. What was tried in vain is given back."""
+        try:
+            return self._make(capacity)
+        except Exception as error:
+            if not _is_out_of_memory(error):
+                raise
+        self._drop_idle()
+        fitting = capacity.rows
+        while fitting and not self._fits(replace(capacity, rows=fitting)):
+            fitting //= 2
+        if fitting == capacity.rows:
+            return self._make(capacity)
+        raise _no_memory(capacity, size, fitting, self._device)
+
+    def _drop_idle(self) -> None:
+        with self._lock:
+            for rows in self._idle:
+                rows.release()
+            self._idle.clear()
+
+    def _fits(self, capacity: Capacity) -> bool:
+        try:
+            self._make(capacity).release()
+        except Exception as error:
+            if not _is_out_of_memory(error):
+                raise
+            return False
+        return True
+
+
+def _no_memory(capacity: Capacity, size: int, fitting: int, device: Device) -> CapacityError:
+    return CapacityError(
         f"{capacity.rows} rows of {capacity.target} target and {capacity.source} source positions, {size:,} bytes, "
         f"for which {device} has no memory",
-        expected=f"at most {rows} rows",
+        expected=f"at most {fitting} rows",
         remedy="Plan fewer rows (--rows) or fewer new tokens (--max-new-tokens), or free memory of the device.",
     )
 
@@ -148,16 +207,6 @@ def _host_zeros(spec: TensorSpec, shape: tuple[int, ...]) -> NDArray[Any] | ort.
         return np.zeros(shape, spec.dtype)
     bits = np.zeros(shape, np.uint16)  # numpy has no bfloat16
     return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, ONNX_TYPES["bfloat16"])
-
-
-def _fits(make: Any, capacity: Capacity) -> bool:  # noqa: ANN401
-    try:
-        make(capacity)
-    except Exception as error:
-        if not _is_out_of_memory(error):
-            raise
-        return False
-    return True
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import threading
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,12 +14,15 @@ import numpy as np
 import onnxruntime as ort
 
 from kvx.runtime.backend import FloatArray, IntArray, Step, StepOutput, Tensors
-from kvx.runtime.cache import KVCache
-from kvx.runtime.errors import BundleError, DeviceError, OptionError
-from kvx.runtime.manifest import BEAMS_FILE, CHUNK_FILE, GRAPH_FILES, PROJECTION_FILE, SHORTLIST_FILE
+from kvx.runtime.backends.device_rows import DeviceRows, IdleRows
+from kvx.runtime.cache import Capacity, KVCache
+from kvx.runtime.device import HOST, Device, not_to_be_had
+from kvx.runtime.errors import BundleError, OptionError
+from kvx.runtime.manifest import BEAMS_FILE, CHUNK_FILE, GRAPH_FILES, LOOP_FILE, PROJECTION_FILE, SHORTLIST_FILE
 from kvx.runtime.processor import available_threads, bytes_saturate
 from kvx.runtime.signature import (
     CHUNK_FEATURES,
+    LOOP_FEATURES,
     Axis,
     Dimensions,
     Signature,
@@ -28,20 +34,20 @@ from kvx.runtime.signature import (
 )
 
 ENCODER_FILE, STEP_FILE = GRAPH_FILES["onnx"]
-CPU = "CPUExecutionProvider"
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+CUDA_LIBRARY = Path(ort.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
 ERRORS_ONLY_AS_EXCEPTIONS = 4
 SLOWER_FUSIONS = ["SkipLayerNormFusion"]  # 0.3 ms instead of 0.05 for 256 tokens of 256 channels on a CPU
 WARNINGS = 2  # ONNX Runtime's default
-ELEMENT_TYPES = {"tensor(int64)": "int64", "tensor(float)": "float32"}
+ELEMENT_TYPES = {"tensor(int64)": "int64", "tensor(bool)": "bool", "tensor(float)": "float32"}
 
 
 class OnnxBackend:
     """The sessions over one bundle's weights; every decode has buffers and bindings of its own.
 
     `threads` compute threads (default: the cores this process may use), all in each operator, or shared out to
-    `workers` where their number is given; `spin` lets them wait busily within a run, never between runs; `device` is
-    "cpu", "cuda" or "cuda:<index>". Raises BundleError where a graph is not the contract's, DeviceError where the
-    session runs elsewhere than asked.
+    `workers` where their number is given; `spin` lets them wait busily within a run, never between runs. Raises
+    BundleError where a graph is not the contract's, DeviceError where the session runs elsewhere than asked.
     """
 
     name = "onnx"
@@ -55,10 +61,11 @@ class OnnxBackend:
         threads: int | None = None,
         workers: int | None = None,
         spin: bool = False,
-        device: str = "cpu",
+        device: Device = HOST,
     ) -> None:
         all_threads = available_threads() if threads is None else threads
-        self.decodes = all_threads if workers is None else workers
+        alone = all_threads if device.kind == "cpu" else 1  # a device is shared by the rows of one decode
+        self.decodes = alone if workers is None else workers
         if not 1 <= self.decodes <= all_threads:
             raise OptionError(
                 f"threads = {all_threads}, workers = {self.decodes}",
@@ -73,6 +80,9 @@ class OnnxBackend:
         self._beams = _Graph(folder / BEAMS_FILE, step_signature(dimensions, features.beams), machine)
         shortlist = _Graph(folder / SHORTLIST_FILE, step_signature(dimensions, features.shortlisted), machine)
         self.shortlisting = OnnxShortlisting(shortlist, dimensions, folder) if shortlist.exists else None
+        self._loop = _Graph(folder / LOOP_FILE, step_signature(dimensions, LOOP_FEATURES), machine, captured=True)
+        self.loops = self._loop.exists and device.kind != "cpu"
+        self._idle_rows = IdleRows(self._new_rows, device)
         self.features = features
         self.query_tokens = self._chunk.exists
         self.cache_specs = cache_specs(dimensions)
@@ -98,9 +108,23 @@ class OnnxBackend:
 
         return step
 
+    def loop_rows(self, capacity: Capacity) -> AbstractContextManager[DeviceRows]:
+        """Idle rows of this capacity, for one decode. Raises CapacityError where the device cannot hold them."""
+        return self._idle_rows.taken(capacity, self.loop_bytes(capacity))
+
+    def loop_bytes(self, capacity: Capacity) -> int:
+        """Bytes of the buffers at this capacity."""
+        return capacity.bytes(self._loop.signature.inputs)
+
+    def _new_rows(self, capacity: Capacity) -> DeviceRows:
+        encoder, loop = self._encoder, self._loop
+        device = loop.machine.device
+        graphs = encoder.session(), encoder.signature, loop.session(), loop.signature
+        return DeviceRows(*graphs, capacity, device, capture=device.kind != "cpu")
+
     def load(self) -> None:
         """Loads what is otherwise loaded when it is first needed. Raises BundleError."""
-        for graph in (self._chunk, self._beams):
+        for graph in (self._chunk, self._beams, self._loop):
             if graph.exists:
                 graph.session()
         if self.shortlisting is not None:
@@ -273,11 +297,12 @@ class _Graph:
     services never score, or never have several rows a sentence.
     """
 
-    def __init__(self, path: Path, signature: Signature, machine: _Machine) -> None:
+    def __init__(self, path: Path, signature: Signature, machine: _Machine, *, captured: bool = False) -> None:
         self.signature = signature
         self.exists = path.is_file()
+        self.machine = machine
         self._path = path
-        self._machine = machine
+        self._captured = captured
         self._lock = threading.Lock()
         self._session: ort.InferenceSession | None = None
 
@@ -285,7 +310,7 @@ class _Graph:
         """What runs it. Raises BundleError where it cannot be loaded or is not the contract's."""
         with self._lock:
             if self._session is None:
-                session = _session(self._path, self._machine)
+                session = _session(self._path, self.machine, captured=self._captured)
                 _check_contract(session, self.signature, self._path.name)
                 self._session = session
             return self._session
@@ -301,7 +326,7 @@ class _Machine(NamedTuple):
 
     threads: int
     spin: bool
-    device: str
+    device: Device
 
 
 def _options(machine: _Machine) -> ort.SessionOptions:
@@ -317,11 +342,12 @@ def _options(machine: _Machine) -> ort.SessionOptions:
     return options
 
 
-def _session(path: Path, machine: _Machine) -> ort.InferenceSession:
+def _session(path: Path, machine: _Machine, *, captured: bool) -> ort.InferenceSession:
     options = _options(machine)
-    wanted, providers = _providers(machine.device)
+    wanted, providers = _providers(machine.device, captured=captured)
     if wanted != CPU:
         ort.set_default_logger_severity(ERRORS_ONLY_AS_EXCEPTIONS)  # a provider that fails to load is logged there
+        _find_installed_libraries()
     try:
         session = ort.InferenceSession(path, options, providers=providers, disabled_optimizers=SLOWER_FUSIONS)
     except Exception as error:  # ONNX Runtime raises a type of its own for each status
@@ -335,24 +361,24 @@ def _session(path: Path, machine: _Machine) -> ort.InferenceSession:
             ort.set_default_logger_severity(WARNINGS)
     got = session.get_providers()[0]
     if got != wanted:
-        raise DeviceError(
-            f"a session on {got.removesuffix('ExecutionProvider')}",
-            expected=f"device {machine.device}",
-            remedy="Check the driver and the CUDA libraries (onnxruntime.preload_dlls), or use --device cpu.",
-        )
+        raise not_to_be_had(machine.device, f"a session on {got.removesuffix('ExecutionProvider')}", CUDA_LIBRARY)
     return session
 
 
-def _providers(device: str) -> tuple[str, list[Any]]:
-    kind, _, index = device.partition(":")
-    if kind == "cpu" and not index:
+def _providers(device: Device, *, captured: bool) -> tuple[str, list[Any]]:
+    if device.kind == "cpu":
         return CPU, [CPU]
-    if kind == "cuda" and (not index or index.isdecimal()):
-        cuda = "CUDAExecutionProvider"
-        if cuda in ort.get_available_providers():
-            return cuda, [(cuda, {"device_id": int(index or 0)}), CPU]
-        return cuda, [CPU]
-    raise DeviceError(f"device {device!r}", expected="cpu, cuda or cuda:<index>", remedy="Correct the device.")
+    if CUDA not in ort.get_available_providers():
+        return CUDA, [CPU]
+    return CUDA, [(CUDA, {"device_id": device.index, "enable_cuda_graph": str(int(captured))}), CPU]
+
+
+def _find_installed_libraries() -> None:
+    """Loads the CUDA libraries that pip has installed; what is missing is said when the session is not on CUDA, and
+    not by what ONNX Runtime prints here.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        ort.preload_dlls()
 
 
 def _check_contract(session: ort.InferenceSession, signature: Signature, file: str) -> None:

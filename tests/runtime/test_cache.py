@@ -14,6 +14,7 @@ from kvx.runtime.errors import CapacityError
 from kvx.runtime.signature import Dimensions, TensorSpec, cache_specs
 
 SPECS = cache_specs(Dimensions(layers=2, heads=2, head_width=3, vocab_size=5))
+SHARED_SPECS = cache_specs(Dimensions(layers=2, heads=2, head_width=3, vocab_size=5), shared_sources=True)
 LARGEST = 6
 Values = dict[str, list[NDArray[Any]]]  # a tensor's name → the [H, D] of each position
 
@@ -123,6 +124,169 @@ class PackedRows(RuleBasedStateMachine):
 
 TestPackedRows = PackedRows.TestCase
 TestPackedRows.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+class Seats(RuleBasedStateMachine):
+    """Several rows a seat against lists: a seat of the model is its source and what each of its rows has written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counter = 0.0
+        self.seats: list[tuple[EncodedSource, list[list[float]]]] = []
+
+    @initialize(seats=st.integers(1, 4), beams=st.integers(2, 4), spare=st.integers(0, 1), shared=st.booleans())
+    def begin(self, seats: int, beams: int, spare: int, shared: bool) -> None:
+        self.beams = beams
+        self.specs = SHARED_SPECS if shared else SPECS
+        self.cache = KVCache(self.specs, Capacity(seats * beams + spare, 2, 2, beams))
+        assert self.cache.shared_sources == shared
+
+    @rule(length=st.integers(0, LARGEST), batch=st.integers(1, 3), data=st.data())
+    def admit(self, length: int, batch: int, data: st.DataObject) -> None:
+        self.counter += 10_000
+        source = encoded(length, batch=batch, index=data.draw(st.integers(0, batch - 1)), start=self.counter)
+        seat = data.draw(st.none() | st.integers(0, len(self.seats)))
+        target = len(self.seats) if seat is None else seat
+        if length > self.cache.capacity.source or target >= self.cache.capacity.seats:
+            with pytest.raises(CapacityError):
+                self.cache.admit(source, seat)
+            return
+        assert self.cache.admit(source, seat) == target
+        self.seats[target : target + 1] = [(source, [[] for _ in range(self.beams)])]
+
+    @precondition(lambda self: self.seats and self.longest() < self.cache.capacity.target)
+    @rule()
+    def step(self) -> None:
+        for row, written in enumerate(self.written()):
+            self.counter += 1
+            for spec in (spec for spec in self.specs if "T" in spec.axes):
+                self.cache.buffers[spec.name][row, :, self.cache.lengths[row]] = self.counter
+            written.append(self.counter)
+        self.cache.advance()
+
+    @precondition(lambda self: self.seats)
+    @rule(data=st.data())
+    def follow(self, data: st.DataObject) -> None:
+        """Within each seat any row may go on from any other, also two from each other."""
+        beams = st.integers(0, self.beams - 1)
+        choices = data.draw(st.lists(beams, min_size=self.cache.active, max_size=self.cache.active))
+        parents = [row // self.beams * self.beams + choice for row, choice in enumerate(choices)]
+        before = [list(written) for written in self.written()]
+        self.cache.follow(np.array(parents))
+        for written, parent in zip(self.written(), parents, strict=True):
+            written[:] = before[parent]
+
+    @precondition(lambda self: self.seats)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        seat = data.draw(st.integers(0, len(self.seats) - 1))
+        assert self.cache.release(seat) == len(self.seats) - 1
+        self.seats[seat] = self.seats[-1]
+        self.seats.pop()
+
+    @rule(beyond=st.integers(0, 2))
+    def release_nobody(self, beyond: int) -> None:
+        with pytest.raises(CapacityError):
+            self.cache.release(len(self.seats) + beyond)
+
+    @precondition(lambda self: self.seats)
+    @rule(data=st.data())
+    def move(self, data: st.DataObject) -> None:
+        origin, destination = (data.draw(st.integers(0, len(self.seats) - 1)) for _ in range(2))
+        self.cache.move(origin, destination)
+        source, rows = self.seats[origin]
+        self.seats[destination] = source, [list(written) for written in rows]
+
+    @rule(seats=st.integers(0, 5), own=st.integers(1, LARGEST), source=st.integers(1, LARGEST), other=st.booleans())
+    def resize(self, seats: int, own: int, source: int, other: bool) -> None:
+        generation, held = self.cache.generation, self.cache.capacity
+        wanted = Capacity(seats * self.beams, own, source, self.beams + other)
+        longest_source = max((source.length for source, _ in self.seats), default=0)
+        if other or seats < len(self.seats) or own < self.longest() or source < longest_source:
+            with pytest.raises(CapacityError):
+                self.cache.resize(wanted)
+            assert (self.cache.generation, self.cache.capacity) == (generation, held)
+            return
+        self.cache.resize(wanted)
+        assert self.cache.generation > generation
+        assert self.cache.capacity == wanted
+
+    @invariant()
+    def holds_what_the_model_holds(self) -> None:
+        cache = self.cache
+        assert cache.active == len(self.seats) * self.beams
+        assert cache.seated == len(self.seats)
+        assert cache.bytes == cache.capacity.bytes(self.specs)
+        for spec in self.specs:
+            assert cache.buffers[spec.name].shape == spec.shape(cache.capacity.sizes)
+            assert np.isfinite(cache.buffers[spec.name]).all()
+        assert cache.lengths[: cache.active].tolist() == [len(written) for written in self.written()]
+        per_seat = 1 if cache.shared_sources else self.beams
+        assert len(cache.source_lengths) == len(cache.lengths) // (self.beams if cache.shared_sources else 1)
+        lengths = [source.length for source, _ in self.seats for _ in range(per_seat)]
+        assert cache.source_lengths[: len(lengths)].tolist() == lengths
+        for spec in self.specs:
+            buffer = cache.buffers[spec.name]
+            if "T" in spec.axes:
+                for row, written in enumerate(self.written()):
+                    assert (buffer[row, :, : len(written)] == np.array(written)[:, None]).all()
+            else:
+                for place in range(len(lengths)):
+                    source, _ = self.seats[place // per_seat]
+                    expected = source.tensors[spec.name][source.index, :, : source.length]
+                    np.testing.assert_array_equal(buffer[place, :, : source.length], expected)
+
+    def written(self) -> list[list[float]]:
+        return [written for _, rows in self.seats for written in rows]
+
+    def longest(self) -> int:
+        return max(map(len, self.written()), default=0)
+
+
+TestSeats = Seats.TestCase
+TestSeats.settings = settings(max_examples=60, stateful_step_count=25, deadline=None, derandomize=True)
+
+
+def test_following_copies_nothing_where_all_stay() -> None:
+    cache = KVCache(SPECS, Capacity(4, 3, 4, 2))
+    for _ in range(2):
+        cache.admit(encoded(2))
+    cache.advance()
+    for buffer in cache.buffers.values():
+        buffer.flags.writeable = False
+    cache.follow(np.arange(4))
+
+
+def test_following_touches_neither_sources_nor_what_is_not_written() -> None:
+    cache = KVCache(SPECS, Capacity(2, 3, 4, 2))
+    cache.admit(encoded(2))
+    cache.advance()
+    for spec in SPECS:
+        if "S" in spec.axes:
+            cache.buffers[spec.name].flags.writeable = False
+        else:
+            cache.buffers[spec.name][0], cache.buffers[spec.name][1] = 5, 7
+    cache.follow(np.array([0, 0]))
+    for spec in SPECS:
+        if "T" in spec.axes:
+            assert (cache.buffers[spec.name][1, :, :1] == 5).all()
+            assert (cache.buffers[spec.name][1, :, 1:] == 7).all()
+
+
+@pytest.mark.parametrize("beams", [1, 2, 3, 5])
+def test_shared_sources_take_the_bytes_of_one_row_of_a_seat(beams: int) -> None:
+    shared, copied = (Capacity(4 * beams, 7, 9, beams).bytes(specs) for specs in (SHARED_SPECS, SPECS))
+    sources = Capacity(4, 0, 9).bytes(SPECS)
+    assert copied - shared == (beams - 1) * sources
+    assert Capacity(4 * beams, 7, 0, beams).bytes(SHARED_SPECS) == Capacity(4 * beams, 7, 0).bytes(SPECS)
+
+
+def test_rows_that_make_no_whole_seat_are_never_taken() -> None:
+    cache = KVCache(SPECS, Capacity(5, 3, 3, 2))
+    assert [cache.admit(encoded(1)) for _ in range(2)] == [0, 1]
+    with pytest.raises(CapacityError, match="2 taken"):
+        cache.admit(encoded(1))
+    assert cache.active == 4
 
 
 @pytest.mark.parametrize("capacity", [Capacity(1, 1, 1), Capacity(4, 32, 64), Capacity(3, 5, 0), Capacity(0, 9, 9)])

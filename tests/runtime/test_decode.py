@@ -7,6 +7,7 @@ knows nothing but what it finds in the cache: whatever is lost or mixed up in th
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from kvx.runtime.backend import IntArray, Step, StepOutput, Tensors
 from kvx.runtime.cache import Capacity, KVCache
 from kvx.runtime.decode import decode
-from kvx.runtime.plan import SMALLEST_CAPACITY, Plan
+from kvx.runtime.plan import GROUP_POSITIONS, SMALLEST_CAPACITY, Plan
 from kvx.runtime.rows import Source
 from kvx.runtime.schedule import DecodeStats, Outcome
 from kvx.runtime.search import Greedy
@@ -263,6 +264,24 @@ def test_a_decode_may_be_closed_half_way(taken: int) -> None:
     assert left >= 30 - taken - PLAN.rows - PLAN.group
     rest = list(decode(backend, taken_from(waiting), Greedy(), PLAN))  # the next decode has a cache of its own
     assert len(rest) == left
+
+
+@pytest.mark.parametrize("steps", [0, 1, 7])
+def test_cancelling_ends_every_source_as_far_as_it_has_come_however_many_there_are(steps: int) -> None:
+    backend = FakeBackend()
+    sources = (source(index, 5, seed=index, positions=200) for index in itertools.count())
+    plan = dataclasses.replace(PLAN, group=30)  # more than there are rows, and than the encoder gets at once
+    outcomes = decode(backend, sources, Greedy(), plan, cancelled=lambda: len(backend.rows) >= steps)
+    found = list(itertools.islice(outcomes, 60))
+    assert [outcome.index for outcome in sorted(found, key=lambda outcome: outcome.index)] == list(range(60))
+    assert backend.groups == [GROUP_POSITIONS // 200]
+    assert len(backend.rows) == steps
+    for outcome in found:
+        ids = outcome.best.ids
+        assert ids == translation(source(outcome.index, 5, seed=outcome.index, positions=200).ids)[: len(ids)]
+        assert outcome.reason(outcome.best) == ("end" if len(ids) == 5 else "cancelled")
+        assert outcome.best.score is None
+    assert sum(len(outcome.best.ids) for outcome in found) == sum(backend.rows)
 
 
 def test_two_decodes_on_one_backend_do_not_disturb_each_other() -> None:

@@ -368,6 +368,21 @@ def test_a_single_beam_and_a_single_candidate_are_greedy(
         assert beam[key][0].log_probabilities == pytest.approx(found[0].log_probabilities)
 
 
+def test_the_graphs_own_argmax_is_taken_only_where_nothing_is_constrained() -> None:
+    class Choosing(FakeBackend):
+        def bind(self, cache: KVCache) -> Step:
+            step = super().bind(cache)
+            return lambda ids: (output := step(ids))._replace(next_ids=output.logits.argmax(axis=-1))
+
+    sources, filters = sources_of(range(10)), Constraints((LeastTokens(6),))
+    for constraints in (UNCONSTRAINED, filters):
+        chosen, plain = (
+            backend.run(sources, Greedy(), 8, constraints=constraints) for backend in (Choosing(3), FakeBackend(3))
+        )
+        assert chosen == plain
+    assert min(len(one.ids) for (one,) in plain.values()) == 6
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(vocabulary=st.integers(3, 12), size=st.integers(1, 6), seeds=seeds, early=st.booleans(), data=st.data())
 def test_the_best_are_sorted_distinct_and_no_more_than_asked_for(
@@ -403,6 +418,42 @@ def test_beams_go_on_from_what_is_given_as_if_it_had_come_by_itself(
         assert [one.ids for one in found[source.index, 0]] == [(*given_ids, *ids) for _, ids in expected]
         for one in found[source.index, 0]:
             assert one.score == pytest.approx(whole.score(source.ids, one.ids), abs=TIE)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(
+    "search", [Greedy(), Sampling(seed=2), BeamSearch(4, n_best=4)], ids=lambda one: type(one).__name__
+)
+def test_attention_is_that_of_each_hypothesis_own_tokens(search: Search, shared: bool) -> None:
+    class Attentive(FakeBackend):
+        """The weights of a step are as much its own as its logits."""
+
+        def attention(self, source: Ids, target: Ids) -> FloatArray:
+            return np.resize(self.logits(source, target), len(source))
+
+        def bind(self, cache: KVCache) -> Step:
+            step = super().bind(cache)
+            weights = np.zeros((cache.capacity.rows, 50), np.float32)  # used again and again, as a graph's outputs are
+
+            def attentive(input_ids: IntArray) -> StepOutput:
+                output = step(input_ids)
+                for row in range(len(input_ids)):
+                    source = self._source(cache, row)
+                    target = cache.buffers["past"][row, 0, : cache.lengths[row] + 1, 0].astype(int).tolist()
+                    weights[row] = 999
+                    weights[row, : len(source)] = self.attention(source, tuple(target))
+                return output._replace(attention=weights[: len(input_ids)])
+
+            return attentive
+
+    backend, sources = Attentive(7, shared=shared), sources_of(range(12))
+    plan = backend.plan(beams=search.beams, seats=3, limit=8)
+    for outcome in decode(backend, sources, search, plan, with_attention=True):
+        source = sources[outcome.index].ids
+        for one in outcome.hypotheses:
+            own = [backend.attention(source, (BOS, *one.ids[:at])) for at in range(len(one.ids))]
+            assert one.attention is not None
+            np.testing.assert_array_equal(one.attention, np.stack(own))
 
 
 def test_a_search_over_many_positions_keeps_its_beams_apart_while_the_cache_grows() -> None:
