@@ -4,7 +4,7 @@
 
 One decode loop of one thread, longest first. Prints a Markdown table: BLEU and chrF against REFERENCE, the median and
 the least seconds, how many times faster by the medians, C (the tokens that a step's output projection ran over, on
-average), the share of sentences that are translated as without the shortlist, and how many had the whole vocabulary.
+average), the share of sentences that are translated as without the shortlist, and how many it did not know.
 Compare rows of one run only; machines are noisy.
 """
 
@@ -49,10 +49,10 @@ def row(beams: int, name: str, test_set: ParallelText, measured: Measured, plain
     pairs = zip(measured.translations, plain.translations, strict=True)
     equal = sum(one.ids == other.ids for one, other in pairs) / len(plain.translations)
     stats = measured.stats
-    columns = f"{stats.columns / stats.steps:.0f} | {equal:.1%} | {stats.fallbacks}" if stats.columns else "– | – | –"
+    columns = f"{stats.columns / stats.listed_steps:.0f}" if stats.listed_steps else "–"
     return (
         f"| {beams} | {name} | {bleu:.2f} | {chrf:.2f} | {measured.median:.2f} | {min(measured.seconds[1:]):.2f} | "
-        f"{plain.median / measured.median:.2f} | {columns} |"
+        f"{plain.median / measured.median:.2f} | {columns} | {equal:.1%} | {stats.fallbacks} |"
     )
 
 
@@ -80,7 +80,7 @@ def main() -> None:
             options = TranslateOptions(rows=arguments.rows, workers=1, window=len(test_set.sources), beam_size=size)
             options = replace(options, shortlist=arguments.shortlist) if listed else options
             found.run(translator, test_set.sources, options)
-    print("| beams | vocabulary | BLEU | chrF | median s | least s | × | C | equal | whole |")
+    print("| beams | vocabulary | BLEU | chrF | median s | least s | × | C | equal | unknown |")
     print("|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     for (size, listed), found in measured.items():
         print(row(size, "shortlist" if listed else "whole", test_set, found, measured[size, False]))

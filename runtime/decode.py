@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 
 from kvx.runtime.backend import Backend, Step, shortlisting_of
@@ -31,8 +32,8 @@ def decode(
     """Sources, any number and in any order → what becomes of each target, as it is over.
 
     Sources are drawn only as seats fall free. Where `cancelled` answers true, between two steps, every target ends as
-    it is. The cache belongs to this decode and goes with it, also where the consumer stops half-way. With a
-    `shortlist`, which the backend must have steps for, a target is made of the candidates of its source.
+    it is. The cache belongs to this decode and goes with it, also where the consumer stops half-way. By a
+    `shortlist`, which must know all sources and which the backend must have steps for, targets are made of candidates.
     """
     stats = stats or DecodeStats()
     schedule = Schedule(backend, iter(sources), plan, search, stats, with_attention=with_attention, shortlist=shortlist)
@@ -44,6 +45,23 @@ def decode(
         output = step(rows.next_ids())
         logits = constraints(output.logits, rows)
         yield from schedule.record(search.choose(output, logits, rows), output.attention)
+
+
+def decode_known(
+    decode_some: Callable[..., Iterator[Outcome]], sources: Iterable[Source], shortlist: Shortlist, stats: DecodeStats
+) -> Iterator[Outcome]:
+    """What becomes of all sources: of those that the shortlist knows by it, of others by the whole vocabulary, which
+    would cost all those beside them as much. `decode_some` is `decode` with all that is the same for both.
+    """
+    for known, some in itertools.groupby(sources, key=lambda source: shortlist.knows(source.ids)):
+        listed = {"shortlist": shortlist} if known else {}
+        yield from decode_some(_counted(some, stats, unknown=not known), **listed)
+
+
+def _counted(sources: Iterable[Source], stats: DecodeStats, *, unknown: bool) -> Iterator[Source]:
+    for source in sources:
+        stats.fallbacks += unknown
+        yield source
 
 
 def _bind(backend: Backend, schedule: Schedule, stats: DecodeStats, *, shortlisted: bool) -> Step:

@@ -61,7 +61,7 @@ class Weights(NamedTuple):
 @dataclass(slots=True, eq=False)
 class Seat:
     """One target of one source while it is searched for. `state` is the search's own; `candidates` are the tokens that
-    the target may be made of, ascending, None where these are all.
+    the target may be made of, ascending, where there is a shortlist.
     """
 
     index: int

@@ -48,7 +48,7 @@ class Outcome:
 class DecodeStats:
     """What a decode did: `row_steps` is the sum over steps of the rows that ran, `row_places` of those planned;
     `cache_bytes` the most that the buffers held at a time. With a shortlist, `columns` is the sum over steps of the
-    tokens that the output projection ran over, and `fallbacks` are the targets that had the whole vocabulary.
+    tokens that the output projection ran over, in `listed_steps`, and `fallbacks` are the sources that it did not know.
     """
 
     sentences: int = 0
@@ -59,6 +59,7 @@ class DecodeStats:
     repacks: int = 0
     cache_bytes: int = 0
     columns: int = 0
+    listed_steps: int = 0
     fallbacks: int = 0
 
     @property
@@ -89,7 +90,7 @@ class Schedule:
     """Fills free seats from a stream of sources and retires those that are over.
 
     Without a search all targets are given and only scored; then up to `at_once` tokens of all rows together may be
-    taken in one step. With a `shortlist` every seat has its candidates.
+    taken in one step. With a `shortlist`, which must know all sources, every seat has its candidates.
     """
 
     def __init__(
@@ -213,8 +214,9 @@ class Schedule:
         limit = self._plan.max_new_tokens if self._search else len(waiting.given)
         who = Seat(source.index, target, encoded.length, state)
         if self._shortlist is not None:
-            who.candidates = self._shortlist.of_sentence(source.ids, waiting.given)
-            self._stats.fallbacks += who.candidates is None
+            assert self._shortlist.knows(source.ids), "a source that the shortlist does not know"
+            candidates = self._shortlist.candidates(source.ids)
+            who.candidates = np.union1d(candidates, np.array(waiting.given, np.int64))
         self.rows.take(seat, who, waiting.given, encoded, limit)
 
     def _encode_next_group(self) -> None:

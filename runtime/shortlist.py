@@ -84,19 +84,10 @@ class Shortlist:
         chosen[np.concatenate([targets[:0], *(targets[offsets[one] : offsets[one + 1]] for one in source_ids)])] = True
         return np.flatnonzero(chosen)
 
-    def covers(self, source_ids: Sequence[int]) -> bool:
-        """Whether every one of these pieces, without special ids, has targets."""
-        ids = np.asarray(source_ids, np.int64)
-        return bool((self.offsets[ids] < self.offsets[ids + 1]).all())
-
-    def of_sentence(self, source_ids: Sequence[int], given: Sequence[int] = ()) -> NDArray[np.int64] | None:
-        """source_ids [S], bos first and eos last → the candidates of a translation that begins with the `given` ids,
-        or None, which are all tokens, where the shortlist does not know a piece.
-        """
-        if not self.covers(source_ids[1:-1]):
-            return None
-        found = self.candidates(source_ids)
-        return np.union1d(found, given).astype(np.int64) if given else found
+    def knows(self, source_ids: Sequence[int]) -> bool:
+        """source_ids [S], bos first and eos last → whether every piece between them has targets."""
+        pieces = np.asarray(source_ids[1:-1], np.int64)
+        return bool((self.offsets[pieces] < self.offsets[pieces + 1]).all())
 
     def write(self, path: Path) -> None:
         """Writes an .npz file, which appears when it is complete. Raises InputError where it cannot be made."""

@@ -12,7 +12,7 @@ from kvx.runtime.backend import FloatArray, IntArray, Shortlisting, StepOutput
 from kvx.runtime.rows import Rows, Seat
 from kvx.runtime.schedule import DecodeStats
 
-COLUMNS = 128  # C is a multiple of it: few shapes, and at most so many columns for nothing
+COLUMNS = 128  # C is a multiple of it, so that there are few shapes
 LEAST_COLUMNS = 512  # for fewer, split among threads, products may be added up in another order
 SPARE = 1.25  # columns at hand for each one needed, before those that nobody needs are dropped
 
@@ -20,7 +20,7 @@ SPARE = 1.25  # columns at hand for each one needed, before those that nobody ne
 class ShortlistedStep:
     """A decoder step → logits [n, V], those of the candidates of each row's own sentence and −∞ for all other tokens.
 
-    What a sentence's neighbours may say is never visible to it. A row without candidates has the whole vocabulary.
+    What a sentence's neighbours may say is never visible to it.
     """
 
     def __init__(self, shortlisting: Shortlisting, rows: Rows, stats: DecodeStats) -> None:
@@ -29,7 +29,6 @@ class ShortlistedStep:
         self._rows = rows
         self._stats = stats
         self._seats: list[Seat] = []
-        self._whole = np.empty(0, np.int64)  # the rows with the whole vocabulary
         self._tokens = np.empty(0, np.int64)  # where candidates stand in the logits of all tokens, flat
         self._found = np.empty(0, np.int64)  # and in those of the columns
         self._logits = np.full((len(rows.tokens), len(shortlisting.projection)), -np.inf, np.float32)  # [R, V]
@@ -40,23 +39,19 @@ class ShortlistedStep:
             self._follow_seats()
         output = self._step(input_ids, self._columns.projection)
         self._logits.reshape(-1)[self._tokens] = output.logits.reshape(-1)[self._found]
-        if self._whole.size:
-            self._logits[self._whole] = output.logits[self._whole]
         self._stats.columns += self._columns.count
+        self._stats.listed_steps += 1
         return output._replace(logits=self._logits[: len(input_ids)])
 
     def _follow_seats(self) -> None:
         """Seats have been taken, given back or moved: other columns, in other rows."""
         self._logits.reshape(-1)[self._tokens] = -np.inf
-        self._logits[self._whole] = -np.inf
         self._seats = list(self._rows.seats)
-        beams = self._rows.beams
-        of_rows = [seat.candidates for seat in self._seats for _ in range(beams)]
-        listed = [(row, ids) for row, ids in enumerate(of_rows) if ids is not None]
-        self._whole = np.array([row for row, ids in enumerate(of_rows) if ids is None], np.int64)
-        ids = np.concatenate([self._whole[:0], *(ids for _, ids in listed)])
-        rows = np.repeat([row for row, _ in listed], [len(ids) for _, ids in listed]).astype(np.int64)
-        self._columns.hold(None if self._whole.size else ids)
+        of_rows = [seat.candidates for seat in self._seats for _ in range(self._rows.beams)]
+        listed = [ids for ids in of_rows if ids is not None]
+        assert len(listed) == len(of_rows), "a seat without candidates"
+        ids, rows = np.concatenate(listed), np.repeat(np.arange(len(listed)), list(map(len, listed)))
+        self._columns.hold(ids)
         self._tokens = rows * self._logits.shape[1] + ids
         self._found = rows * len(self._columns.projection) + self._columns.of[ids]
 
@@ -71,23 +66,18 @@ class Columns:
     def __init__(self, whole: FloatArray) -> None:
         self.of: IntArray = np.full(len(whole), -1, np.int64)
         self.count = 0
-        self.projection = whole[:0]
         self._all = whole
         self._own = np.zeros((LEAST_COLUMNS, whole.shape[1]), np.float32)
+        self.projection = self._own
 
-    def hold(self, ids: IntArray | None) -> None:
-        """Makes sure that these tokens have a column, or all: only those that have none yet are copied, and for all
-        none at all.
-        """
-        if ids is None:
-            self.of, self.count, self.projection = np.arange(len(self._all)), len(self._all), self._all
-            return
+    def hold(self, ids: IntArray) -> None:
+        """Makes sure that these tokens have a column: only those that have none yet are copied."""
         needed = np.zeros(len(self._all), np.bool_)
         needed[ids] = True
         missing = np.flatnonzero(needed & (self.of < 0))
-        if self.projection is self._all or self.count + len(missing) > SPARE * needed.sum() + COLUMNS:
+        if self.count + len(missing) > SPARE * needed.sum() + COLUMNS:
             missing, self.count = np.flatnonzero(needed), 0
-            self.of = np.full(len(self._all), -1, np.int64)
+            self.of.fill(-1)
         self._append(missing)
 
     def _append(self, ids: IntArray) -> None:

@@ -14,7 +14,7 @@ from typing import NamedTuple, Self, Unpack
 from kvx.runtime.alignment import align, replace_unknown
 from kvx.runtime.backend import Backend, FloatArray, shortlisting_of, specs_of
 from kvx.runtime.bundle import Bundle
-from kvx.runtime.decode import decode
+from kvx.runtime.decode import decode, decode_known
 from kvx.runtime.device import Device
 from kvx.runtime.errors import DeviceError, InputError
 from kvx.runtime.loop import LoopBackend, decode_in_blocks
@@ -338,17 +338,17 @@ class Translator:
             return partial(_in_blocks, backend, plan, stop)
 
         def decode_them(sources: Iterator[Source], stats: DecodeStats) -> Iterator[Outcome]:
-            return decode(
+            decode_some = partial(
+                decode,
                 backend,
-                sources,
-                search,
-                plan,
-                stats,
+                search=search,
+                plan=plan,
+                stats=stats,
                 constraints=constraints,
                 with_attention=options.with_attention,
-                shortlist=shortlist,
                 cancelled=stop,
             )
+            return decode_some(sources) if shortlist is None else decode_known(decode_some, sources, shortlist, stats)
 
         return decode_them
 
@@ -388,7 +388,7 @@ class _Request(NamedTuple):
 class _Queue:
     """Texts on their way to the decoder, longest first within a window, and their translations back in order.
 
-    Those that a shortlist does not know come last: beside one that has the whole vocabulary, all others cost as much.
+    Those that a shortlist does not know come last, as they are not decoded beside the others.
     """
 
     requests: Iterator[_Request]
@@ -438,8 +438,7 @@ class _Queue:
             self._given += 1
 
     def _rank(self, source: Source) -> tuple[bool, int]:
-        known = self.shortlist is None or self.shortlist.covers(source.ids[1:-1])
-        return known, len(source.ids)
+        return self.shortlist is None or self.shortlist.knows(source.ids), len(source.ids)
 
     def _read_window(self) -> list[tuple[int, _Request]]:
         window: list[tuple[int, _Request]] = []

@@ -259,7 +259,7 @@ class TestTranslating:
     def translate(*arguments: str | Path) -> Result:
         return CliRunner().invoke(app, ["translate", "--device", "cpu", *map(str, arguments)])
 
-    @pytest.mark.parametrize("more", [[], ["--samples", "1", "--seed", "1"], ["--workers", "2", "--rows", "2"]])
+    @pytest.mark.parametrize("more", [[], ["--samples", "1", "--top-k", "1"], ["--workers", "2", "--rows", "2"]])
     def test_translate_says_how_many_candidates_there_were(
         self, shortlist_bundle: Path, listed: Path, more: list[str]
     ) -> None:
@@ -267,7 +267,7 @@ class TestTranslating:
             "--model", shortlist_bundle, "--shortlist", listed, "--stats", *more, "twelve", "nine", "seven hundred"
         )
         assert (found.exit_code, found.stdout) == (0, "zwölf\nneun\nsiebenhundert\n")
-        assert re.search(r", \d+ candidates a step, 1 with the whole vocabulary\n$", found.stderr)
+        assert re.search(r", \d+ candidates a step, 1 sentences that the shortlist does not know\n$", found.stderr)
 
     def test_without_a_list_no_candidates_are_spoken_of(self, shortlist_bundle: Path) -> None:
         found = self.translate("--model", shortlist_bundle, "--stats", "twelve")
