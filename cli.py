@@ -571,6 +571,10 @@ def evaluate(
     from kvx.runtime.options import TranslateOptions
 
     names = [_backend(name) for name in backend.split(",")]
+    if shortlist is not None and set(names) != {BackendName.ONNX}:
+        raise OptionError(
+            f"--shortlist with --backend {backend}", expected="onnx alone", remedy="Leave out the others."
+        )
     test_set = evaluation.ParallelText(_read_file(source, limit), _read_file(reference, limit))
     options = TranslateOptions(
         max_new_tokens=max_new_tokens,

@@ -281,6 +281,11 @@ class TestTranslating:
         assert found.exit_code == 0
         assert "| onnx" in found.stdout
 
+    def test_evaluate_refuses_backends_that_have_no_such_steps(self, shortlist_bundle: Path, listed: Path) -> None:
+        files = ("--source", listed.parent / "source", "--reference", listed.parent / "target")
+        line = ["evaluate", str(shortlist_bundle), "--backend", "onnx,torch"]
+        refused(invoke(line, *files, "--shortlist", listed), listed.parent / "nothing", "--shortlist with --backend")
+
     def test_a_bundle_without_the_graph_is_refused(self, numbers_bundle: Path, listed: Path) -> None:
         refused(
             self.translate("--model", numbers_bundle, "--shortlist", listed, "one"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -259,6 +259,21 @@ class TestFallback:
         known = [shortlist.knows(ids) for ids in encoded]
         assert known == sorted(known, reverse=True)
         assert len(set(known)) == 2
+
+    def test_a_window_of_one_answers_every_text_before_it_reads_the_next(
+        self, translator: Translator, some: Path
+    ) -> None:
+        taken = 0
+
+        def feed() -> Iterator[str]:
+            nonlocal taken
+            for text in TEXTS:
+                taken += 1
+                yield text
+
+        options = TranslateOptions(shortlist=some, window=1)
+        for answered, _ in enumerate(translator.translate_iter(feed(), options), 1):
+            assert taken == answered
 
     def test_control_pieces_need_no_row(self, translator: Translator) -> None:
         ids = translator.manifest.source_ids
