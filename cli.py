@@ -86,12 +86,15 @@ class Lowering(StrEnum):
 
     ORT = "ort"
     STANDARD = "standard"
+    CUDA = "cuda"
 
 
 class Precision(StrEnum):
     """What weights are stored in."""
 
     FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
     INT8 = "int8"
     INT4 = "int4"
 
@@ -121,18 +124,25 @@ class OnLongSource(StrEnum):
 
 VerifyTextOption = Annotated[Path | None, typer.Option(help="Also prove greedy translations of the lines of a file.")]
 VerifyReferenceOption = Annotated[
-    Path | None, typer.Option(help="Reference translations of --verify-text: how much BLEU int8 or int4 lose.")
+    Path | None, typer.Option(help="Reference translations of --verify-text: how much BLEU fewer bits lose.")
 ]
 ToleranceOption = Annotated[
     float | None,
-    typer.Option(help="Largest difference from eager, relative above 1 [default: 1e-4; int8 0.1, int4 0.25]."),
+    typer.Option(
+        help="Largest difference from eager, relative above 1 "
+        "[default: 1e-4; fp16 0.005, bf16 0.04, int8 0.1, int4 0.25]."
+    ),
 ]
 EqualLinesOption = Annotated[
     float | None,
-    typer.Option(help="Least share of lines that int8 or int4 translate as eager does [default: int8 0.8, int4 0.4]."),
+    typer.Option(
+        help="Least share of lines that fewer bits translate as eager does "
+        "[default: fp16 0.95, bf16 0.9, int8 0.8, int4 0.4]."
+    ),
 ]
 BleuLostOption = Annotated[
-    float | None, typer.Option(help="Most BLEU that may be lost against eager [default: int8 0.5, int4 1.0].")
+    float | None,
+    typer.Option(help="Most BLEU that may be lost against eager [default: fp16 0.2, bf16 0.3, int8 0.5, int4 1.0]."),
 ]
 
 
@@ -164,13 +174,19 @@ def export(
     ] = None,
     heads: Annotated[int | None, typer.Option(help="Attention heads [default: d_model / 64].")] = None,
     format_: Annotated[
-        ExportFormat | None, typer.Option("--format", help="What to write [default: both; onnx for int8 and int4].")
+        ExportFormat | None,
+        typer.Option("--format", help="What to write [default: both; onnx with fewer bits or for CUDA]."),
     ] = None,
     lowering: Annotated[
-        Lowering, typer.Option(help="Operators of the ONNX graphs: ONNX Runtime's own, or the standard's alone.")
-    ] = Lowering.ORT,
+        Lowering | None,
+        typer.Option(
+            help="Operators of the ONNX graphs: ONNX Runtime's own, the standard's alone, or those for captured CUDA "
+            "graphs [default: ort; cuda with fp16 and bf16]."
+        ),
+    ] = None,
     precision: Annotated[
-        Precision, typer.Option(help="Weights: int8 for many sentences at a time, int4 for one at a time.")
+        Precision,
+        typer.Option(help="fp16 or bf16 for CUDA; weights alone: int8 for many sentences at a time, int4 for one."),
     ] = Precision.FP32,
     calibration: Annotated[
         Path | None, typer.Option(help="Fix the scales of int8 on the lines of a file, which is faster.")
@@ -210,7 +226,7 @@ def export(
         target_tokenizer=target_tokenizer,
         heads=heads,
         format=None if format_ is None else format_.value,
-        lowering=lowering.value,
+        lowering=None if lowering is None else lowering.value,
         precision=precision.value,
         calibration=calibration,
         max_new_tokens=max_new_tokens,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvx.exporter.ort import OrtOperators
 from kvx.exporter.standard import OPSET, StandardOperators, attend
-from kvx.models.operators import KeyValue, positions_below, weigh
+from kvx.models.operators import KeyValue, blend, positions_below, weigh
 from kvx.models.transformer import Attention
 
 
@@ -39,7 +39,7 @@ class StandardBeamOperators(StandardOperators):
         weights = weigh(query, cross.key, visible)
         by_row = torch.cat([torch.tensor([-1]), _size(cross.key, axis=2)])
         mean = _reshape(weights.mean(dim=1), by_row, (x.shape[0], cross.key.shape[2]))
-        return _merge(attention, weights @ cross.value, x), mean
+        return _merge(attention, blend(weights, cross.value), x), mean
 
 
 class OrtBeamOperators(StandardBeamOperators, OrtOperators):

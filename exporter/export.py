@@ -9,15 +9,17 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, Self, get_args
 
 import numpy as np
 
 import kvx
 from kvx.exporter.beams import OrtBeamOperators, StandardBeamOperators
 from kvx.exporter.calibrate import calibrate
+from kvx.exporter.cuda import CudaOperators
 from kvx.exporter.graphs import EncoderGraph, ShortlistGraph, StepGraph
-from kvx.exporter.loop import LoopGraph, OrtLoopOperators
+from kvx.exporter.halves import in_precision
+from kvx.exporter.loop import LoopGraph
 from kvx.exporter.onnx import write_onnx
 from kvx.exporter.ort import OrtOperators
 from kvx.exporter.parity import Check, ParityOptions, ParityReport
@@ -27,6 +29,7 @@ from kvx.exporter.standard import OPSET, StandardOperators
 from kvx.exporter.torchscript import write_torchscript
 from kvx.exporter.verify import prove_bundle, read_sources, read_verification
 from kvx.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from kvx.models.operators import Operators
 from kvx.models.transformer import Transformer
 from kvx.runtime.backends import onnx, torchscript
 from kvx.runtime.bundle import CHECKPOINT_FILE, SOURCE_TOKENIZER_FILE, TARGET_TOKENIZER_FILE, Bundle
@@ -34,6 +37,7 @@ from kvx.runtime.errors import BundleError, OptionError, ParityError, TokenizerE
 from kvx.runtime.manifest import (
     BEAMS_FILE,
     CHUNK_FILE,
+    ELEMENTS,
     LOOP_FILE,
     PROJECTION_FILE,
     SHORTLIST_FILE,
@@ -47,7 +51,7 @@ from kvx.runtime.signature import CHUNK_FEATURES, StepFeatures, cache_specs
 from kvx.runtime.tokenizer import Tokenizer
 
 Format = Literal["onnx", "torchscript", "both"]
-Lowering = Literal["ort", "standard"]
+Lowering = Literal["ort", "standard", "cuda"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,14 +61,15 @@ class ExportOptions:
     `checkpoint`: the file. `output`: the bundle's folder (default artifacts/<name of the checkpoint's folder>).
     `source_tokenizer`, `target_tokenizer`: sentencepiece models (default: source.model and target.model beside the
     checkpoint). `heads`: the head count of a bare state dict. `format`: what to write; "both" also writes model.pt
-    (default: both, and onnx where weights are quantised). `lowering`: the operators of the ONNX graphs, "ort" for ONNX
-    Runtime's own, "standard" for ai.onnx alone. `precision`: that of the weights. `calibration`: text on which the
-    scales of bytes are fixed; without it every row has its own. `max_new_tokens`: the bundle's default limit. `verify`:
-    whether to prove the export, also on the lines of `verify_text` and against their translations in
-    `verify_reference`. `loop`: whether to write the graph that feeds itself, too. `force`: replace an existing bundle.
-    `attention`: steps also give the attention to the source of a decoder layer, the `attention_layer` counted from 0
-    (default: the last). `shortlist`: also write what translating with a shortlist needs. Raises OptionError for what
-    does not go together.
+    (default: both, and onnx with fewer bits or for CUDA). `lowering`: the operators of the ONNX graphs, "ort" for ONNX
+    Runtime's own, "standard" for ai.onnx alone, "cuda" for those that a captured CUDA graph may hold (default: cuda
+    with fp16 and bf16, else ort). `precision`: that of the weights. `calibration`: text on which the scales of bytes
+    are fixed; without it every row has its own. `max_new_tokens`: the bundle's default limit. `verify`: whether to
+    prove the export, also on the lines of `verify_text` and against their translations in `verify_reference`. `loop`:
+    whether to write the graph that feeds itself with any lowering, not with "cuda" alone. `force`: replace an existing
+    bundle. `attention`: steps also give the attention to the source of a decoder layer, the `attention_layer` counted
+    from 0 (default: the last). `shortlist`: also write what translating with a shortlist needs. Raises OptionError for
+    what does not go together.
     """
 
     checkpoint: Path
@@ -73,7 +78,7 @@ class ExportOptions:
     target_tokenizer: Path | None = None
     heads: int | None = None
     format: Format | None = None
-    lowering: Lowering = "ort"
+    lowering: Lowering | None = None
     precision: Precision = "fp32"
     calibration: Path | None = None
     max_new_tokens: int | None = None
@@ -92,28 +97,35 @@ class ExportOptions:
         if problems:
             raise OptionError(
                 ", ".join(problems),
-                expected="int8 and int4 with the ort lowering and the onnx format, calibration and limits on "
-                "translations with these only, references with their sources, a layer from 0 up with its attention, "
-                "and a shortlist with the onnx format",
+                expected="int8 and int4 with the ort lowering, bf16 with cuda, whose kernels alone have it, fewer bits "
+                "and cuda with the onnx format, calibration with int8 and int4, limits on translations with fewer bits "
+                "only, references with their sources, a layer from 0 up with its attention, and a shortlist with the "
+                "onnx format",
                 remedy="Leave out what does not go together.",
             )
 
     def _unknown(self) -> Iterator[str]:
-        known = {"lowering": get_args(Lowering), "precision": get_args(Precision), "format": (None, *get_args(Format))}
+        known = {
+            "lowering": (None, *get_args(Lowering)),
+            "precision": get_args(Precision),
+            "format": (None, *get_args(Format)),
+        }
         for name, choices in known.items():
             if getattr(self, name) not in choices:
                 yield f"--{name} {getattr(self, name)}"
 
     def _contradictions(self) -> Iterator[str]:
-        if self.quantized and self.lowering == "standard":
-            yield f"--precision {self.precision} with --lowering standard"
-        if self.quantized and self.format not in (None, "onnx"):
+        if (self.quantized and self.operators != "ort") or (self.precision == "bf16" and self.operators != "cuda"):
+            yield f"--precision {self.precision} with --lowering {self.operators}"
+        if self.reduced and self.format not in (None, "onnx"):
             yield f"--precision {self.precision} with --format {self.format}"
+        elif self.operators == "cuda" and self.format not in (None, "onnx"):
+            yield f"--lowering cuda with --format {self.format}"
         if self.calibration is not None and not self.quantized:
-            yield "--calibration with --precision fp32"
-        if self.verify_reference is not None and (self.verify_text is None or not self.verify or not self.quantized):
+            yield f"--calibration with --precision {self.precision}"
+        if self.verify_reference is not None and (self.verify_text is None or not self.verify or not self.reduced):
             yield "--verify-reference without --verify-text, with --no-verify or with --precision fp32"
-        if self.parity.equal_lines is not None and (self.verify_text is None or not self.quantized):
+        if self.parity.equal_lines is not None and (self.verify_text is None or not self.reduced):
             yield "--equal-lines without --verify-text, or with --precision fp32"
         if self.parity.bleu_lost is not None and self.verify_reference is None:
             yield "--bleu-lost without --verify-reference"
@@ -123,8 +135,18 @@ class ExportOptions:
             yield f"--attention-layer {self.attention_layer}" + ("" if self.attention else " without --with-attention")
 
     @property
+    def operators(self) -> Lowering:
+        """The lowering, as given or as the precision has it by default."""
+        return self.lowering or ("cuda" if self.precision in ELEMENTS else "ort")
+
+    @property
     def quantized(self) -> bool:
-        """Whether weights get fewer bits."""
+        """Whether weights become codes of 8 or 4 bits."""
+        return self.reduced and self.precision not in ELEMENTS
+
+    @property
+    def reduced(self) -> bool:
+        """Whether anything has fewer bits than in the checkpoint."""
         return self.precision != "fp32"
 
     @property
@@ -132,7 +154,7 @@ class ExportOptions:
         """The formats to write."""
         if self.format in ("onnx", "torchscript"):
             return (self.format,)
-        return ("onnx",) if self.quantized else ("onnx", "torchscript")
+        return ("onnx",) if self.reduced or self.operators == "cuda" else ("onnx", "torchscript")
 
     def features(self, layers: int) -> StepFeatures:
         """What the step of a model with so many decoder layers has beyond the contract's core. Raises OptionError."""
@@ -143,7 +165,7 @@ class ExportOptions:
                 expected=f"0 to {layers - 1}, the model's decoder layers",
                 remedy="Correct it, or leave it out for the last.",
             )
-        presents = self.lowering == "ort" and "onnx" in self.formats
+        presents = self.operators == "ort" and "onnx" in self.formats
         return StepFeatures(source_presents=presents, attention=layer if self.attention else None)
 
     @property
@@ -268,12 +290,7 @@ def _write_graphs(
 ) -> None:
     model = checkpoint.model
     if "onnx" in options.formats:
-        _write_onnx_graphs(folder, options, model, features, report)
-        if options.loop:
-            report.phase("exporting the decoder that feeds itself to ONNX")
-            ops = OrtLoopOperators(model) if options.lowering == "ort" else StandardOperators()
-            widths, step = STEP_WIDTHS.get(options.precision), folder / onnx.STEP_FILE
-            write_onnx(LoopGraph(model, target_ids, ops), folder / LOOP_FILE, widths=widths, weights_of=step)
+        _write_onnx_graphs(folder, options, in_precision(model, options.precision), target_ids, features, report)
     if "torchscript" in options.formats:
         report.phase("tracing TorchScript")
         write_torchscript(EncoderGraph(model), folder / torchscript.ENCODER_FILE)
@@ -282,27 +299,52 @@ def _write_graphs(
         save_checkpoint(checkpoint, folder / CHECKPOINT_FILE)
 
 
+class _Lowered(NamedTuple):
+    """A lowering's operators for the encoder and the step, for several rows a sentence, and for the loop."""
+
+    step: Operators
+    beams: Operators
+    loop: Operators
+
+    @classmethod
+    def of(cls, lowering: Lowering, model: Transformer) -> Self:
+        """Of float32 the CUDA provider has no fused attention: there its lowering is the standard one."""
+        if lowering == "standard" or (lowering == "cuda" and model.element == "float32"):
+            return cls(StandardOperators(), StandardBeamOperators(), StandardOperators())
+        step = OrtOperators(model) if lowering == "ort" else CudaOperators(model)
+        return cls(step, OrtBeamOperators(model), CudaOperators(model))
+
+
 def _write_onnx_graphs(
-    folder: Path, options: ExportOptions, model: Transformer, features: StepFeatures, report: Report
+    folder: Path,
+    options: ExportOptions,
+    model: Transformer,
+    target_ids: SpecialIds,
+    features: StepFeatures,
+    report: Report,
 ) -> None:
-    fused = options.lowering == "ort"
-    ops = OrtOperators(model) if fused else StandardOperators()
+    lowered = _Lowered.of(options.operators, model)
     report.phase("exporting the encoder to ONNX")
-    write_onnx(EncoderGraph(model, ops), folder / onnx.ENCODER_FILE, widths=ENCODER_WIDTHS.get(options.precision))
+    write_onnx(
+        EncoderGraph(model, lowered.step), folder / onnx.ENCODER_FILE, widths=ENCODER_WIDTHS.get(options.precision)
+    )
     widths, step = STEP_WIDTHS.get(options.precision), folder / onnx.STEP_FILE
     report.phase("exporting the decoder step to ONNX")
-    write_onnx(StepGraph(model, ops, features), step, widths=widths)
+    write_onnx(StepGraph(model, lowered.step, features), step, widths=widths)
     report.phase("exporting the decoder for several tokens at once to ONNX")
-    write_onnx(StepGraph(model, ops, CHUNK_FEATURES), folder / CHUNK_FILE, widths=widths, weights_of=step)
+    write_onnx(StepGraph(model, lowered.step, CHUNK_FEATURES), folder / CHUNK_FILE, widths=widths, weights_of=step)
     report.phase("exporting the decoder for several rows a sentence to ONNX")
-    several = OrtBeamOperators(model) if fused else StandardBeamOperators()
-    beams = StepGraph(model, several, features.beams)
+    beams = StepGraph(model, lowered.beams, features.beams)
     write_onnx(beams, folder / BEAMS_FILE, widths=widths, weights_of=step)
     if options.shortlist:
         report.phase("exporting the decoder for a part of the vocabulary to ONNX")
-        shortlisted = ShortlistGraph(model, several, features.shortlisted)
+        shortlisted = ShortlistGraph(model, lowered.beams, features.shortlisted)
         write_onnx(shortlisted, folder / SHORTLIST_FILE, widths=widths, weights_of=step)
         np.save(folder / PROJECTION_FILE, model.head.weight.detach().numpy(), allow_pickle=False)
+    if options.loop or options.operators == "cuda":
+        report.phase("exporting the decoder that feeds itself to ONNX")
+        loop = LoopGraph(model, target_ids, lowered.loop)
+        write_onnx(loop, folder / LOOP_FILE, widths=widths, weights_of=step)
 
 
 def _describe(
@@ -317,7 +359,7 @@ def _describe(
         kvx_version=kvx.__version__,
         model=checkpoint.model.config.to_dict(),
         precision=options.precision,
-        lowering=options.lowering,
+        lowering=options.operators,
         features=features,
         opset=OPSET,
         max_new_tokens=checkpoint.max_new_tokens,

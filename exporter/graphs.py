@@ -23,7 +23,7 @@ class EncoderGraph(nn.Module):
         super().__init__()
         self.model = model
         self.ops = ops
-        self.signature = encoder_signature(Dimensions.of_model(model.config.to_dict()))
+        self.signature = encoder_signature(Dimensions.of_model(model.config.to_dict(), model.element))
 
     def forward(self, input_ids: Tensor, source_lengths: Tensor) -> tuple[Tensor, ...]:
         """input_ids [B, S], source_lengths [B] → 2·L tensors [B, H, S, D]."""
@@ -40,7 +40,7 @@ class StepGraph(nn.Module):
         self.model = model
         self.ops = ops
         self.features = features or StepFeatures()
-        self.signature = step_signature(Dimensions.of_model(model.config.to_dict()), self.features)
+        self.signature = step_signature(Dimensions.of_model(model.config.to_dict(), model.element), self.features)
 
     def forward(
         self, input_ids: Tensor, past_lengths: Tensor, source_lengths: Tensor, *caches: Tensor

@@ -14,10 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from kvx.exporter.graphs import caches_of, flatten
-from kvx.exporter.ort import OrtOperators
-from kvx.exporter.standard import StandardOperators
-from kvx.models.operators import EAGER, KeyValue, Operators
-from kvx.models.transformer import Attention, Transformer
+from kvx.models.operators import EAGER, Operators
+from kvx.models.transformer import Transformer
 from kvx.runtime.manifest import SpecialIds
 from kvx.runtime.signature import LOOP_FEATURES, Dimensions, step_signature
 
@@ -35,7 +33,7 @@ class LoopGraph(nn.Module):
         self.model = model
         self.ops = ops
         self.special_ids = special_ids
-        self.signature = step_signature(Dimensions.of_model(model.config.to_dict()), LOOP_FEATURES)
+        self.signature = step_signature(Dimensions.of_model(model.config.to_dict(), model.element), LOOP_FEATURES)
 
     def forward(
         self,
@@ -63,13 +61,3 @@ class LoopGraph(nn.Module):
         finished = over | (chosen == self.special_ids.eos) | (present_lengths >= limits)
         ids = past_ids.scatter(1, (present_lengths - advance)[:, None], next_ids[:, None])
         return next_ids, present_lengths, finished, ids, *flatten(stepped.presents)
-
-
-class OrtLoopOperators(OrtOperators):
-    """The `ort` lowering without what gives the source's keys and values back, for which the loop has no outputs."""
-
-    def cross_attention(
-        self, attention: Attention, x: Tensor, cross: KeyValue, source_lengths: Tensor
-    ) -> tuple[Tensor, KeyValue]:
-        """One token, x [B, E]; cross [B, H, S, D], source_lengths [B] → [B, E], and cross."""
-        return StandardOperators.cross_attention(self, attention, x, cross, source_lengths)

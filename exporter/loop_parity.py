@@ -60,7 +60,7 @@ def check_loop(trial: Trial, backend: Backend, folder: Path, plan: Plan) -> Chec
     Ragged sources, a limit for each row, rows whose place is taken when they have been finished for a while, fillers,
     and poison wherever no position is. Where eager's two best tokens are nearly equal either is right.
     """
-    truth, tried = trial.cache(), trial.cache(fillers=FILLERS)
+    truth, tried = trial.cache(), trial.cache(backend.cache_specs, fillers=FILLERS)
     loop = BoundLoop(folder / LOOP_FILE, trial.dimensions, _start(trial, tried, plan))
     eager_step, rows = trial.eager.bind(truth), truth.active
     found, idle = Differences(), np.zeros(rows, np.int64)

@@ -38,6 +38,8 @@ from kvx.runtime.shortlisted import LEAST_COLUMNS
 from kvx.runtime.signature import Dimensions, StepFeatures, TensorSpec, encoder_signature, step_signature
 
 POISON = 1e30  # any finite number may lie beyond a row's length
+HALF_POISON = 6e4  # in float16
+HALF_LARGEST = 65504 / 2  # what float32 may reach where float16 shall, which rounds and has other inputs
 ROWS = 5
 LONGEST_SOURCE = 23
 CHUNKS = (3, 1, 4, 2)
@@ -120,6 +122,9 @@ class Limits(NamedTuple):
 
 LIMITS: dict[Precision, Limits] = {
     "fp32": Limits(1e-4, 1.0, 0.0, neighbours=1e-4),
+    # Roundings of 11 and of 8 bits; kernels of 16 bits may differ for other numbers of rows, and then round elsewhere.
+    "fp16": Limits(5e-3, 0.95, 0.2, neighbours=5e-3),
+    "bf16": Limits(4e-2, 0.9, 0.3, neighbours=4e-2),
     "int8": Limits(0.1, 0.8, 0.5, neighbours=1e-4),
     "int4": Limits(0.25, 0.4, 1.0, neighbours=0.02),  # its products round otherwise for one row than for several
 }
@@ -263,7 +268,7 @@ class Trial:
     def check_steps(self, backend: ExportedGraphs) -> Iterator[Check]:
         """Logits and caches over many steps: rows at different positions, everything beyond their lengths poisoned."""
         logits, attention, caches, places = (Differences() for _ in range(4))
-        truth, tried = self.cache(), self.cache()
+        truth, tried = self.cache(), self.cache(backend.cache_specs)
         eager_step, step = self.eager.bind(truth), backend.bind(tried)
         presents = step_signature(self.dimensions, StepFeatures()).presents
         for number in range(self.steps):
@@ -303,7 +308,7 @@ class Trial:
     def check_chunks(self, backend: ExportedGraphs) -> Check:
         """Several tokens of each row at once against one after the other, rows at different positions, poisoned."""
         found = Differences()
-        truth, tried = self.cache(), self.cache()
+        truth, tried = self.cache(), self.cache(backend.cache_specs)
         eager_step, step = self.eager.bind(truth), backend.bind(tried)
         for number, size in enumerate(CHUNKS):
             ids = self.random.integers(0, self.model.config.target_vocab_size, (ROWS, size))
@@ -527,5 +532,6 @@ def poison(cache: KVCache, random: np.random.Generator) -> None:
     for spec in cache.specs:
         buffer, lengths = cache.buffers[spec.name], cache.source_lengths if "S" in spec.axes else cache.lengths
         outside = np.arange(buffer.shape[2]) >= lengths[:, None]
-        poison = random.choice([-POISON, POISON], size=buffer.shape).astype(buffer.dtype)
+        largest = HALF_POISON if buffer.dtype == np.float16 else POISON
+        poison = random.choice([-largest, largest], size=buffer.shape).astype(buffer.dtype)
         np.copyto(buffer, poison, where=outside[:, None, :, None])

@@ -1,11 +1,13 @@
-"""What fewer bits cost: a quantised export against the float32 model, in tensors, in translations, in BLEU and chrF."""
+"""What fewer bits cost: an export against the float32 model, in tensors, in translations, in BLEU and chrF."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from kvx.exporter.parity import Check, ExportedGraphs, Limits, ParityOptions, Trial, translations
+from kvx.exporter.halves import peaks
+from kvx.exporter.parity import HALF_LARGEST, Check, ExportedGraphs, Limits, ParityOptions, Trial, translations
+from kvx.models.backend import TorchBackend
 from kvx.models.transformer import Transformer
 from kvx.runtime.backend import Backend
 from kvx.runtime.evaluation import corpus_scores
@@ -23,7 +25,7 @@ class VerificationText:
     detokenize: Callable[[Ids], str]
 
 
-def prove_quantized(
+def prove_reduced(
     model: Transformer,
     backend: ExportedGraphs,
     plan: Plan,
@@ -31,16 +33,26 @@ def prove_quantized(
     limits: Limits,
     text: VerificationText | None,
 ) -> Iterator[Check]:
-    """The checks of one quantised backend, one by one as they are done."""
+    """The checks of one backend with fewer bits, one by one as they are done."""
     trial = Trial(model, options, limits.tolerance, backend.features.attention)
     yield from trial.check_tensors(backend)
     yield trial.check_neighbours(backend, limits.neighbours)
+    if any(spec.dtype == "float16" for spec in backend.cache_specs):
+        yield check_range(backend, model, plan, [*trial.drawn_sources(), *(text.sources if text else ())])
     if text is not None:
         expected = translations(trial.eager, text.sources, plan)
         got = translations(backend, text.sources, plan)
         yield check_lines(backend, expected, got, limits.equal_lines)
         if text.references:
             yield check_scores(backend, expected, got, text, limits.bleu_lost)
+
+
+def check_range(backend: Backend, model: Transformer, plan: Plan, sources: Sequence[Ids]) -> Check:
+    """How large anything gets that float16 has to hold, while float32 translates the sources."""
+    with peaks(model) as peak:
+        translations(TorchBackend(model, ops=peak), sources, plan)
+    detail = f"largest activation {peak.largest:.4g} in {peak.where}, {HALF_LARGEST:.0f} allowed"
+    return Check(backend.name, "range of float16", peak.largest <= HALF_LARGEST, detail)
 
 
 def check_lines(backend: Backend, expected: Mapping[int, Ids], got: Mapping[int, Ids], least: float) -> Check:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvx.models.operators import KeyValue, Operators, positions_below, weigh
+from kvx.models.operators import KeyValue, Operators, blend, positions_below, weigh
 from kvx.models.transformer import Attention, LayerNorm
 
 OPSET = 24
@@ -29,8 +29,8 @@ class StandardOperators(Operators):
         on the deviation itself is left out, which parity measures.
         """
         width = x.shape[-1]
-        scale = norm.gamma * ((width - 1) / width) ** 0.5
-        return torch.nn.functional.layer_norm(x, (width,), scale, norm.beta, FOLDED_EPSILON)
+        scale = (norm.gamma * ((width - 1) / width) ** 0.5).to(x.dtype)
+        return torch.nn.functional.layer_norm(x, (width,), scale, norm.beta.to(x.dtype), FOLDED_EPSILON)
 
     def project(self, attention: Attention, x: Tensor) -> tuple[Tensor, KeyValue]:
         """One token, x [B, E], or several, [B, Q, E] → queries, keys and values, [B, H, Q, D] each."""
@@ -76,7 +76,7 @@ class StandardOperators(Operators):
         """
         visible = positions_below(source_lengths, cross.key.shape[2])[:, None, None]
         weights = weigh(attention.token_query(x), cross.key, visible)
-        return attention.merge_token(weights @ cross.value), weights.mean(dim=(1, 2))
+        return attention.merge_token(blend(weights, cross.value)), weights.mean(dim=(1, 2))
 
 
 def attend(query: Tensor, past: KeyValue, lengths: Tensor, *, causal: bool = False, heads: int | None = None) -> Tensor:

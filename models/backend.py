@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvx.models.operators import KeyValue
+from kvx.models.operators import EAGER, KeyValue, Operators
 from kvx.models.transformer import Transformer
 from kvx.runtime.backend import FloatArray, IntArray, Step, StepOutput, Tensors
 from kvx.runtime.cache import KVCache
@@ -19,15 +19,16 @@ PAST_IDS = "past_ids"
 
 class TorchBackend:
     """Eager PyTorch with the cache of the contract. `attention_layer`: the decoder layer, counted from 0, whose
-    attention steps of one token give.
+    attention steps of one token give; `ops`: other operators than the eager ones.
     """
 
     name = "torch"
     query_tokens = True
     decodes = 1  # torch's compute threads are one pool, which a second decode would only fight for
 
-    def __init__(self, model: Transformer, *, attention_layer: int | None = None) -> None:
+    def __init__(self, model: Transformer, *, attention_layer: int | None = None, ops: Operators = EAGER) -> None:
         self.model = model
+        self._ops = ops
         self._attention_layer = attention_layer
         self.cache_specs: tuple[TensorSpec, ...] = cache_specs(Dimensions.of_model(model.config.to_dict()))
         self.beam_cache_specs = self.cache_specs
@@ -35,7 +36,7 @@ class TorchBackend:
     @torch.inference_mode()
     def encode(self, input_ids: IntArray, source_lengths: IntArray) -> Tensors:
         """input_ids [B, S], source_lengths [B] → cross keys and values [B, H, S, D] by the cache's names."""
-        cross = self.model.encode(torch.from_numpy(input_ids), torch.from_numpy(source_lengths))
+        cross = self.model.encode(torch.from_numpy(input_ids), torch.from_numpy(source_lengths), self._ops)
         return {
             name: tensor.numpy()
             for layer, keys_values in enumerate(cross)
@@ -49,7 +50,7 @@ class TorchBackend:
         def step(input_ids: IntArray) -> StepOutput:
             past, cross = self._keys_values(cache, "decoder"), self._keys_values(cache, "encoder")
             ids, layer = torch.from_numpy(input_ids), self._attention_layer if input_ids.ndim == 1 else None
-            stepped = self.model.step(ids, *_lengths(cache), past, cross, attention_layer=layer)
+            stepped = self.model.step(ids, *_lengths(cache), past, cross, self._ops, attention_layer=layer)
             return StepOutput(_array(stepped.logits), None, _array(stepped.attention))
 
         return step

@@ -30,20 +30,26 @@ def positions_below(lengths: Tensor, positions: int) -> Tensor:
 
 
 def weigh(query: Tensor, key: Tensor, visible: Tensor) -> Tensor:
-    """query [B, H, Q, D], key [B, H, K, D], visible [B, 1, Q or 1, K] → weights [B, H, Q, K], 0 where not visible.
+    """query [B, H, Q, D], key [B, H, K, D], visible [B, 1, Q or 1, K] → float32 weights [B, H, Q, K], 0 where not
+    visible.
 
     Of scaled dot-product attention (Vaswani et al. 2017, §3.2.1). Masked scores are replaced, not lowered, so that any
     finite number may lie under the mask.
     """
-    scores = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
+    scores = (query @ key.transpose(-2, -1)).float() / query.shape[-1] ** 0.5
     weights: Tensor = scores.masked_fill(~visible, MASKED_SCORE).softmax(dim=-1)
     return weights
 
 
 def attend(query: Tensor, past: KeyValue, visible: Tensor) -> Tensor:
     """query [B, H, Q, D], keys and values [B, H, K, D], visible [B, 1, Q or 1, K] → [B, H, Q, D]."""
-    attended: Tensor = weigh(query, past.key, visible) @ past.value
-    return attended
+    return blend(weigh(query, past.key, visible), past.value)
+
+
+def blend(weights: Tensor, value: Tensor) -> Tensor:
+    """weights [B, H, Q, K], value [B, H, K, D] → [B, H, Q, D] in the type of the values."""
+    blended: Tensor = weights.to(value.dtype) @ value
+    return blended
 
 
 class Operators:
@@ -94,7 +100,7 @@ class Operators:
         """
         visible = positions_below(source_lengths, cross.key.shape[2])[:, None, None]
         weights = weigh(attention.queries(x[:, None]), cross.key, visible)
-        return attention.merge(weights @ cross.value)[:, 0], weights.mean(dim=1)[:, 0]
+        return attention.merge(blend(weights, cross.value))[:, 0], weights.mean(dim=1)[:, 0]
 
     def shortlist_logits(self, x: Tensor, projection: Tensor) -> Tensor:
         """One token, x [B, E], and rows of the output projection [C, E] → logits [B, C]."""

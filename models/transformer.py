@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kvx.models.config import ModelConfig
-from kvx.models.operators import EAGER, KeyValue, Operators, attend, positions_below, weigh
+from kvx.models.operators import EAGER, KeyValue, Operators, attend, blend, positions_below, weigh
 
 
 def sinusoidal_positions(positions: int, d_model: int) -> Tensor:
@@ -46,7 +46,8 @@ class Linear(nn.Linear):
     largest_input: float | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        """[..., in] → [..., out]."""
+        """[..., in] → [..., out], in the type of the weights."""
+        input = input.to(self.weight.dtype)
         if input.ndim == 2:
             return super().forward(input)
         return super().forward(input.flatten(0, -2)).reshape(*input.shape[:-1], self.out_features)
@@ -168,7 +169,7 @@ class DecoderLayer(nn.Module):
         normed = EAGER.normalize(self.cross_attention_norm, x)
         visible = positions_below(source_lengths, cross.key.shape[2])[:, None, None]
         weights = weigh(self.cross_attention.queries(normed), cross.key, visible)
-        x = x + self.cross_attention.merge(weights @ cross.value)
+        x = x + self.cross_attention.merge(blend(weights, cross.value))
         fed: Tensor = self.feed_forward(EAGER.normalize(self.feed_forward_norm, x))
         return x + fed, weights
 
@@ -286,8 +287,13 @@ class Transformer(nn.Module):
             sources.append(given)
             attention = weights if weighed else attention
         hidden = ops.normalize(self.decoder_norm, x)
-        logits = self.head(hidden) if projection is None else ops.shortlist_logits(hidden, projection)
-        return Stepped(logits, presents, sources, attention)
+        logits = self.head(hidden) if projection is None else ops.shortlist_logits(hidden.float(), projection)
+        return Stepped(logits.float(), presents, sources, attention)
+
+    @property
+    def element(self) -> str:
+        """The type of its keys and values, as the contract calls it."""
+        return str(self.decoder[0].cross_attention.key.weight.dtype).removeprefix("torch.")
 
     @property
     def decoder(self) -> list[DecoderLayer]:

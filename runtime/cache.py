@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvx.runtime.errors import CapacityError
+from kvx.runtime.errors import CapacityError, OptionError
 from kvx.runtime.signature import TensorSpec
 
 
@@ -29,7 +29,7 @@ class Capacity:
 
     def bytes(self, specs: Iterable[TensorSpec]) -> int:
         """Bytes of the buffers `specs` at this capacity, known before anything is allocated."""
-        return sum(int(np.prod(spec.shape(self.sizes))) * np.dtype(spec.dtype).itemsize for spec in specs)
+        return sum(spec.bytes(self.sizes) for spec in specs)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -57,11 +57,17 @@ class KVCache:
     `buffers` by tensor name, described by `specs`; `lengths` [rows] positions written, `source_lengths` one for each
     row, or for each seat where the buffers of sources are shared by its rows; rows 0 … active − 1 are in use.
     `generation` changes whenever the buffers do, so that whoever bound them binds again. What lies beyond a row's
-    lengths is finite, never meaningful.
+    lengths is finite, never meaningful. Raises OptionError for bfloat16.
     """
 
     def __init__(self, specs: Sequence[TensorSpec], capacity: Capacity) -> None:
         self.specs = tuple(specs)
+        if any(spec.dtype == "bfloat16" for spec in self.specs):
+            raise OptionError(
+                "a cache in bfloat16 on the host, which numpy does not have",
+                expected="float32 or float16, or greedy translations without scores, whose cache is on the device",
+                remedy="Ask for no more than the best translation, or export with --precision fp16.",
+            )
         self.capacity = capacity
         self.shared_sources = any(spec.axes[0] == "G" for spec in self.specs)
         self.buffers = self._allocate(capacity)
@@ -79,6 +85,11 @@ class KVCache:
     def seated(self) -> int:
         """How many seats are in use."""
         return self.active // self.capacity.beams
+
+    @property
+    def longest_source(self) -> int:
+        """Positions of the longest source that is in use, 0 without any."""
+        return int(self.source_lengths[: self._sources_of(self.capacity, self.active)].max(initial=0))
 
     def admit(self, source: EncodedSource, seat: int | None = None) -> int:
         """Puts a sentence into a `seat` whose own has ended, else into the first free one; returns the seat.
@@ -150,7 +161,7 @@ class KVCache:
     def resize(self, capacity: Capacity) -> None:
         """Repacks the active rows into buffers of another capacity, which must hold what the rows hold."""
         used_target = int(self.lengths[: self.active].max(initial=0))
-        used_source = int(self.source_lengths[: self._sources_of(self.capacity, self.active)].max(initial=0))
+        used_source = self.longest_source
         if (
             capacity.rows < self.active
             or capacity.target < used_target

@@ -101,6 +101,8 @@ class Constraints:
         """logits [n, V] → the very same where nothing is constrained, else a copy of them with −∞ for what may not
         come next.
         """
+        if not self.filters and not rows.begun:
+            return logits
         given, tokens = rows.given_next()
         if not self.filters and not given.size:
             return logits

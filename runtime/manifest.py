@@ -35,7 +35,8 @@ GRAPH_FILES = {  # of each format: the encoder and the decoder step
     "onnx": ("encoder.onnx", "decoder_step.onnx"),
     "torchscript": ("encoder.ts", "decoder_step.ts"),
 }
-Precision = Literal["fp32", "int8", "int4"]  # of the weights; activations in and out of every operator are float32
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
+ELEMENTS: dict[Precision, str] = {"fp16": "float16", "bf16": "bfloat16"}  # of keys and values; else float32
 OLDER_PRECISIONS: dict[Any, Precision] = {"float32": "fp32"}
 LARGEST_MANIFEST = 16 * 2**20  # bytes
 LARGEST_SIZE = 2**24
@@ -83,7 +84,8 @@ class SpecialIds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """A bundle's description. `precision` is that of the weights, `lowering` names the operators of the ONNX graphs,
+    """A bundle's description. `precision` is that of the weights, with fp16 and bf16 also
+    of the keys and values and of what products take and give, `lowering` names the operators of the ONNX graphs,
     `model` is the model's configuration, `created` an ISO 8601 time in UTC, `max_new_tokens` the default limit of a
     translation, `parity` the report of the proof or None without one.
     """
@@ -103,8 +105,8 @@ class Manifest:
 
     @property
     def dimensions(self) -> Dimensions:
-        """L, H, D and V of the model."""
-        return Dimensions.of_model(self.model)
+        """L, H, D and V of the model, and the type of its keys and values."""
+        return Dimensions.of_model(self.model, ELEMENTS.get(self.precision, "float32"))
 
     @property
     def graphs(self) -> dict[str, Signature]:

@@ -103,6 +103,7 @@ class Rows:
         self.limits = np.zeros(plan.rows, np.int64)
         self.log_probabilities = np.zeros((plan.rows, plan.max_new_tokens))
         self.scores = np.zeros(plan.rows)
+        self.begun = False  # whether any target ever had a token given
         self._attention: list[Weights | None] = [None] * plan.rows
 
     @property
@@ -130,11 +131,15 @@ class Rows:
         self.cache.admit(encoded, seat)
         self.seats[seat : seat + 1] = [who]
         rows = self.of_seat(seat)
-        self.given[rows], self.limits[rows] = len(given), limit
-        self.tokens[rows, 1 : len(given) + 1] = given
+        self.limits[rows] = limit
+        self.given[rows] = len(given)
+        if given:
+            self.tokens[rows, 1 : len(given) + 1] = given
+            self.begun = True
         self.scores[rows] = -np.inf
         self.scores[rows.start] = 0.0
-        self._attention[rows] = [None] * self.beams
+        if self.with_attention:
+            self._attention[rows] = [None] * self.beams
 
     def vacate(self, seat: int) -> None:
         """Gives a seat back; the last one that is taken moves into its place."""
@@ -151,14 +156,14 @@ class Rows:
         self.cache.advance()
         if choice.parents is not None:
             self._follow(choice.parents)
-        rows, before = np.arange(self.n), self.lengths - 1
+        rows, lengths = np.arange(self.n), self.lengths
         if self.with_attention and attention is not None:
             self._note(attention if choice.parents is None else attention[choice.parents])
         if choice.log_probabilities is not None:
-            self.log_probabilities[rows, before] = choice.log_probabilities
+            self.log_probabilities[rows, lengths - 1] = choice.log_probabilities
         if choice.scores is not None:
             self.scores[: self.n] = choice.scores
-        self.tokens[rows, self.lengths] = choice.ids
+        self.tokens[rows, lengths] = choice.ids
 
     def read(self, row: int, rank_score: float | None = None) -> Hypothesis:
         """What a row has by now."""

@@ -249,7 +249,7 @@ class Schedule:
         """Makes room for the next tokens of every row, or gives up room that nobody needs."""
         cache, held = self.cache, self.cache.capacity
         target = int(cache.lengths[: cache.active].max(initial=0)) + tokens
-        source = max((seat.source_length for seat in self.rows.seats), default=1)
+        source = max(1, cache.longest_source)
         need = self._plan.capacity(target=target, source=source)
         too_large = need.target * SHRINK_BELOW <= held.target or need.source * SHRINK_BELOW <= held.source
         if target > held.target or too_large:

@@ -7,12 +7,14 @@ a letter where its size may differ from run to run, else its size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Self
 
 Axis = str | int
 
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "bool": 1}  # numpy has no bfloat16
 PAST = "past_key_values"
 PRESENT = "present"
 PAST_FINISHED = "past_finished"
@@ -29,6 +31,10 @@ class TensorSpec:
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The axes with their letters replaced by `sizes`."""
         return tuple(axis if isinstance(axis, int) else sizes[axis] for axis in self.axes)
+
+    def bytes(self, sizes: Mapping[str, int]) -> int:
+        """Bytes of the tensor at these sizes."""
+        return math.prod(self.shape(sizes)) * ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True, slots=True)

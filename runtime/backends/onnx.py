@@ -17,7 +17,7 @@ from kvx.runtime.backend import FloatArray, IntArray, Step, StepOutput, Tensors
 from kvx.runtime.backends.device_rows import DeviceRows, IdleRows
 from kvx.runtime.cache import Capacity, KVCache
 from kvx.runtime.device import HOST, Device, not_to_be_had
-from kvx.runtime.errors import BundleError, OptionError
+from kvx.runtime.errors import BundleError, DeviceError, OptionError
 from kvx.runtime.manifest import BEAMS_FILE, CHUNK_FILE, GRAPH_FILES, LOOP_FILE, PROJECTION_FILE, SHORTLIST_FILE
 from kvx.runtime.processor import available_threads, bytes_saturate
 from kvx.runtime.signature import (
@@ -39,15 +39,22 @@ CUDA_LIBRARY = Path(ort.__file__).parent / "capi" / "libonnxruntime_providers_cu
 ERRORS_ONLY_AS_EXCEPTIONS = 4
 SLOWER_FUSIONS = ["SkipLayerNormFusion"]  # 0.3 ms instead of 0.05 for 256 tokens of 256 channels on a CPU
 WARNINGS = 2  # ONNX Runtime's default
-ELEMENT_TYPES = {"tensor(int64)": "int64", "tensor(bool)": "bool", "tensor(float)": "float32"}
+ELEMENT_TYPES = {
+    "tensor(int64)": "int64",
+    "tensor(bool)": "bool",
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(bfloat16)": "bfloat16",
+}
 
 
 class OnnxBackend:
     """The sessions over one bundle's weights; every decode has buffers and bindings of its own.
 
     `threads` compute threads (default: the cores this process may use), all in each operator, or shared out to
-    `workers` where their number is given; `spin` lets them wait busily within a run, never between runs. Raises
-    BundleError where a graph is not the contract's, DeviceError where the session runs elsewhere than asked.
+    `workers` where their number is given; `spin` lets them wait busily within a run, never between runs; without
+    `capture` the steps of a loop on a device are launched one by one. Raises BundleError where a graph is not the
+    contract's, DeviceError where the session runs elsewhere than asked.
     """
 
     name = "onnx"
@@ -62,6 +69,7 @@ class OnnxBackend:
         workers: int | None = None,
         spin: bool = False,
         device: Device = HOST,
+        capture: bool = True,
     ) -> None:
         all_threads = available_threads() if threads is None else threads
         alone = all_threads if device.kind == "cpu" else 1  # a device is shared by the rows of one decode
@@ -73,6 +81,12 @@ class OnnxBackend:
                 remedy="Correct them or leave them out.",
             )
         threads = all_threads // (workers or 1)
+        if dimensions.element == "bfloat16" and device.kind == "cpu":
+            raise DeviceError(
+                "bfloat16 on cpu",
+                expected="cuda, where ONNX Runtime has kernels for it",
+                remedy="Use --device cuda, or export with another --precision.",
+            )
         machine = _Machine(threads, spin, device)
         self._encoder = _Graph(folder / ENCODER_FILE, encoder_signature(dimensions), machine)
         self._step = _Graph(folder / STEP_FILE, step_signature(dimensions, features), machine)
@@ -82,6 +96,7 @@ class OnnxBackend:
         self.shortlisting = OnnxShortlisting(shortlist, dimensions, folder) if shortlist.exists else None
         self._loop = _Graph(folder / LOOP_FILE, step_signature(dimensions, LOOP_FEATURES), machine, captured=True)
         self.loops = self._loop.exists and device.kind != "cpu"
+        self._capture = capture and device.kind != "cpu"
         self._idle_rows = IdleRows(self._new_rows, device)
         self.features = features
         self.query_tokens = self._chunk.exists
@@ -118,9 +133,8 @@ class OnnxBackend:
 
     def _new_rows(self, capacity: Capacity) -> DeviceRows:
         encoder, loop = self._encoder, self._loop
-        device = loop.machine.device
         graphs = encoder.session(), encoder.signature, loop.session(), loop.signature
-        return DeviceRows(*graphs, capacity, device, capture=device.kind != "cpu")
+        return DeviceRows(*graphs, capacity, loop.machine.device, capture=self._capture)
 
     def load(self) -> None:
         """Loads what is otherwise loaded when it is first needed. Raises BundleError."""

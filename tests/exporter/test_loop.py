@@ -13,8 +13,9 @@ import onnx
 import pytest
 from onnx.reference import ReferenceEvaluator
 
+from kvx.exporter.cuda import CudaOperators
 from kvx.exporter.export import ExportOptions, export
-from kvx.exporter.loop import LoopGraph, OrtLoopOperators
+from kvx.exporter.loop import LoopGraph
 from kvx.exporter.loop_parity import BoundLoop, State, check_loop
 from kvx.exporter.onnx import write_onnx
 from kvx.exporter.parity import ParityOptions, Trial, translations
@@ -59,7 +60,7 @@ def folder(
     request: pytest.FixtureRequest, tiny: Transformer, plan: Plan, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     path: Path = tmp_path_factory.mktemp("loop")
-    ops = OrtLoopOperators(tiny) if request.param == "ort" else StandardOperators()
+    ops = CudaOperators(tiny) if request.param == "ort" else StandardOperators()
     write_onnx(LoopGraph(tiny, SpecialIds(pad=PAD, bos=BOS, eos=plan.eos), ops), path / LOOP_FILE)
     return path
 
