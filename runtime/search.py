@@ -295,14 +295,14 @@ def largest(logits: FloatArray, count: int) -> tuple[FloatArray, IntArray]:
     if vocabulary > 4 * BLOCK * count:
         whole = vocabulary - vocabulary % BLOCK
         maxima = logits[:, :whole].reshape(n, -1, BLOCK).max(axis=-1)
-        blocks = np.argpartition(maxima, maxima.shape[1] - count, axis=-1)[:, -count:]
+        blocks = _places_of_largest(maxima, count)
         ids = (blocks[:, :, None] * BLOCK + np.arange(BLOCK)).reshape(n, -1)
         tail = np.broadcast_to(np.arange(whole, vocabulary), (n, vocabulary - whole))
         ids = np.concatenate([ids, tail], axis=1)
         candidates = np.take_along_axis(logits, ids, axis=-1)
     values = candidates
     if count < values.shape[1]:
-        kept = np.argpartition(values, values.shape[1] - count, axis=-1)[:, -count:]
+        kept = _places_of_largest(values, count)
         values, ids = np.take_along_axis(values, kept, axis=-1), np.take_along_axis(ids, kept, axis=-1)
     order = np.lexsort((ids, -values), axis=-1)
     values, ids = np.take_along_axis(values, order, axis=-1), np.take_along_axis(ids, order, axis=-1)
@@ -311,6 +311,16 @@ def largest(logits: FloatArray, count: int) -> tuple[FloatArray, IntArray]:
     for row in np.flatnonzero(crowded & (last[:, 0] > -np.inf)).tolist():
         ids[row] = np.argsort(-logits[row], kind="stable")[:count]
     return values, ids
+
+
+def _places_of_largest(values: FloatArray, count: int) -> IntArray:
+    """values [n, m] → where the `count` largest of each row are, in any order.
+
+    Negated, so that the many −∞ of a shortlist or a constraint come after the place that is looked for: before it they
+    cost ten times as much.
+    """
+    places: IntArray = np.argpartition(-values, count - 1, axis=-1)[:, :count]
+    return places
 
 
 def log_normalizers(logits: FloatArray) -> NDArray[np.float64]:
