@@ -204,6 +204,9 @@ def export(
     tolerance: ToleranceOption = None,
     equal_lines: EqualLinesOption = None,
     bleu_lost: BleuLostOption = None,
+    with_shortlist: Annotated[
+        bool, typer.Option("--with-shortlist", help="Also what translating with a shortlist needs (onnx).")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the bundle that is there.")] = False,
 ) -> None:
     """Export a checkpoint to a bundle, and prove it equal to eager PyTorch."""
@@ -234,6 +237,7 @@ def export(
         verify_reference=verify_reference,
         parity=ParityOptions(tolerance=tolerance, equal_lines=equal_lines, bleu_lost=bleu_lost),
         force=force,
+        shortlist=with_shortlist,
     )
     with _reporting() as report:
         manifest = run(options, report)
@@ -413,6 +417,13 @@ LengthPenaltyOption = Annotated[
     typer.Option(help="Beams are compared by log-probability / length^this [default: 1.0]."),
 ]
 
+ShortlistOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="A file of kvx shortlist: translate with its candidates alone, on a bundle made --with-shortlist."
+    ),
+]
+
 
 @app.command()
 def translate(
@@ -475,6 +486,7 @@ def translate(
     ] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: what has come gets less probable.")] = None,
     end_penalty: Annotated[float | None, typer.Option(help="Nats that ending costs.")] = None,
+    shortlist: ShortlistOption = None,
     align: Annotated[
         bool, typer.Option("--align", help="Also print source-target pairs of pieces; needs a bundle --with-attention.")
     ] = False,
@@ -531,6 +543,7 @@ def translate(
         no_repeated_ngrams=no_repeated_ngrams,
         repetition_penalty=repetition_penalty,
         end_penalty=end_penalty,
+        shortlist=shortlist,
         scores=scores,
         align=align or plot_attention is not None,
         replace_unknown=replace_unknown,
@@ -560,6 +573,7 @@ def evaluate(
     max_new_tokens: TokensOption = None,
     beam_size: BeamSizeOption = 1,
     length_penalty: LengthPenaltyOption = None,
+    shortlist: ShortlistOption = None,
     on_long: OnLongOption = OnLongSource.ERROR,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to a file.")] = None,
     hypotheses: Annotated[
@@ -573,11 +587,16 @@ def evaluate(
     from kvx.runtime.options import TranslateOptions
 
     names = [_backend(name) for name in backend.split(",")]
+    if shortlist is not None and set(names) != {BackendName.ONNX}:
+        raise OptionError(
+            f"--shortlist with --backend {backend}", expected="onnx alone", remedy="Leave out the others."
+        )
     test_set = evaluation.ParallelText(_read_file(source, limit), _read_file(reference, limit))
     options = TranslateOptions(
         max_new_tokens=max_new_tokens,
         beam_size=beam_size,
         length_penalty=length_penalty,
+        shortlist=shortlist,
         on_long=on_long.value,
         rows=rows,
         cache_bytes=_cache_bytes(cache_mb),

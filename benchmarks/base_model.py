@@ -5,11 +5,15 @@
 Writes model.pt, source.model and target.model, which `kvx export` reads: 6 + 6 layers, d_model 512, 8 heads,
 d_ff 2048, 32,000 words w4 … w31999. The end of a sentence is never the most probable token, so that every translation
 is exactly as long as its limit.
+
+Also writes sources.txt, 128 sentences of 18 words out of 75, and lexicon.txt, which gives each of these 20 targets of
+its own: a table for `kvx shortlist import`.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +38,7 @@ BASE = ModelConfig(
 CONTROL = ("<pad>", "<unk>", "<s>", "</s>")
 EOS = CONTROL.index("</s>")
 CHECKPOINT = "model.pt"
+SENTENCES, LENGTH, WORDS, TARGETS = 128, 18, 75, 20
 
 
 def write_base_model(folder: Path, *, max_new_tokens: int, seed: int = 0) -> Path:
@@ -46,7 +51,18 @@ def write_base_model(folder: Path, *, max_new_tokens: int, seed: int = 0) -> Pat
     save_checkpoint(Checkpoint(model, max_new_tokens=max_new_tokens, notes=()), folder / CHECKPOINT)
     for name in ("source.model", "target.model"):
         (folder / name).write_bytes(_words(BASE.source_vocab_size))
+    _write_text(folder, random.Random(seed))
     return folder / CHECKPOINT
+
+
+def _write_text(folder: Path, rng: random.Random) -> None:
+    """Sentences, and the targets that their words may become."""
+    words = rng.sample(range(len(CONTROL), BASE.source_vocab_size), WORDS)
+    targets = rng.sample(range(len(CONTROL), BASE.target_vocab_size), WORDS * TARGETS)
+    entries = [f"▁w{target} ▁w{words[number // TARGETS]} {1 / TARGETS}\n" for number, target in enumerate(targets)]
+    lines = [" ".join(f"w{word}" for word in rng.choices(words, k=LENGTH)) + "\n" for _ in range(SENTENCES)]
+    (folder / "lexicon.txt").write_text("".join(entries), encoding="utf-8")
+    (folder / "sources.txt").write_text("".join(lines), encoding="utf-8")
 
 
 def _words(size: int) -> bytes:

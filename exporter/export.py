@@ -11,11 +11,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, Self, get_args
 
+import numpy as np
+
 import kvx
 from kvx.exporter.beams import OrtBeamOperators, StandardBeamOperators
 from kvx.exporter.calibrate import calibrate
 from kvx.exporter.cuda import CudaOperators
-from kvx.exporter.graphs import EncoderGraph, StepGraph
+from kvx.exporter.graphs import EncoderGraph, ShortlistGraph, StepGraph
 from kvx.exporter.halves import in_precision
 from kvx.exporter.loop import LoopGraph
 from kvx.exporter.onnx import write_onnx
@@ -32,7 +34,18 @@ from kvx.models.transformer import Transformer
 from kvx.runtime.backends import onnx, torchscript
 from kvx.runtime.bundle import CHECKPOINT_FILE, SOURCE_TOKENIZER_FILE, TARGET_TOKENIZER_FILE, Bundle
 from kvx.runtime.errors import BundleError, OptionError, ParityError, TokenizerError
-from kvx.runtime.manifest import BEAMS_FILE, CHUNK_FILE, ELEMENTS, LOOP_FILE, FileEntry, Manifest, Precision, SpecialIds
+from kvx.runtime.manifest import (
+    BEAMS_FILE,
+    CHUNK_FILE,
+    ELEMENTS,
+    LOOP_FILE,
+    PROJECTION_FILE,
+    SHORTLIST_FILE,
+    FileEntry,
+    Manifest,
+    Precision,
+    SpecialIds,
+)
 from kvx.runtime.plan import Plan, check_limit
 from kvx.runtime.signature import CHUNK_FEATURES, StepFeatures, cache_specs
 from kvx.runtime.tokenizer import Tokenizer
@@ -55,7 +68,8 @@ class ExportOptions:
     prove the export, also on the lines of `verify_text` and against their translations in `verify_reference`. `loop`:
     whether to write the graph that feeds itself with any lowering, not with "cuda" alone. `force`: replace an existing
     bundle. `attention`: steps also give the attention to the source of a decoder layer, the `attention_layer` counted
-    from 0 (default: the last). Raises OptionError for what does not go together.
+    from 0 (default: the last). `shortlist`: also write what translating with a shortlist needs. Raises OptionError for
+    what does not go together.
     """
 
     checkpoint: Path
@@ -76,6 +90,7 @@ class ExportOptions:
     force: bool = False
     attention: bool = False
     attention_layer: int | None = None
+    shortlist: bool = False
 
     def __post_init__(self) -> None:
         problems = [*self._unknown(), *self._contradictions()]
@@ -84,7 +99,8 @@ class ExportOptions:
                 ", ".join(problems),
                 expected="int8 and int4 with the ort lowering, bf16 with cuda, whose kernels alone have it, fewer bits "
                 "and cuda with the onnx format, calibration with int8 and int4, limits on translations with fewer bits "
-                "only, references with their sources, and a layer from 0 up with its attention",
+                "only, references with their sources, a layer from 0 up with its attention, and a shortlist with the "
+                "onnx format",
                 remedy="Leave out what does not go together.",
             )
 
@@ -113,6 +129,8 @@ class ExportOptions:
             yield "--equal-lines without --verify-text, or with --precision fp32"
         if self.parity.bleu_lost is not None and self.verify_reference is None:
             yield "--bleu-lost without --verify-reference"
+        if self.shortlist and "onnx" not in self.formats:
+            yield f"--with-shortlist with --format {self.format}"
         if self.attention_layer is not None and (not self.attention or self.attention_layer < 0):
             yield f"--attention-layer {self.attention_layer}" + ("" if self.attention else " without --with-attention")
 
@@ -318,6 +336,11 @@ def _write_onnx_graphs(
     report.phase("exporting the decoder for several rows a sentence to ONNX")
     beams = StepGraph(model, lowered.beams, features.beams)
     write_onnx(beams, folder / BEAMS_FILE, widths=widths, weights_of=step)
+    if options.shortlist:
+        report.phase("exporting the decoder for a part of the vocabulary to ONNX")
+        shortlisted = ShortlistGraph(model, lowered.beams, features.shortlisted)
+        write_onnx(shortlisted, folder / SHORTLIST_FILE, widths=widths, weights_of=step)
+        np.save(folder / PROJECTION_FILE, model.head.weight.detach().numpy(), allow_pickle=False)
     if options.loop or options.operators == "cuda":
         report.phase("exporting the decoder that feeds itself to ONNX")
         loop = LoopGraph(model, target_ids, lowered.loop)

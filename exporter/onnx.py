@@ -34,7 +34,7 @@ def write_onnx(
 
     With `weights_of`, another graph in the same folder, they are shared with that one.
     """
-    letters = {letter: torch.export.Dim(letter, min=1) for letter in ("B", "G", "Q", "S", "T")}
+    letters = {letter: torch.export.Dim(letter, min=1) for letter in ("B", "C", "G", "Q", "S", "T")}
     shapes = [
         {axis: letters[letter] for axis, letter in enumerate(spec.axes) if isinstance(letter, str)}
         for spec in graph.signature.inputs

@@ -7,15 +7,17 @@ nor the fused `Attention`, nor `SkipLayerNormalization`
 (https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md).
 
 Letters: B rows, S source positions, T target positions or cache capacity, E model width, H heads, D head width,
-Q query tokens.
+Q query tokens, C tokens of a shortlist.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from kvx.exporter.standard import StandardOperators
+from kvx.exporter.standard import OPSET, StandardOperators
 from kvx.models.operators import KeyValue
 from kvx.models.transformer import Attention, Linear, Transformer
 
@@ -64,6 +66,19 @@ class OrtOperators(StandardOperators, nn.Module):
         nothing = query.new_zeros(source_lengths.shape[0], 0, query.shape[-1])
         attended, present = _grouped_attention((query, nothing, nothing), attention.heads, cross, source_lengths - 1)
         return attention.output(attended.reshape(x.shape)), present
+
+    def shortlist_logits(self, x: Tensor, projection: Tensor) -> Tensor:
+        """One token, x [B, E], and rows of the output projection [C, E] → logits [B, C].
+
+        With weights that are an input, ONNX Runtime adds up a single row in another order than several, unless the
+        product is also scaled: then a sentence gets the same logits alone and among others. A half is exact.
+        """
+        shape = (x.shape[0], projection.shape[0])
+        attributes: dict[str, Any] = {"alpha": 0.5, "transB": 1}
+        half: Tensor = torch.onnx.ops.symbolic(
+            "Gemm", (x, projection), attributes, dtype=x.dtype, shape=shape, version=OPSET
+        )
+        return half + half
 
 
 def _pack(*parts: Linear) -> Linear:

@@ -1,12 +1,14 @@
 """The proof: an export is compared with eager PyTorch on everything that the contract promises.
 
-Letters: B rows, S source positions, T capacity of a row's cache, H heads, D head width, V target vocabulary.
+Letters: B rows, S source positions, T capacity of a row's cache, H heads, D head width, V target vocabulary, C of
+it on a shortlist.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -15,7 +17,16 @@ from numpy.typing import NDArray
 
 from kvx.models.backend import TorchBackend
 from kvx.models.transformer import Transformer
-from kvx.runtime.backend import Backend, FloatArray, IntArray, Tensors
+from kvx.runtime.backend import (
+    Backend,
+    FloatArray,
+    IntArray,
+    Shortlisting,
+    Step,
+    Tensors,
+    shortlisting_of,
+    specs_of,
+)
 from kvx.runtime.cache import Capacity, EncodedSource, KVCache
 from kvx.runtime.decode import decode
 from kvx.runtime.errors import OptionError
@@ -23,6 +34,7 @@ from kvx.runtime.manifest import Precision
 from kvx.runtime.plan import Plan
 from kvx.runtime.rows import Source
 from kvx.runtime.search import Greedy
+from kvx.runtime.shortlisted import LEAST_COLUMNS
 from kvx.runtime.signature import Dimensions, StepFeatures, TensorSpec, encoder_signature, step_signature
 
 POISON = 1e30  # any finite number may lie beyond a row's length
@@ -32,6 +44,7 @@ ROWS = 5
 LONGEST_SOURCE = 23
 CHUNKS = (3, 1, 4, 2)
 BEAMS = (4, 1, 3)
+SHORTLISTS = ((1, 2**31), (4, 1), (1, 7), (3, 600))  # rows a sentence, and the most tokens on the list
 SUM_DIGITS = 4
 DRAWN_SENTENCES = 16
 DRAWN_TOKENS = 32
@@ -239,6 +252,9 @@ class Trial:
             yield self.check_chunks(backend)
         if _shares_sources(backend):
             yield self.check_beams(backend)
+        shortlisting = shortlisting_of(backend)
+        if shortlisting is not None:
+            yield self.check_shortlist(backend, shortlisting)
 
     def check_encoder(self, backend: ExportedGraphs) -> Check:
         """Cross keys and values within every row's length; the ids beyond it are random, not pads."""
@@ -311,23 +327,43 @@ class Trial:
         """
         found = Differences()
         for beams in BEAMS:
-            truth, tried = self.cache(beams=beams), self.cache(backend.beam_cache_specs, beams)
-            eager_step, step = self.eager.bind(truth), backend.bind(tried)
-            for sentence in range(ROWS):
-                ids = self.random.integers(0, self.model.config.target_vocab_size, ROWS * beams)
-                poison(tried, self.random)
-                before = {name: buffer.copy() for name, buffer in tried.buffers.items()}
-                got, expected = step(ids), eager_step(ids)
-                found.add("logits", expected.logits, got.logits)
-                if expected.attention is not None:
-                    given = _or_nothing(got.attention)
-                    _compare_attention(found, expected.attention, given, truth.source_lengths)
-                truth.advance()
-                tried.advance()
-                self._compare_caches(found, truth, tried, before)
-                anew = slice(sentence * beams, (sentence + 1) * beams)
-                truth.lengths[anew] = tried.lengths[anew] = 0
+            self._compare_rows(found, backend.beam_cache_specs, beams, backend.bind, slice(None))
         return found.check(backend, "several rows a sentence", self.tolerance)
+
+    def check_shortlist(self, backend: ExportedGraphs, shortlisting: Shortlisting) -> Check:
+        """The same with logits of a part of the vocabulary, and with all of it in another order."""
+        found = Differences()
+        for beams, most in SHORTLISTS:
+            listed = self.random.permutation(self.model.config.target_vocab_size)[:most]
+            bind = partial(_bind_projection, shortlisting, shortlisting.projection[listed])
+            self._compare_rows(found, shortlisting.cache_specs, beams, bind, listed)
+        return found.check(backend, "a part of the vocabulary", self.tolerance)
+
+    def _compare_rows(
+        self,
+        found: Differences,
+        specs: Sequence[TensorSpec],
+        beams: int,
+        bind: Callable[[KVCache], Step],
+        listed: IntArray | slice,
+    ) -> None:
+        """Steps over sentences of so many rows each; `listed` are the tokens that the logits are those of."""
+        truth, tried = self.cache(beams=beams), self.cache(specs, beams)
+        eager_step, step = self.eager.bind(truth), bind(tried)
+        for sentence in range(ROWS):
+            ids = self.random.integers(0, self.model.config.target_vocab_size, ROWS * beams)
+            poison(tried, self.random)
+            before = {name: buffer.copy() for name, buffer in tried.buffers.items()}
+            got, expected = step(ids), eager_step(ids)
+            found.add("logits", expected.logits[:, listed], got.logits)
+            if expected.attention is not None:
+                given = _or_nothing(got.attention)
+                _compare_attention(found, expected.attention, given, truth.source_lengths)
+            truth.advance()
+            tried.advance()
+            self._compare_caches(found, truth, tried, before)
+            anew = slice(sentence * beams, (sentence + 1) * beams)
+            truth.lengths[anew] = tried.lengths[anew] = 0
 
     @staticmethod
     def _compare_caches(found: Differences, truth: KVCache, tried: KVCache, before: Tensors) -> None:
@@ -343,7 +379,7 @@ class Trial:
 
     def check_neighbours(self, backend: ExportedGraphs, tolerance: float) -> Check:
         """Logits of rows that are encoded and stepped alone against those of the same rows among others, and so of
-        sentences with several rows where there is a graph for them.
+        sentences with several rows and of a part of the vocabulary where there are graphs for them.
         """
         found, vocabulary = Differences(), self.model.config.target_vocab_size
         for beams in (1, max(BEAMS)) if _shares_sources(backend) else (1,):
@@ -352,20 +388,29 @@ class Trial:
             together = self._logits(backend, range(ROWS), ids)
             for row in range(ROWS):
                 found.add(name, together[:, [row]], self._logits(backend, [row], ids))
+        shortlisting = shortlisting_of(backend)
+        if shortlisting is not None:
+            ids = self.random.integers(0, vocabulary, (self.steps, ROWS, 1))
+            together = self._logits(backend, range(ROWS), ids, shortlisting)
+            for row in range(ROWS):
+                alone = self._logits(backend, [row], ids, shortlisting)
+                found.add("logits of a part of the vocabulary", together[:, [row]], alone)
         return found.check(backend, "rows alone against rows among others", tolerance)
 
-    def _logits(self, backend: Backend, sentences: Sequence[int], ids: IntArray) -> NDArray[Any]:
+    def _logits(
+        self, backend: Backend, sentences: Sequence[int], ids: IntArray, shortlisting: Shortlisting | None = None
+    ) -> NDArray[Any]:
         """Target ids [steps, ROWS, k] → the logits of these sentences, of k rows each, in a cache of their own
-        [steps, sentences, k, V].
+        [steps, sentences, k, V], or those of the first tokens, as many columns as a decode has at least.
         """
         chosen, (steps, _, beams) = list(sentences), ids.shape
         lengths = self.source_lengths[chosen]
-        specs = backend.cache_specs if beams == 1 else backend.beam_cache_specs
+        specs = specs_of(backend, beams=beams, shortlisted=shortlisting is not None)
         cache = KVCache(specs, Capacity(len(chosen) * beams, steps, int(lengths.max()), beams))
         encoded = backend.encode(self.input_ids[chosen, : lengths.max()], lengths)
         for place, length in enumerate(lengths.tolist()):
             cache.admit(EncodedSource(encoded, place, length))
-        step, logits = backend.bind(cache), []
+        step, logits = backend.bind(cache) if shortlisting is None else _first_tokens(shortlisting, cache), []
         for given in ids[:, chosen]:
             logits.append(step(given.reshape(-1)).logits.reshape(len(chosen), beams, -1).copy())
             cache.advance()
@@ -435,6 +480,20 @@ def translations(backend: Backend, sources: Sequence[tuple[int, ...]], plan: Pla
     """The greedy ids of each source, by its number."""
     numbered = (Source(index, ids) for index, ids in enumerate(sources))
     return {outcome.index: outcome.best.ids for outcome in decode(backend, numbered, Greedy(), plan)}
+
+
+def _bind_projection(shortlisting: Shortlisting, projection: FloatArray, cache: KVCache) -> Step:
+    """The step with these rows of the output projection."""
+    step = shortlisting.bind(cache)
+    return lambda input_ids: step(input_ids, projection)
+
+
+def _first_tokens(shortlisting: Shortlisting, cache: KVCache) -> Step:
+    """The step over the first LEAST_COLUMNS tokens, or all and some of zeros."""
+    rows = shortlisting.projection[:LEAST_COLUMNS]
+    projection = np.zeros((LEAST_COLUMNS, rows.shape[1]), np.float32)
+    projection[: len(rows)] = rows
+    return _bind_projection(shortlisting, projection, cache)
 
 
 def _compare_attention(found: Differences, expected: FloatArray, got: FloatArray, source_lengths: IntArray) -> None:

@@ -1,6 +1,7 @@
 """The operations of the model that an exporter may replace: attention, the cache write, normalisation.
 
-Letters: B rows, S source positions, T target positions or cache capacity, E model width, H heads, D head width.
+Letters: B rows, S source positions, T target positions or cache capacity, E model width, H heads, D head width, C
+tokens of a shortlist.
 """
 
 from __future__ import annotations
@@ -100,6 +101,10 @@ class Operators:
         visible = positions_below(source_lengths, cross.key.shape[2])[:, None, None]
         weights = weigh(attention.queries(x[:, None]), cross.key, visible)
         return attention.merge(blend(weights, cross.value))[:, 0], weights.mean(dim=1)[:, 0]
+
+    def shortlist_logits(self, x: Tensor, projection: Tensor) -> Tensor:
+        """One token, x [B, E], and rows of the output projection [C, E] → logits [B, C]."""
+        return torch.nn.functional.linear(x, projection)
 
 
 EAGER = Operators()

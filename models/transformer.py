@@ -263,11 +263,13 @@ class Transformer(nn.Module):
         cross: Sequence[KeyValue],
         ops: Operators = EAGER,
         attention_layer: int | None = None,
+        projection: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> Stepped:
         """One token per row, input_ids [B], or several, [B, Q], at the positions from past_lengths [B] on;
         source_lengths [B], past [B, H, T, D] and cross [B, H, S, D] per layer → logits [B, V] or [B, Q, V], present
-        [B, H, T, D] per layer, cross, and, of one token per row, the attention [B, S] of the layer asked for.
+        [B, H, T, D] per layer, cross, and, of one token per row, the attention [B, S] of the layer asked for. With a
+        `projection` [C, E], rows of the head's weight, logits are [B, C].
 
         The eager operators write past in place and return it; T must hold every position. Where a row has fewer than
         Q tokens left, the rest may be any: what stands beyond its length is never seen. `positions`, in the form of
@@ -285,8 +287,9 @@ class Transformer(nn.Module):
             presents.append(present)
             sources.append(given)
             attention = weights if weighed else attention
-        logits = self.head(ops.normalize(self.decoder_norm, x)).float()
-        return Stepped(logits, presents, sources, attention)
+        hidden = ops.normalize(self.decoder_norm, x)
+        logits = self.head(hidden) if projection is None else ops.shortlist_logits(hidden.float(), projection)
+        return Stepped(logits.float(), presents, sources, attention)
 
     @property
     def element(self) -> str:

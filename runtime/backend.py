@@ -1,12 +1,12 @@
 """What a backend is: something that encodes sources and runs decoder steps over a cache.
 
-Letters: B rows, S source positions, V target vocabulary.
+Letters: B rows, S source positions, V target vocabulary, C of it on a shortlist, E model width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,3 +76,53 @@ class Backend(Protocol):
     def bind(self, cache: KVCache) -> Step:
         """The decoder step over this cache, of one row a sentence or of several."""
         ...
+
+
+class ShortlistStep(Protocol):
+    """A decoder step bound to one cache, with an output projection that its caller chooses."""
+
+    def __call__(self, input_ids: IntArray, projection: FloatArray) -> StepOutput:
+        """input_ids [n], projection [C, E] → logits [n, C]. It may change in place from step to step."""
+        ...
+
+
+class Shortlisting(Protocol):
+    """What a backend has for steps over a part of the vocabulary."""
+
+    @property
+    def projection(self) -> FloatArray:
+        """The rows of the whole output projection [V, E], mapped. Raises BundleError."""
+        ...
+
+    @property
+    def cache_specs(self) -> tuple[TensorSpec, ...]:
+        """The buffers of a cache, of one row a sentence or of several, which share those of its source."""
+        ...
+
+    def bind(self, cache: KVCache) -> ShortlistStep:
+        """The decoder step over this cache."""
+        ...
+
+
+@runtime_checkable
+class ShortlistBackend(Protocol):
+    """A backend that knows steps over a part of the vocabulary."""
+
+    @property
+    def shortlisting(self) -> Shortlisting | None:
+        """These, or None where the bundle has no graph for them."""
+        ...
+
+
+def shortlisting_of(backend: Backend) -> Shortlisting | None:
+    """A backend's steps over a part of the vocabulary, if it has any."""
+    return backend.shortlisting if isinstance(backend, ShortlistBackend) else None
+
+
+def specs_of(backend: Backend, *, beams: int, shortlisted: bool) -> tuple[TensorSpec, ...]:
+    """The buffers of a cache where a sentence has so many rows."""
+    if shortlisted:
+        shortlisting = shortlisting_of(backend)
+        assert shortlisting is not None, "a shortlist on a backend that has no steps for it"
+        return shortlisting.cache_specs
+    return backend.cache_specs if beams == 1 else backend.beam_cache_specs

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 
-from kvx.runtime.backend import Backend
+from kvx.runtime.backend import Backend, Step, shortlisting_of
 from kvx.runtime.constraints import UNCONSTRAINED, Constraints
 from kvx.runtime.plan import Plan
 from kvx.runtime.rows import Source
 from kvx.runtime.schedule import DecodeStats, Outcome, Schedule
 from kvx.runtime.search import Search, log_probabilities
+from kvx.runtime.shortlist import Shortlist
+from kvx.runtime.shortlisted import ShortlistedStep
 
 TOKENS_AT_ONCE = 128  # of all rows together: what fills a matrix product (docs/performance.md)
 
@@ -23,15 +26,18 @@ def decode(
     *,
     constraints: Constraints = UNCONSTRAINED,
     with_attention: bool = False,
+    shortlist: Shortlist | None = None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Iterator[Outcome]:
     """Sources, any number and in any order → what becomes of each target, as it is over.
 
     Sources are drawn only as seats fall free. Where `cancelled` answers true, between two steps, every target ends as
-    it is. The cache belongs to this decode and goes with it, also where the consumer stops half-way.
+    it is. The cache belongs to this decode and goes with it, also where the consumer stops half-way. By a
+    `shortlist`, which must know all sources and which the backend must have steps for, targets are made of candidates.
     """
-    schedule = Schedule(backend, iter(sources), plan, search, stats or DecodeStats(), with_attention=with_attention)
-    step, rows = backend.bind(schedule.cache), schedule.rows
+    stats = stats or DecodeStats()
+    schedule = Schedule(backend, iter(sources), plan, search, stats, with_attention=with_attention, shortlist=shortlist)
+    step, rows = _bind(backend, schedule, stats, shortlisted=shortlist is not None), schedule.rows
     while schedule.fill():
         if cancelled():
             yield from schedule.cancel()
@@ -39,6 +45,30 @@ def decode(
         output = step(rows.next_ids())
         logits = constraints(output.logits, rows)
         yield from schedule.record(search.choose(output, logits, rows), output.attention)
+
+
+def decode_known(
+    decode_some: Callable[..., Iterator[Outcome]], sources: Iterable[Source], shortlist: Shortlist, stats: DecodeStats
+) -> Iterator[Outcome]:
+    """What becomes of all sources: of those that the shortlist knows by it, of others by the whole vocabulary, which
+    would cost all those beside them as much. `decode_some` is `decode` with all that is the same for both.
+    """
+    for known, some in itertools.groupby(sources, key=lambda source: shortlist.knows(source.ids)):
+        listed = {"shortlist": shortlist} if known else {}
+        yield from decode_some(_counted(some, stats, unknown=not known), **listed)
+
+
+def _counted(sources: Iterable[Source], stats: DecodeStats, *, unknown: bool) -> Iterator[Source]:
+    for source in sources:
+        stats.fallbacks += unknown
+        yield source
+
+
+def _bind(backend: Backend, schedule: Schedule, stats: DecodeStats, *, shortlisted: bool) -> Step:
+    shortlisting = shortlisting_of(backend) if shortlisted else None
+    if shortlisting is None:
+        return backend.bind(schedule.cache)
+    return ShortlistedStep(shortlisting, schedule.rows, stats)
 
 
 def score(

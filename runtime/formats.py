@@ -75,9 +75,12 @@ def format_ranking(candidates: Sequence[str], ranking: Ranking, *, choices: bool
 
 def format_stats(stats: DecodeStats, seconds: float) -> str:
     """A line on what a decode did."""
+    shortlisted = f", {stats.fallbacks} sentences that the shortlist does not know" if stats.fallbacks else ""
+    if stats.listed_steps:
+        shortlisted = f", {stats.columns / stats.listed_steps:.0f} candidates a step{shortlisted}"
     return (
         f"{stats.sentences} sentences in {seconds:.2f} s: {stats.sentences / seconds:.1f} sentences/s, "
         f"{stats.tokens / seconds:.0f} tokens/s, {stats.steps} steps, "
         f"{stats.occupancy:.0%} of the rows in use, {stats.repacks} repacks, "
-        f"cache {stats.cache_bytes / 2**20:.1f} MiB"
+        f"cache {stats.cache_bytes / 2**20:.1f} MiB{shortlisted}"
     )

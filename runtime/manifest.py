@@ -29,6 +29,7 @@ FORMAT_VERSION = 1
 CHUNK_FILE = "decoder_chunk.onnx"
 BEAMS_FILE = "decoder_beams.onnx"
 SHORTLIST_FILE = "decoder_shortlist.onnx"
+PROJECTION_FILE = "projection.npy"  # the rows of the output projection, float32 [V, E], that a shortlist picks from
 LOOP_FILE = "decoder_loop.onnx"
 GRAPH_FILES = {  # of each format: the encoder and the decoder step
     "onnx": ("encoder.onnx", "decoder_step.onnx"),

@@ -6,6 +6,7 @@ import math
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypedDict, get_args
 
 from kvx.runtime.constraints import (
@@ -55,7 +56,9 @@ class TranslateOptions:
     Constraints. `max_new_tokens`, `min_new_tokens`: tokens after bos, eos counted (default: the bundle's limit, 1).
     `prefix`: what every translation begins with, a text or target ids. `suppress`: pieces or ids that never come.
     `no_repeated_ngrams`: no so many tokens come twice in the same order. `repetition_penalty`: above 1, tokens that
-    have come get less probable; `end_penalty`: nats that ending costs.
+    have come get less probable; `end_penalty`: nats that ending costs. `shortlist`: a file that says which target
+    pieces those of a source may become; a translation is made of these and its prefix, and log-probabilities are those
+    among them. A source with a piece that the file does not know has the whole vocabulary, as scored targets have.
 
     The results. `scores`: also log-probabilities. `align`: also the source piece that each target token attends to
     most. `replace_unknown`: the aligned source word in place of an unknown token.
@@ -83,6 +86,7 @@ class TranslateOptions:
     no_repeated_ngrams: int | None = None
     repetition_penalty: float | None = None
     end_penalty: float | None = None
+    shortlist: str | Path | None = None
     scores: bool = False
     align: bool = False
     replace_unknown: bool = False
@@ -208,6 +212,7 @@ class TranslateKeywords(TypedDict, total=False):
     no_repeated_ngrams: int | None
     repetition_penalty: float | None
     end_penalty: float | None
+    shortlist: str | Path | None
     scores: bool
     align: bool
     replace_unknown: bool

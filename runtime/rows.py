@@ -58,14 +58,17 @@ class Weights(NamedTuple):
     newest: FloatArray
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Seat:
-    """One target of one source while it is searched for. `state` is the search's own."""
+    """One target of one source while it is searched for. `state` is the search's own; `candidates` are the tokens that
+    the target may be made of, ascending, where there is a shortlist.
+    """
 
     index: int
     target: int
     source_length: int
     state: Any
+    candidates: IntArray | None = None
 
 
 class Choice(NamedTuple):

@@ -11,11 +11,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kvx.runtime.backend import Backend, FloatArray, IntArray
+from kvx.runtime.backend import Backend, FloatArray, IntArray, specs_of
 from kvx.runtime.cache import EncodedSource, KVCache
 from kvx.runtime.plan import GROUP_POSITIONS, Plan
 from kvx.runtime.rows import Choice, FinishReason, Hypothesis, Rows, Seat, Source
 from kvx.runtime.search import Search
+from kvx.runtime.shortlist import Shortlist
 
 SHRINK_BELOW = 4  # buffers this many times too large are worth a repack
 
@@ -46,7 +47,8 @@ class Outcome:
 @dataclass(slots=True)
 class DecodeStats:
     """What a decode did: `row_steps` is the sum over steps of the rows that ran, `row_places` of those planned;
-    `cache_bytes` the most that the buffers held at a time.
+    `cache_bytes` the most that the buffers held at a time. With a shortlist, `columns` is the sum over steps of the
+    tokens that the output projection ran over, in `listed_steps`, and `fallbacks` are the sources that it did not know.
     """
 
     sentences: int = 0
@@ -56,6 +58,9 @@ class DecodeStats:
     row_places: int = 0
     repacks: int = 0
     cache_bytes: int = 0
+    columns: int = 0
+    listed_steps: int = 0
+    fallbacks: int = 0
 
     @property
     def occupancy(self) -> float:
@@ -85,7 +90,7 @@ class Schedule:
     """Fills free seats from a stream of sources and retires those that are over.
 
     Without a search all targets are given and only scored; then up to `at_once` tokens of all rows together may be
-    taken in one step.
+    taken in one step. With a `shortlist`, which must know all sources, every seat has its candidates.
     """
 
     def __init__(
@@ -98,8 +103,9 @@ class Schedule:
         *,
         at_once: int = 1,
         with_attention: bool = False,
+        shortlist: Shortlist | None = None,
     ) -> None:
-        specs = backend.cache_specs if plan.beams == 1 else backend.beam_cache_specs
+        specs = specs_of(backend, beams=plan.beams, shortlisted=shortlist is not None)
         self.cache = KVCache(specs, plan.capacity(target=1, source=1))
         scored = search is None or search.scored
         self.rows = Rows(self.cache, plan, scored=scored, with_attention=with_attention)
@@ -109,6 +115,7 @@ class Schedule:
         self._search = search
         self._stats = stats
         self._at_once = at_once
+        self._shortlist = shortlist
         self._held_back: Source | None = None
         self._ready: deque[_Waiting] = deque()
 
@@ -205,7 +212,12 @@ class Schedule:
             self._resize(held.target, encoded.length)
         state = None if self._search is None else self._search.begin(source, target)
         limit = self._plan.max_new_tokens if self._search else len(waiting.given)
-        self.rows.take(seat, Seat(source.index, target, encoded.length, state), waiting.given, encoded, limit)
+        who = Seat(source.index, target, encoded.length, state)
+        if self._shortlist is not None:
+            assert self._shortlist.knows(source.ids), "a source that the shortlist does not know"
+            candidates = self._shortlist.candidates(source.ids)
+            who.candidates = np.union1d(candidates, np.array(waiting.given, np.int64))
+        self.rows.take(seat, who, waiting.given, encoded, limit)
 
     def _encode_next_group(self) -> None:
         group = list(self._next_group())

@@ -84,6 +84,11 @@ class Shortlist:
         chosen[np.concatenate([targets[:0], *(targets[offsets[one] : offsets[one + 1]] for one in source_ids)])] = True
         return np.flatnonzero(chosen)
 
+    def knows(self, source_ids: Sequence[int]) -> bool:
+        """source_ids [S], bos first and eos last → whether every piece between them has targets."""
+        pieces = np.asarray(source_ids[1:-1], np.int64)
+        return bool((self.offsets[pieces] < self.offsets[pieces + 1]).all())
+
     def write(self, path: Path) -> None:
         """Writes an .npz file, which appears when it is complete. Raises InputError where it cannot be made."""
         content = io.BytesIO()

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import NamedTuple, Self, Unpack
 
 from kvx.runtime.alignment import align, replace_unknown
-from kvx.runtime.backend import Backend, FloatArray
+from kvx.runtime.backend import Backend, FloatArray, shortlisting_of, specs_of
 from kvx.runtime.bundle import Bundle
-from kvx.runtime.decode import decode
+from kvx.runtime.decode import decode, decode_known
 from kvx.runtime.device import Device
 from kvx.runtime.errors import DeviceError, InputError
 from kvx.runtime.loop import LoopBackend, decode_in_blocks
@@ -25,13 +25,14 @@ from kvx.runtime.rows import FinishReason, Hypothesis, Source
 from kvx.runtime.schedule import DecodeStats, Outcome
 from kvx.runtime.scoring import RankBy, Ranking, Score, rank
 from kvx.runtime.search import Greedy
+from kvx.runtime.shortlist import Shortlist, Vocabulary
 from kvx.runtime.sources import OnLong, SourceReader, SourceText, refuse_string
 from kvx.runtime.targets import Target, TargetReader
 from kvx.runtime.workers import Decode, side_by_side
 
 WINDOWS_AHEAD = 4
 WINDOW_PER_ROW = 8  # sentences read ahead and sorted by length together, for every row
-ALIKE_FOR_ALTERNATIVES = ("on_long", "cache_bytes", "suppress", "scores", "align", "replace_unknown")
+ALIKE_FOR_ALTERNATIVES = ("on_long", "cache_bytes", "suppress", "shortlist", "scores", "align", "replace_unknown")
 
 Cancelled = Callable[[], bool]
 
@@ -74,6 +75,7 @@ class Translator:
         self.backends = (backend, *others)
         self.targets = TargetReader(bundle)
         self._sources = SourceReader(bundle)
+        self._shortlists: dict[Path, Shortlist] = {}
 
     @classmethod
     def load(
@@ -125,9 +127,10 @@ class Translator:
         refuse_string(prefixes or ())
         options = replace(options or TranslateOptions(), window=max(1, len(texts)), **changes)
         plan, workers = self.plan(options, sentences=len(texts))
+        shortlist = self._shortlist(options)
         read = list(self._read(texts, prefixes, options, plan))
         given = prefixes is not None or options.prefix is not None
-        return list(self._run(iter(read), options, plan, workers, DecodeStats(), cancelled, given=given))
+        return list(self._run(iter(read), options, shortlist, plan, workers, DecodeStats(), cancelled, given=given))
 
     def translate_iter(
         self,
@@ -148,9 +151,10 @@ class Translator:
         refuse_string(prefixes or ())
         options = options or TranslateOptions()
         plan, workers = self.plan(options, sentences=options.window)
+        shortlist = self._shortlist(options)
         read = self._read(texts, prefixes, options, plan)
         given = prefixes is not None or options.prefix is not None
-        return self._run(read, options, plan, workers, stats or DecodeStats(), cancelled, given=given)
+        return self._run(read, options, shortlist, plan, workers, stats or DecodeStats(), cancelled, given=given)
 
     def alternatives(
         self, text: str, prefix: Target, count: int = 5, options: TranslateOptions | None = None
@@ -213,7 +217,7 @@ class Translator:
         beams = options.beam_size
         plan = Plan.of(
             self.manifest,
-            self.backend.cache_specs if beams == 1 else self.backend.beam_cache_specs,
+            specs_of(self.backend, beams=beams, shortlisted=options.shortlist is not None),
             rows=options.rows,
             cache_bytes=options.cache_bytes,
             max_new_tokens=options.max_new_tokens if max_new_tokens is None else max_new_tokens,
@@ -240,6 +244,16 @@ class Translator:
                 )
             yield text
 
+    def _shortlist(self, options: TranslateOptions) -> Shortlist | None:
+        """The shortlist that the options name, read when it is first asked for. Raises InputError."""
+        if options.shortlist is None:
+            return None
+        path = Path(options.shortlist)
+        if path not in self._shortlists:
+            source, target = Vocabulary.of(self.manifest, "source"), Vocabulary.of(self.manifest, "target")
+            self._shortlists[path] = Shortlist.read(path, source_vocab=source, target_vocab=target)
+        return self._shortlists[path]
+
     def _impossible(self, options: TranslateOptions) -> list[Problem]:
         """What this bundle cannot do of what is asked."""
         problems: list[Problem] = []
@@ -250,6 +264,13 @@ class Translator:
         if options.with_attention and self.manifest.features.attention is None:
             problems.append(
                 ("align or replace_unknown", "a bundle that gives attention, exported with --with-attention")
+            )
+        if options.shortlist is not None and shortlisting_of(self.backend) is None:
+            problems.append(
+                (
+                    f"shortlist = {options.shortlist} with the {self.backend.name} backend of this bundle",
+                    "a shortlist only with onnx and a bundle exported with --with-shortlist",
+                )
             )
         limit = options.max_new_tokens or self.manifest.max_new_tokens
         if (options.min_new_tokens or 1) > limit:
@@ -275,6 +296,7 @@ class Translator:
         self,
         requests: Iterator[_Request],
         options: TranslateOptions,
+        shortlist: Shortlist | None,
         plan: Plan,
         workers: int,
         stats: DecodeStats,
@@ -283,8 +305,11 @@ class Translator:
         given: bool,
     ) -> Iterator[Translation]:
         stop = cancelled or (lambda: False)
-        decodes = [self._decode(backend, options, plan, stop, given=given) for backend in self.backends] * workers
-        queue = _Queue(requests, options, options.window or plan.rows * len(decodes) * WINDOW_PER_ROW, stop)
+        decodes = [
+            self._decode(backend, options, shortlist, plan, stop, given=given) for backend in self.backends
+        ] * workers
+        window = options.window or plan.rows * len(decodes) * WINDOW_PER_ROW
+        queue = _Queue(requests, options, window, stop, shortlist)
         while not queue.exhausted:
             for outcome in side_by_side(decodes, queue.sources(), stats, at_once=plan.group):
                 found = partial(self._translation, queue.request(outcome.index), outcome, options)
@@ -295,27 +320,35 @@ class Translator:
             raise queue.error
 
     def _decode(
-        self, backend: Backend, options: TranslateOptions, plan: Plan, stop: Cancelled, *, given: bool
+        self,
+        backend: Backend,
+        options: TranslateOptions,
+        shortlist: Shortlist | None,
+        plan: Plan,
+        stop: Cancelled,
+        *,
+        given: bool,
     ) -> Decode:
         """What a backend does with sources, of whose targets something may be `given`: blocks of steps on a device
         where nothing but greedy tokens is asked for.
         """
         search, constraints = options.search(), options.constraints(self.targets.suppressed(options.suppress))
-        more = given or options.scores or options.with_attention or constraints.filters
+        more = given or options.scores or options.with_attention or constraints.filters or shortlist is not None
         if isinstance(search, Greedy) and not more and isinstance(backend, LoopBackend) and backend.loops:
             return partial(_in_blocks, backend, plan, stop)
 
         def decode_them(sources: Iterator[Source], stats: DecodeStats) -> Iterator[Outcome]:
-            return decode(
+            decode_some = partial(
+                decode,
                 backend,
-                sources,
-                search,
-                plan,
-                stats,
+                search=search,
+                plan=plan,
+                stats=stats,
                 constraints=constraints,
                 with_attention=options.with_attention,
                 cancelled=stop,
             )
+            return decode_some(sources) if shortlist is None else decode_known(decode_some, sources, shortlist, stats)
 
         return decode_them
 
@@ -353,12 +386,16 @@ class _Request(NamedTuple):
 
 @dataclass(slots=True)
 class _Queue:
-    """Texts on their way to the decoder, longest first within a window, and their translations back in order."""
+    """Texts on their way to the decoder, longest first within a window, and their translations back in order.
+
+    Those that a shortlist does not know come last, as they are not decoded beside the others.
+    """
 
     requests: Iterator[_Request]
     options: TranslateOptions
     window: int
     cancelled: Cancelled
+    shortlist: Shortlist | None
     exhausted: bool = False
     error: InputError | None = None
     _under_way: dict[int, _Request] = field(default_factory=dict)
@@ -379,7 +416,7 @@ class _Queue:
             ]
             if not sources:
                 return
-            yield from sorted(sources, key=lambda source: len(source.ids), reverse=True)
+            yield from sorted(sources, key=self._rank, reverse=True)
 
     def request(self, index: int) -> _Request:
         """The text with this index, while it is under way."""
@@ -399,6 +436,9 @@ class _Queue:
         while self._given in self._finished:
             yield self._finished.pop(self._given)
             self._given += 1
+
+    def _rank(self, source: Source) -> tuple[bool, int]:
+        return self.shortlist is None or self.shortlist.knows(source.ids), len(source.ids)
 
     def _read_window(self) -> list[tuple[int, _Request]]:
         window: list[tuple[int, _Request]] = []
@@ -432,7 +472,7 @@ def _miscounted(got: str, line: int | None) -> InputError:
 
 
 def _files_in_use(bundle: Bundle, backend: str) -> list[str]:
-    endings = {"onnx": (".onnx", ".data"), "torchscript": (".ts",)}.get(backend, ())
+    endings = {"onnx": (".onnx", ".data", ".npy"), "torchscript": (".ts",)}.get(backend, ())
     return [name for name in bundle.manifest.files if name.endswith((*endings, ".model"))]
 
 

@@ -116,6 +116,15 @@ def beams_translator(numbers_bundle: Path) -> Translator:
 
 
 @pytest.fixture(scope="session")
+def shortlist_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo with what translating with a shortlist needs."""
+    folder = tmp_path_factory.mktemp("bundles") / "shortlist"
+    checkpoint = NUMBERS / "model.pt"
+    export(ExportOptions(checkpoint=checkpoint, output=folder, format="onnx", verify=False, shortlist=True))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model of a few thousand weights with the demo's tokenizers, in kvx's own format."""
     folder = tmp_path_factory.mktemp("tiny")

@@ -242,3 +242,62 @@ def test_importing_that_cannot_work_is_refused(
 def test_a_missing_table_is_refused(import_: list[str], tmp_path: Path) -> None:
     (tmp_path / "table").unlink()
     refused(invoke(import_), tmp_path / "list.npz", "table that cannot be read")
+
+
+class TestTranslating:
+    """With the list that was learnt from SOURCES, by a bundle that translates."""
+
+    @pytest.fixture
+    def listed(self, shortlist_bundle: Path, tmp_path: Path) -> Path:
+        for name, lines in (("source", SOURCES), ("target", TARGETS)):
+            (tmp_path / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        files = ("--source", tmp_path / "source", "--target", tmp_path / "target", "-o", tmp_path / "list.npz")
+        invoke(["shortlist", "train", "--bundle", str(shortlist_bundle)], *files)
+        return tmp_path / "list.npz"
+
+    @staticmethod
+    def translate(*arguments: str | Path) -> Result:
+        return CliRunner().invoke(app, ["translate", "--device", "cpu", *map(str, arguments)])
+
+    @pytest.mark.parametrize("more", [[], ["--samples", "1", "--top-k", "1"], ["--workers", "2", "--rows", "2"]])
+    def test_translate_says_how_many_candidates_there_were(
+        self, shortlist_bundle: Path, listed: Path, more: list[str]
+    ) -> None:
+        found = self.translate(
+            "--model", shortlist_bundle, "--shortlist", listed, "--stats", *more, "twelve", "nine", "seven hundred"
+        )
+        assert (found.exit_code, found.stdout) == (0, "zwölf\nneun\nsiebenhundert\n")
+        assert re.search(r", \d+ candidates a step, 1 sentences that the shortlist does not know\n$", found.stderr)
+
+    def test_without_a_list_no_candidates_are_spoken_of(self, shortlist_bundle: Path) -> None:
+        found = self.translate("--model", shortlist_bundle, "--stats", "twelve")
+        assert (found.exit_code, found.stdout) == (0, "zwölf\n")
+        assert "candidates" not in found.stderr
+
+    def test_evaluate_takes_one(self, shortlist_bundle: Path, listed: Path) -> None:
+        files = ("--source", listed.parent / "source", "--reference", listed.parent / "target")
+        line = ["evaluate", shortlist_bundle, *files, "--shortlist", listed]
+        found = CliRunner().invoke(app, [*map(str, line)])
+        assert found.exit_code == 0
+        assert "| onnx" in found.stdout
+
+    def test_evaluate_refuses_backends_that_have_no_such_steps(self, shortlist_bundle: Path, listed: Path) -> None:
+        files = ("--source", listed.parent / "source", "--reference", listed.parent / "target")
+        line = ["evaluate", str(shortlist_bundle), "--backend", "onnx,torch"]
+        refused(invoke(line, *files, "--shortlist", listed), listed.parent / "nothing", "--shortlist with --backend")
+
+    def test_a_bundle_without_the_graph_is_refused(self, numbers_bundle: Path, listed: Path) -> None:
+        refused(
+            self.translate("--model", numbers_bundle, "--shortlist", listed, "one"),
+            listed.parent / "nothing",
+            "list.npz",
+            "--with-shortlist",
+        )
+
+    def test_no_file_is_refused(self, shortlist_bundle: Path, tmp_path: Path) -> None:
+        found = self.translate("--model", shortlist_bundle, "--shortlist", tmp_path / "none.npz", "one")
+        refused(found, tmp_path / "nothing", "none.npz")
+
+    def test_export_refuses_it_without_onnx(self, tmp_path: Path) -> None:
+        line = ["export", str(CHECKPOINT / "model.pt"), "-o", str(tmp_path / "new"), "--format", "torchscript"]
+        refused(invoke(line, "--with-shortlist"), tmp_path / "new", "--with-shortlist with --format torchscript")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import threading
 from contextlib import AbstractContextManager
@@ -12,12 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnxruntime as ort
 
-from kvx.runtime.backend import IntArray, Step, StepOutput, Tensors
+from kvx.runtime.backend import FloatArray, IntArray, Step, StepOutput, Tensors
 from kvx.runtime.backends.device_rows import DeviceRows, IdleRows
 from kvx.runtime.cache import Capacity, KVCache
 from kvx.runtime.device import HOST, Device, not_to_be_had
 from kvx.runtime.errors import BundleError, DeviceError, OptionError
-from kvx.runtime.manifest import BEAMS_FILE, CHUNK_FILE, GRAPH_FILES, LOOP_FILE
+from kvx.runtime.manifest import BEAMS_FILE, CHUNK_FILE, GRAPH_FILES, LOOP_FILE, PROJECTION_FILE, SHORTLIST_FILE
 from kvx.runtime.processor import available_threads, bytes_saturate
 from kvx.runtime.signature import (
     CHUNK_FEATURES,
@@ -91,6 +92,8 @@ class OnnxBackend:
         self._step = _Graph(folder / STEP_FILE, step_signature(dimensions, features), machine)
         self._chunk = _Graph(folder / CHUNK_FILE, step_signature(dimensions, CHUNK_FEATURES), machine)
         self._beams = _Graph(folder / BEAMS_FILE, step_signature(dimensions, features.beams), machine)
+        shortlist = _Graph(folder / SHORTLIST_FILE, step_signature(dimensions, features.shortlisted), machine)
+        self.shortlisting = OnnxShortlisting(shortlist, dimensions, folder) if shortlist.exists else None
         self._loop = _Graph(folder / LOOP_FILE, step_signature(dimensions, LOOP_FEATURES), machine, captured=True)
         self.loops = self._loop.exists and device.kind != "cpu"
         self._capture = capture and device.kind != "cpu"
@@ -138,6 +141,8 @@ class OnnxBackend:
         for graph in (self._chunk, self._beams, self._loop):
             if graph.exists:
                 graph.session()
+        if self.shortlisting is not None:
+            self.shortlisting.load()
 
     def run_encoder(self, feeds: Tensors) -> Tensors:
         """The encoder graph as it is: its inputs by name → its outputs by name."""
@@ -191,6 +196,86 @@ class BoundStep:
         return _bind(self._session, self._signature, self._cache, tokens, n)
 
 
+class OnnxShortlisting:
+    """The graph for a part of the vocabulary, and the output projection beside it, mapped when it is first needed."""
+
+    def __init__(self, graph: _Graph, dimensions: Dimensions, folder: Path) -> None:
+        self.cache_specs = cache_specs(dimensions, shared_sources=True)
+        self._graph = graph
+        self._shape = dimensions.vocab_size, dimensions.heads * dimensions.head_width
+        self._path = folder / PROJECTION_FILE
+
+    @functools.cached_property
+    def projection(self) -> FloatArray:
+        """The rows of the whole output projection [V, E], mapped. Raises BundleError."""
+        try:
+            array = np.load(self._path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise _no_projection(f"cannot be read ({error})", self._shape) from None
+        found = array.dtype, array.shape, array.flags.c_contiguous
+        if found != (np.float32, self._shape, True):
+            raise _no_projection(f"holds {array.dtype} {list(array.shape)}", self._shape)
+        rows: FloatArray = array
+        return rows
+
+    def bind(self, cache: KVCache) -> BoundShortlistStep:
+        """The step with the cache's buffers as its inputs and outputs."""
+        return BoundShortlistStep(self._graph, cache)
+
+    def load(self) -> None:
+        """Loads what is otherwise loaded when it is first needed. Raises BundleError."""
+        self._graph.session()
+        _ = self.projection
+
+
+class BoundShortlistStep:
+    """A step that is bound anew whenever its rows, the cache's buffers or the projection are others."""
+
+    def __init__(self, graph: _Graph, cache: KVCache) -> None:
+        self._session = graph.session()
+        self._signature = graph.signature
+        self._cache = cache
+        self._bound: tuple[int, int, FloatArray] | None = None
+        self._logits = np.empty(0, np.float32)
+
+    def __call__(self, input_ids: IntArray, projection: FloatArray) -> StepOutput:
+        """input_ids [n], projection [C, E] → logits [n, C], valid until the next step."""
+        n, generation = self._cache.active, self._cache.generation
+        if self._bound is None or self._bound[:2] != (n, generation) or self._bound[2] is not projection:
+            self._bind(n, projection)
+            self._bound = n, generation, projection
+        self._tokens["input_ids"][...] = input_ids
+        self._session.run_with_iobinding(self._binding)
+        return StepOutput(**self._outputs)
+
+    def _bind(self, n: int, projection: FloatArray) -> None:
+        size = n * len(projection)
+        if size > self._logits.size:
+            self._logits = np.empty(size, np.float32)
+        sizes = {"B": n, "C": len(projection), "S": self._cache.capacity.source}
+        presents = self._signature.presents
+        self._outputs = {
+            spec.name: np.empty(spec.shape(sizes), spec.dtype)
+            for spec in self._signature.outputs
+            if spec.name not in (*presents, "logits")
+        }
+        self._outputs["logits"] = self._logits[:size].reshape(n, -1)
+        self._tokens: Tensors = {
+            "input_ids": np.empty(n, np.int64),
+            "projection": projection,
+            **self._outputs,
+        }
+        self._binding = _bind(self._session, self._signature, self._cache, self._tokens, n)
+
+
+def _no_projection(how: str, shape: tuple[int, int]) -> BundleError:
+    return BundleError(
+        f"{PROJECTION_FILE}, which {how}",
+        expected=f"float32 {list(shape)}, as kvx export --with-shortlist writes it",
+        remedy="Copy the bundle again, or export it anew.",
+    )
+
+
 def _run_chunk(graph: _Graph, cache: KVCache, input_ids: IntArray) -> StepOutput:
     """Several tokens of each active row [n, Q], bound for this one run, whose logits [n, Q, V] nothing else reuses."""
     session, signature = graph.session(), graph.signature
@@ -210,7 +295,7 @@ def _bind(
     """
     lengths = {"past_lengths": cache.lengths, "source_lengths": cache.source_lengths}
     buffers: Tensors = {**tokens, **lengths, **cache.buffers}
-    leading: dict[Axis, int] = {"B": n, "G": n // cache.capacity.beams}
+    leading: dict[Axis, int | None] = {"B": n, "G": n // cache.capacity.beams, "C": None}
     axes = {spec.name: spec.axes[0] for spec in (*signature.inputs, *signature.outputs)}
     values = {name: ort.OrtValue.ortvalue_from_numpy(buffers[name][: leading[axes[name]]]) for name in buffers}
     binding, presents = session.io_binding(), signature.presents
