@@ -47,7 +47,8 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] → [..., out], in the type of the weights."""
-        input = input.to(self.weight.dtype)
+        if input.dtype != self.weight.dtype:  # else a trace would keep the conversion
+            input = input.to(self.weight.dtype)
         if input.ndim == 2:
             return super().forward(input)
         return super().forward(input.flatten(0, -2)).reshape(*input.shape[:-1], self.out_features)
