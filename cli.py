@@ -23,7 +23,8 @@ from typer.core import TyperGroup
 
 import kvx
 from kvx.runtime.errors import DeviceError, InputError, KvxError, OptionError, ParityError
-from kvx.runtime.formats import format_ranking, format_stats, one_line, translation_json, translation_lines
+from kvx.runtime.formats import format_ranking, format_stats, translation_json, translation_lines
+from kvx.runtime.lines import open_lines, output_file, read_file, read_lines, write_lines
 
 if TYPE_CHECKING:
     from kvx import Translation, Translator
@@ -591,7 +592,7 @@ def evaluate(
         raise OptionError(
             f"--shortlist with --backend {backend}", expected="onnx alone", remedy="Leave out the others."
         )
-    test_set = evaluation.ParallelText(_read_file(source, limit), _read_file(reference, limit))
+    test_set = evaluation.ParallelText(read_file(source, limit), read_file(reference, limit))
     options = TranslateOptions(
         max_new_tokens=max_new_tokens,
         beam_size=beam_size,
@@ -613,7 +614,7 @@ def evaluate(
                 result, lines = evaluation.evaluate(translator, test_set, options, tokenize=tokenize)
             found.append(result)
             if hypotheses:
-                _write_lines(_named_for(hypotheses, machine.backend) if len(names) > 1 else hypotheses, lines)
+                write_lines(_named_for(hypotheses, machine.backend) if len(names) > 1 else hypotheses, lines)
             if not result.complete:
                 _say(f"interrupted: {result.name} covers the first {result.sentences} sentences")
                 raise typer.Exit(130)
@@ -650,14 +651,14 @@ def score(
     """
     from kvx.runtime.options import TranslateOptions
 
-    sources, lines = _read_file(source), _read_file(target)
+    sources, lines = read_file(source), read_file(target)
     candidates = [line.split("\t") if choices else [line] for line in lines]
     machine = Machine(backend=backend, device=device, threads=threads, workers=workers, spin=spin)
     options = TranslateOptions(rows=rows, cache_bytes=_cache_bytes(cache_mb), workers=workers)
     translator = _announce(model, machine, bulk=True)
     with _spinner(f"scoring {len(lines)} lines"):
         rankings = translator.rank(sources, candidates, by=by.value, options=options)
-    with _output_file(output) as out:
+    with output_file(output) as out:
         for given, ranking in zip(candidates, rankings, strict=True):
             out.write(format_ranking(given, ranking, choices=choices, as_json=as_json) + "\n")
 
@@ -702,7 +703,7 @@ def bench(
     machine = Machine(backend=backend, device=device, threads=threads, workers=workers, spin=spin)
     machine.check(bundle)
     subject = measuring.Subject(bundle=str(bundle), threads=threads, workers=workers, spin=spin)
-    texts = None if text is None else _read_file(text)
+    texts = None if text is None else read_file(text)
     if texts == ():
         raise InputError(f"{text} without a line", expected="at least one text", remedy="Check the file.")
     with _spinner(f"measuring {bundle}"):
@@ -716,9 +717,9 @@ def bench(
     for line in measuring.table(result):
         typer.echo(line)
     if json_file:
-        _write_lines(json_file, json.dumps(result.to_dict(), indent=1).split("\n"))
+        write_lines(json_file, json.dumps(result.to_dict(), indent=1).split("\n"))
     if plot:
-        _write_lines(plot, curves_html(result).split("\n"))
+        write_lines(plot, curves_html(result).split("\n"))
 
 
 def _counts(option: str, given: str) -> tuple[int, ...]:
@@ -740,7 +741,7 @@ def _show_evaluations(found: list[Evaluation], json_file: Path | None) -> None:
     for signature in (found[0].bleu.signature, found[0].chrf.signature):
         typer.echo(signature)
     if json_file:
-        _write_lines(json_file, json.dumps({"backends": [asdict(result) for result in found]}, indent=1).split("\n"))
+        write_lines(json_file, json.dumps({"backends": [asdict(result) for result in found]}, indent=1).split("\n"))
 
 
 shortlists = typer.Typer(
@@ -773,7 +774,7 @@ def train_shortlist(
     from kvx.runtime.bundle import Bundle
 
     options = lexicon.LexiconOptions(iterations=iterations, per_source=per_source, frequent=frequent)
-    opened, sources, targets = Bundle.open(bundle), _read_file(source), _read_file(target)
+    opened, sources, targets = Bundle.open(bundle), read_file(source), read_file(target)
     with _spinner(f"learning from {len(sources)} lines"):
         shortlist, coverage = lexicon.train_shortlist(opened, sources, targets, options)
         shortlist.write(output)
@@ -794,7 +795,6 @@ def import_shortlist(
     """Make a shortlist of a lexical table (lex.s2t)."""
     from kvx.runtime import lexicon
     from kvx.runtime.bundle import Bundle
-    from kvx.runtime.lines import open_lines, read_lines
 
     options = lexicon.LexiconOptions(per_source=per_source, frequent=frequent)
     opened = Bundle.open(bundle)
@@ -822,7 +822,7 @@ def _translate(translator: Translator, command: TranslateCommand, options: Trans
     from kvx.runtime.schedule import DecodeStats
 
     stats, started, at_limit = DecodeStats(), time.perf_counter(), list[int]()
-    with _input_texts(command) as texts, _output_file(command.output) as out, _counter(command) as count:
+    with _input_texts(command) as texts, output_file(command.output) as out, _counter(command) as count:
         for number, translation in enumerate(_translations(translator, command, options, texts, stats), 1):
             _write_translation(out, translation, number, command)
             out.flush()
@@ -859,7 +859,7 @@ def _plot_attention(path: Path, translation: Translation, text: str) -> None:
     page = attention_html(
         translation.attention, translation.source_tokens or (), tokens, f"{text} → {translation.text}"
     )
-    _write_lines(path, page.split("\n"))
+    write_lines(path, page.split("\n"))
 
 
 def _translations(
@@ -869,7 +869,7 @@ def _translations(
     texts: Iterable[str],
     stats: DecodeStats,
 ) -> Iterator[Translation]:
-    prefixes = None if command.prefix_file is None else _read_file(command.prefix_file)
+    prefixes = None if command.prefix_file is None else read_file(command.prefix_file)
     if command.alternatives is None:
         yield from translator.translate_iter(texts, options, stats, prefixes=prefixes)
         return
@@ -927,28 +927,12 @@ def _cache_bytes(mebibytes: float | None) -> int | None:
     return None if mebibytes is None else max(1, int(mebibytes * 2**20))
 
 
-def _read_file(path: Path, limit: int | None = None) -> tuple[str, ...]:
-    from kvx.runtime.lines import open_lines, read_lines
-
-    if limit is not None and limit < 1:
-        raise OptionError(f"--limit {limit}", expected="1 or more", remedy="Correct it or leave it out.")
-    with open_lines(path) as stream:
-        return tuple(itertools.islice(read_lines(stream), limit))
-
-
-def _write_lines(path: Path, lines: Iterable[str]) -> None:
-    with _output_file(path) as out:
-        out.writelines(f"{one_line(line)}\n" for line in lines)
-
-
 def _named_for(path: Path, backend: str) -> Path:
     return path.with_name(f"{path.stem}.{backend}{path.suffix}")
 
 
 @contextlib.contextmanager
 def _input_texts(command: TranslateCommand) -> Iterator[Iterable[str]]:
-    from kvx.runtime.lines import open_lines, read_lines
-
     if command.texts:
         yield command.texts
     elif command.input:
@@ -956,18 +940,6 @@ def _input_texts(command: TranslateCommand) -> Iterator[Iterable[str]]:
             yield read_lines(stream)
     else:
         yield read_lines(sys.stdin.buffer)
-
-
-@contextlib.contextmanager
-def _output_file(path: Path | None) -> Iterator[TextIO]:
-    from kvx.runtime.lines import complete_file
-
-    if path is not None:
-        with complete_file(path) as file:
-            yield file
-    else:
-        sys.stdout.reconfigure(encoding="utf-8", newline="\n")  # type: ignore[union-attr]  # a TextIOWrapper
-        yield sys.stdout
 
 
 @contextlib.contextmanager

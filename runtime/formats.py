@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
+from kvx.runtime.lines import one_line
 from kvx.runtime.schedule import DecodeStats
 from kvx.runtime.scoring import Ranking
 from kvx.runtime.translator import Translation
@@ -45,11 +46,6 @@ def _form(translation: Translation) -> dict[str, Any]:
     if translation.others:
         form["others"] = [_form(other) for other in translation.others]
     return form
-
-
-def one_line(text: str) -> str:
-    """A text in is a line out, also where a tokenizer has pieces that break lines."""
-    return text.replace("\n", " ").replace("\r", " ")
 
 
 def format_ranking(candidates: Sequence[str], ranking: Ranking, *, choices: bool, as_json: bool) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import secrets
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
-from kvx.runtime.errors import InputError
+from kvx.runtime.errors import InputError, OptionError
 
 LONGEST_LINE = 2**20  # bytes
 
@@ -82,3 +84,33 @@ def complete_binary_file(path: Path) -> Iterator[BinaryIO]:
     finally:
         if not special:
             partial.unlink(missing_ok=True)
+
+
+def read_file(path: Path, limit: int | None = None) -> tuple[str, ...]:
+    """The lines of a file, or the first so many. Raises InputError, and OptionError for a limit below 1."""
+    if limit is not None and limit < 1:
+        raise OptionError(f"--limit {limit}", expected="1 or more", remedy="Correct it or leave it out.")
+    with open_lines(path) as stream:
+        return tuple(itertools.islice(read_lines(stream), limit))
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """A file of these lines, which appears when it is complete. Raises InputError where it cannot be made."""
+    with complete_file(path) as out:
+        out.writelines(f"{one_line(line)}\n" for line in lines)
+
+
+@contextlib.contextmanager
+def output_file(path: Path | None) -> Iterator[TextIO]:
+    """A file that appears when it is complete, or else standard output, as UTF-8 with line feeds."""
+    if path is not None:
+        with complete_file(path) as file:
+            yield file
+    else:
+        sys.stdout.reconfigure(encoding="utf-8", newline="\n")  # type: ignore[union-attr]  # a TextIOWrapper
+        yield sys.stdout
+
+
+def one_line(text: str) -> str:
+    """A text in is a line out, also where a tokenizer has pieces that break lines."""
+    return text.replace("\n", " ").replace("\r", " ")
