@@ -5,13 +5,14 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 KVX := $(VENV)/bin/kvx
+PARALLEL := -n auto --dist loadfile
 
 demo: $(INSTALLED)
 	$(KVX) export artifacts/numbers-checkpoint/model.pt --output artifacts/numbers --force
 	$(KVX) translate --model artifacts/numbers "twelve thousand three hundred and four" "nine hundred and ninety-nine" "one"
 
 test: lint
-	$(VENV)/bin/pytest
+	$(VENV)/bin/pytest $(PARALLEL)
 
 proof: $(INSTALLED)
 	$(VENV)/bin/pytest -m proof

@@ -71,11 +71,15 @@ class Translator:
 
     def __init__(self, bundle: Bundle, backend: Backend, *others: Backend) -> None:
         self.manifest = bundle.manifest
-        self.backend = backend
         self.backends = (backend, *others)
         self.targets = TargetReader(bundle)
         self._sources = SourceReader(bundle)
         self._shortlists: dict[Path, Shortlist] = {}
+
+    @property
+    def backend(self) -> Backend:
+        """The first of those that share out the texts, in all but their device alike."""
+        return self.backends[0]
 
     @classmethod
     def load(

@@ -185,7 +185,9 @@ class TestTranslate:
         found = translate("--json", "--scores", stdin=b"one\n\ntwelve\n")
         one, empty, twelve = (json.loads(line) for line in found.out.split("\n")[:-1])
         assert (found.code, found.err) == (0, "")
-        assert list(one) == ["text", "tokens", "ids", "score", "finish_reason", "truncated"]
+        fields = ["text", "tokens", "ids", "score", "finish_reason", "truncated", "log_probabilities"]
+        assert list(one) == fields
+        assert sum(one["log_probabilities"]) == pytest.approx(one["score"])
         assert [value["text"] for value in (one, empty, twelve)] == ["eins", "", "zwölf"]
         assert one["score"] < 0
         assert (one["finish_reason"], one["truncated"]) == ("end", False)

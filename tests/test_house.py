@@ -79,7 +79,7 @@ def test_importing_kvx_loads_nothing_heavy() -> None:
 
 
 def test_importing_kvx_is_quick() -> None:
-    script = "import time; start = time.perf_counter(); import kvx; print(time.perf_counter() - start)"
+    script = "import time; start = time.process_time(); import kvx; print(time.process_time() - start)"
     assert min(float(python(script)) for _ in range(3)) < IMPORT_SECONDS
 
 

@@ -79,7 +79,7 @@ def counted(tiny_bundle: Path) -> Counting:
     counting = Counting(translator.backend)
 
     def load() -> Translator:
-        translator.backend = cast(Backend, counting)
+        translator.backends = (cast(Backend, counting),)
         return translator
 
     bench(load, SUBJECT, None, QUICK)
@@ -148,7 +148,7 @@ def test_every_row_takes_every_step(counted: Counting) -> None:
 def test_sources_are_as_long_as_asked_for(tiny_bundle: Path) -> None:
     translator = Translator.load(tiny_bundle)
     counting = Counting(translator.backend)
-    translator.backend = cast(Backend, counting)
+    translator.backends = (cast(Backend, counting),)
     translator.translate(["Hello."])
     first = counting.encoded
     bench(lambda: translator, SUBJECT, None, QUICK)
