@@ -13,7 +13,8 @@ from kvx.runtime.errors import (
 )
 from kvx.runtime.options import TranslateOptions
 from kvx.runtime.scoring import Ranking, Score
-from kvx.runtime.translator import Translation, Translator
+from kvx.runtime.translation import Translation
+from kvx.runtime.translator import Translator
 
 __version__ = "0.1.0"
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kvx import Translator
-from kvx.runtime.decode import decode
+from kvx.runtime.decode import Cancelled, decode
 from kvx.runtime.lines import open_lines, read_lines
 from kvx.runtime.options import TranslateOptions
 from kvx.runtime.rows import Source
@@ -54,8 +54,8 @@ def seconds(translator: Translator, sources: list[Source], setting: Setting) -> 
     plan, workers = translator.plan(options)
     plan = replace(plan, group=setting.group)
 
-    def greedy(shared: Iterator[Source], stats: DecodeStats) -> Iterator[Outcome]:
-        return decode(translator.backend, shared, Greedy(), plan, stats)
+    def greedy(shared: Iterator[Source], stats: DecodeStats, stopped: Cancelled) -> Iterator[Outcome]:
+        return decode(translator.backend, shared, Greedy(), plan, stats, cancelled=stopped)
 
     started = time.perf_counter()
     count = sum(1 for _ in side_by_side([greedy] * workers, sources, DecodeStats()))

@@ -14,7 +14,14 @@ from kvx.runtime.search import Search, log_probabilities
 from kvx.runtime.shortlist import Shortlist
 from kvx.runtime.shortlisted import ShortlistedStep
 
+Cancelled = Callable[[], bool]
+
 TOKENS_AT_ONCE = 128  # of all rows together: what fills a matrix product (docs/performance.md)
+
+
+def never() -> bool:
+    """Nothing is cancelled."""
+    return False
 
 
 def decode(
@@ -27,7 +34,7 @@ def decode(
     constraints: Constraints = UNCONSTRAINED,
     with_attention: bool = False,
     shortlist: Shortlist | None = None,
-    cancelled: Callable[[], bool] = lambda: False,
+    cancelled: Cancelled = never,
 ) -> Iterator[Outcome]:
     """Sources, any number and in any order → what becomes of each target, as it is over.
 
@@ -72,16 +79,21 @@ def _bind(backend: Backend, schedule: Schedule, stats: DecodeStats, *, shortlist
 
 
 def score(
-    backend: Backend, plan: Plan, sources: Iterable[Source], stats: DecodeStats | None = None
+    backend: Backend,
+    plan: Plan,
+    sources: Iterable[Source],
+    stats: DecodeStats | None = None,
+    stopped: Cancelled = never,
 ) -> Iterator[Outcome]:
     """Sources whose targets are all given → their log-probabilities, as they finish.
 
-    On the rows and cache of `decode`, but several tokens of a row at a time while few rows leave a step half empty.
+    Ends where `stopped` answers true. On the rows and cache of `decode`, but several tokens of a row at a time while
+    few rows leave a step half empty.
     """
     at_once = TOKENS_AT_ONCE if backend.query_tokens else 1
     schedule = Schedule(backend, iter(sources), plan, None, stats or DecodeStats(), at_once=at_once)
     step = backend.bind(schedule.cache)
-    while schedule.fill():
+    while schedule.fill() and not stopped():
         input_ids, following = schedule.next_given()
         logits = step(input_ids if input_ids.shape[1] > 1 else input_ids[:, 0]).logits
         scores = log_probabilities(logits.reshape(following.size, -1), following.reshape(-1))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from kvx.runtime.errors import InputError, OptionError
 from kvx.runtime.memory import peak_bytes, reset_peak
 from kvx.runtime.schedule import DecodeStats
-from kvx.runtime.translator import Translation
+from kvx.runtime.translation import Translation
 
 if TYPE_CHECKING:
     from sacrebleu.metrics.base import Metric as SacrebleuMetric

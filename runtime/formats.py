@@ -10,14 +10,10 @@ from typing import Any
 from kvx.runtime.lines import one_line
 from kvx.runtime.schedule import DecodeStats
 from kvx.runtime.scoring import Ranking
-from kvx.runtime.translator import Translation
+from kvx.runtime.translation import Translation
 
-OPTIONAL = (
-    "log_probabilities",
-    "others",
-    "alignment",
-    "source_tokens",
-)  # left out of JSON where they were not asked for
+OPTIONAL = ("log_probabilities", "alignment", "source_tokens")  # in JSON only where they were asked for
+LEFT_OUT = ("attention", "others")
 
 
 def translation_lines(translation: Translation, number: int, *, several: bool) -> Iterator[str]:
@@ -41,8 +37,9 @@ def translation_json(translation: Translation) -> str:
 
 def _form(translation: Translation) -> dict[str, Any]:
     named = {field.name: getattr(translation, field.name) for field in fields(translation)}
-    form = {name: value for name, value in named.items() if name not in OPTIONAL or value}
-    del form["attention"]
+    form = {name: value for name, value in named.items() if name not in OPTIONAL or value is not None}
+    for name in LEFT_OUT:
+        del form[name]
     if translation.others:
         form["others"] = [_form(other) for other in translation.others]
     return form

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, Self, runtime_checkable
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from kvx.runtime.backend import IntArray
 from kvx.runtime.cache import Capacity
+from kvx.runtime.decode import Cancelled, never
 from kvx.runtime.errors import CapacityError
 from kvx.runtime.plan import Plan, rung
 from kvx.runtime.rows import Hypothesis, Source
@@ -105,7 +106,7 @@ def decode_in_blocks(
     stats: DecodeStats,
     *,
     block: int = BLOCK,
-    cancelled: Callable[[], bool] = lambda: False,
+    cancelled: Cancelled = never,
 ) -> Iterator[Outcome]:
     """Sources, each with one target of which nothing is given → their greedy translations, as they are over.
 
@@ -142,7 +143,7 @@ class _Loop:
         plan: Plan,
         stats: DecodeStats,
         block: int,
-        cancelled: Callable[[], bool],
+        cancelled: Cancelled,
     ) -> None:
         self._rows = rows
         self._waiting = waiting

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Literal
 
-from kvx.runtime.decode import score
+from kvx.runtime.backend import Backend
+from kvx.runtime.decode import Cancelled, score
 from kvx.runtime.errors import InputError
+from kvx.runtime.options import TranslateOptions, refuse
+from kvx.runtime.plan import Plan
 from kvx.runtime.rows import Source
-from kvx.runtime.schedule import DecodeStats
+from kvx.runtime.schedule import DecodeStats, Outcome
 from kvx.runtime.sources import refuse_string
 from kvx.runtime.targets import Target
-from kvx.runtime.workers import side_by_side
+from kvx.runtime.workers import Decode, side_by_side
 
 if TYPE_CHECKING:
-    from kvx.runtime.options import TranslateOptions
     from kvx.runtime.translator import Translator
+
+SCORING_OPTIONS = ("on_long", "rows", "workers", "cache_bytes")
 
 RankBy = Literal["sum", "per_token"]
 
@@ -69,9 +73,10 @@ def rank(
 ) -> list[Ranking]:
     """See Translator.rank."""
     refuse_string(sources)
+    options = _of_scoring(options)
     targets = list(_read_targets(translator, sources, candidates))
     longest = max((len(ids) for given in targets for ids in given), default=1)
-    plan, workers = translator.plan(options, sentences=sum(map(len, targets)), max_new_tokens=longest)
+    plan, decodes = translator.plan(options, sentences=sum(map(len, targets)), max_new_tokens=longest)
     special = translator.manifest.source_ids
     texts = translator.read_sources(sources, plan, options.on_long)
     jobs = [
@@ -80,13 +85,34 @@ def rank(
     ]
     jobs.sort(key=lambda job: len(job.ids), reverse=True)
     scores: dict[tuple[int, int], Score] = {}
-    decodes = [partial(score, backend, plan) for backend in translator.backends] * workers
-    for found in side_by_side(decodes, jobs, DecodeStats()):
+    backends = itertools.islice(itertools.cycle(translator.backends), decodes)
+    for found in side_by_side([_scoring(backend, plan) for backend in backends], jobs, DecodeStats()):
         scores[found.index, found.target] = Score(found.best.ids, found.best.log_probabilities or ())
     return [
         _ranking(tuple(scores[index, target] for target in range(len(given))), by)
         for index, given in enumerate(targets)
     ]
+
+
+def _of_scoring(options: TranslateOptions) -> TranslateOptions:
+    """The options, of which no other may be set. Raises OptionError naming those that are."""
+    names = [field.name for field in fields(options)]
+    plain = replace(type(options)(), **{name: getattr(options, name) for name in SCORING_OPTIONS})
+    refuse(
+        [
+            (f"{name} = {getattr(options, name)!r} where translations are given", f"only {', '.join(SCORING_OPTIONS)}")
+            for name in names
+            if getattr(options, name) != getattr(plain, name)
+        ]
+    )
+    return plain
+
+
+def _scoring(backend: Backend, plan: Plan) -> Decode:
+    def score_them(sources: Iterator[Source], stats: DecodeStats, stopped: Cancelled) -> Iterator[Outcome]:
+        return score(backend, plan, sources, stats, stopped)
+
+    return score_them
 
 
 def _ranking(scores: tuple[Score, ...], by: RankBy) -> Ranking:

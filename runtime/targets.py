@@ -61,10 +61,10 @@ class TargetReader:
             )
         return found
 
-    def prefixes(self, prefixes: Iterable[Target | None], limit: int) -> Iterator[tuple[int, ...]]:
-        """The ids of each prefix, none where there is none."""
+    def prefixes(self, prefixes: Iterable[Target | None], limit: int) -> Iterator[tuple[int, ...] | None]:
+        """The ids of each prefix, None where there is none."""
         for number, prefix in enumerate(prefixes, 1):
-            yield () if prefix is None else self.prefix(prefix, limit, number)
+            yield None if prefix is None else self.prefix(prefix, limit, number)
 
     def suppressed(self, tokens: Iterable[str | int]) -> tuple[int, ...]:
         """The ids of pieces, or of ids. Raises OptionError naming all that are none, and for eos."""

@@ -2,68 +2,32 @@
 
 from __future__ import annotations
 
-import importlib.util
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from functools import partial
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, Self, Unpack
+from typing import Self, Unpack
 
-from kvx.runtime.alignment import align, replace_unknown
-from kvx.runtime.backend import Backend, FloatArray, shortlisting_of, specs_of
+from kvx.runtime.alternatives import alternatives
+from kvx.runtime.backend import Backend, shortlisting_of, specs_of
 from kvx.runtime.bundle import Bundle
-from kvx.runtime.decode import decode, decode_known
+from kvx.runtime.decode import Cancelled
 from kvx.runtime.device import Device
-from kvx.runtime.errors import DeviceError, InputError
-from kvx.runtime.loop import LoopBackend, decode_in_blocks
-from kvx.runtime.manifest import GRAPH_FILES
+from kvx.runtime.errors import InputError
+from kvx.runtime.job import Job, Latch
+from kvx.runtime.loading import load_backends
 from kvx.runtime.options import Problem, TranslateKeywords, TranslateOptions, refuse
 from kvx.runtime.plan import DEFAULT_ROWS, Plan
-from kvx.runtime.rows import FinishReason, Hypothesis, Source
-from kvx.runtime.schedule import DecodeStats, Outcome
+from kvx.runtime.requests import Request, RequestQueue, paired
+from kvx.runtime.schedule import DecodeStats
 from kvx.runtime.scoring import RankBy, Ranking, Score, rank
-from kvx.runtime.search import Greedy
 from kvx.runtime.shortlist import Shortlist, Vocabulary
 from kvx.runtime.sources import OnLong, SourceReader, SourceText, refuse_string
 from kvx.runtime.targets import Target, TargetReader
-from kvx.runtime.workers import Decode, side_by_side
+from kvx.runtime.translation import Translation, Writer
+from kvx.runtime.workers import side_by_side
 
-WINDOWS_AHEAD = 4
 WINDOW_PER_ROW = 8  # sentences read ahead and sorted by length together, for every row
-ALIKE_FOR_ALTERNATIVES = ("on_long", "cache_bytes", "suppress", "shortlist", "scores", "align", "replace_unknown")
-
-Cancelled = Callable[[], bool]
-
-
-@dataclass(frozen=True, slots=True)
-class Translation:
-    """One translated text.
-
-    `ids` are the target ids after bos, eos included where `finish_reason` is "end"; `tokens` their pieces without
-    it; `score` the sum of `log_probabilities`, the model's own of each id, natural, where asked for; `truncated` tells
-    that the source was cut to the model's positions. `others` are the next best ones of a beam search, or further
-    samples. Where alignment was asked for, `alignment` has for each of `tokens` the index among `source_tokens` of the
-    piece that it attends to most, and `attention` [ids, 1 + source tokens + 1] all weights, bos and eos included.
-    """
-
-    text: str
-    tokens: tuple[str, ...]
-    ids: tuple[int, ...]
-    score: float | None
-    finish_reason: FinishReason
-    truncated: bool
-    log_probabilities: tuple[float, ...] | None = None
-    others: tuple[Translation, ...] = ()
-    alignment: tuple[int, ...] | None = None
-    source_tokens: tuple[str, ...] | None = None
-    attention: FloatArray | None = field(default=None, compare=False, repr=False)
-
-    @property
-    def hypotheses(self) -> tuple[Translation, ...]:
-        """This one and the others."""
-        return self, *self.others
 
 
 class Translator:
@@ -103,14 +67,7 @@ class Translator:
         OptionError, TokenizerError.
         """
         opened, devices = Bundle.open(Path(bundle)), Device.parse_list(device)
-        make = partial(_make_backend, opened, backend, threads=threads, workers=workers, spin=spin)
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            hashes = pool.submit(opened.check_hashes, _files_in_use(opened, backend))
-            try:
-                made = [make(one) for one in devices]
-            finally:
-                hashes.result()  # an altered file explains whatever the backend made of it
-        return cls(opened, *made)
+        return cls(opened, *load_backends(opened, backend, devices, threads=threads, workers=workers, spin=spin))
 
     def translate(
         self,
@@ -128,13 +85,10 @@ class Translator:
         anything is decoded, OptionError and CapacityError.
         """
         refuse_string(texts)
-        refuse_string(prefixes or ())
         options = replace(options or TranslateOptions(), window=max(1, len(texts)), **changes)
-        plan, workers = self.plan(options, sentences=len(texts))
-        shortlist = self._shortlist(options)
-        read = list(self._read(texts, prefixes, options, plan))
-        given = prefixes is not None or options.prefix is not None
-        return list(self._run(iter(read), options, shortlist, plan, workers, DecodeStats(), cancelled, given=given))
+        job = self._job(options, len(texts), given=prefixes is not None)
+        requests = list(self._requests(texts, prefixes, job))
+        return list(self._run(iter(requests), job, DecodeStats(), cancelled))
 
     def translate_iter(
         self,
@@ -152,13 +106,9 @@ class Translator:
         Raises OptionError and CapacityError.
         """
         refuse_string(texts)
-        refuse_string(prefixes or ())
         options = options or TranslateOptions()
-        plan, workers = self.plan(options, sentences=options.window)
-        shortlist = self._shortlist(options)
-        read = self._read(texts, prefixes, options, plan)
-        given = prefixes is not None or options.prefix is not None
-        return self._run(read, options, shortlist, plan, workers, stats or DecodeStats(), cancelled, given=given)
+        job = self._job(options, options.window, given=prefixes is not None)
+        return self._run(self._requests(texts, prefixes, job), job, stats or DecodeStats(), cancelled)
 
     def alternatives(
         self, text: str, prefix: Target, count: int = 5, options: TranslateOptions | None = None
@@ -168,23 +118,7 @@ class Translator:
 
         Raises InputError, OptionError and CapacityError.
         """
-        options = options or TranslateOptions()
-        refuse([(f"count = {count}", "a count from 1 up")] if count < 1 else [])
-        limit = options.max_new_tokens or self.manifest.max_new_tokens
-        begun = self.targets.prefix(prefix, limit, None)
-        width = min(count, self.manifest.model["target_vocab_size"])
-        next_only = TranslateOptions()
-        if width > 1:  # eos, which is not counted, has no advantage without a length penalty
-            next_only = TranslateOptions(beam_size=width, n_best=width, length_penalty=0.0)
-        alike = {name: getattr(options, name) for name in ALIKE_FOR_ALTERNATIVES}
-        (first,) = self.translate([text], replace(next_only, max_new_tokens=len(begun) + 1, prefix=begun, **alike))
-        if not first.ids:
-            return [first]
-        begins = (replace(first, others=()), *first.others)
-        eos = self.manifest.target_ids.eos
-        going = [one.ids for one in begins if one.ids[-1] != eos and len(one.ids) < limit]
-        found = dict(zip(going, self.translate([text] * len(going), options, prefixes=going), strict=True))
-        return [found.get(one.ids, one) for one in begins]
+        return alternatives(self, text, prefix, count, options or TranslateOptions())
 
     def score(
         self, sources: Sequence[str], targets: Sequence[Target], options: TranslateOptions | None = None
@@ -231,8 +165,9 @@ class Translator:
             sentences *= options.targets
             plan = plan.for_sentences(sentences)
         few = sentences is not None and sentences * beams <= (options.rows or DEFAULT_ROWS)
+        devices = 1 if few else len(self.backends)
         workers = options.workers or (1 if few else min(self.backend.decodes, plan.most_shares()))
-        return plan.share_of(workers, least_rows=options.rows or 1), workers
+        return plan.share_of(workers * devices, least_rows=options.rows or 1), workers * devices
 
     def read_sources(
         self, texts: Iterable[str], plan: Plan, on_long: OnLong, *, with_pieces: bool = False
@@ -281,221 +216,46 @@ class Translator:
             problems.append((f"min_new_tokens = {options.min_new_tokens}", f"at most {limit}, the limit of new tokens"))
         return problems
 
-    def _read(
-        self, texts: Iterable[str], prefixes: Iterable[Target | None] | None, options: TranslateOptions, plan: Plan
-    ) -> Iterator[_Request]:
-        """Texts with the ids of what their translations begin with. Raises InputError where the numbers differ."""
-        common = () if options.prefix is None else self.targets.prefix(options.prefix, plan.max_new_tokens, None)
-        read = self.read_sources(texts, plan, options.on_long, with_pieces=options.with_attention)
-        given = itertools.repeat(common) if prefixes is None else self.targets.prefixes(prefixes, plan.max_new_tokens)
-        for number, text in enumerate(read, 1):
-            prefix = next(given, None)
-            if prefix is None:
-                raise _miscounted(f"{number - 1} prefixes and more texts", number)
-            yield _Request(text, prefix)
-        if prefixes is not None and next(given, None) is not None:
-            raise _miscounted("more prefixes than texts", None)
+    def _job(self, options: TranslateOptions, sentences: int | None, *, given: bool) -> Job:
+        """What the options ask for, for so many texts at hand; `given` where each has a prefix of its own."""
+        plan, decodes = self.plan(options, sentences=sentences)
+        suppressed = self.targets.suppressed(options.suppress)
+        return Job(
+            options=options,
+            plan=plan,
+            decodes=decodes,
+            search=options.search(),
+            constraints=options.constraints(suppressed),
+            shortlist=self._shortlist(options),
+            given=given or options.prefix is not None,
+        )
+
+    def _requests(self, texts: Iterable[str], prefixes: Iterable[Target | None] | None, job: Job) -> Iterator[Request]:
+        """Texts with the ids of what their translations begin with: a prefix of their own, or that of the options."""
+        refuse_string(prefixes or ())
+        options, limit = job.options, job.plan.max_new_tokens
+        common = () if options.prefix is None else self.targets.prefix(options.prefix, limit, None)
+        read = self.read_sources(texts, job.plan, options.on_long, with_pieces=options.with_attention)
+        if prefixes is None:
+            return (Request(text, common) for text in read)
+        own = self.targets.prefixes(prefixes, limit)
+        return (Request(text, common if prefix is None else prefix) for text, prefix in paired(read, own))
 
     def _run(
-        self,
-        requests: Iterator[_Request],
-        options: TranslateOptions,
-        shortlist: Shortlist | None,
-        plan: Plan,
-        workers: int,
-        stats: DecodeStats,
-        cancelled: Cancelled | None,
-        *,
-        given: bool,
+        self, requests: Iterator[Request], job: Job, stats: DecodeStats, cancelled: Cancelled | None
     ) -> Iterator[Translation]:
-        stop = cancelled or (lambda: False)
-        decodes = [
-            self._decode(backend, options, shortlist, plan, stop, given=given) for backend in self.backends
-        ] * workers
-        window = options.window or plan.rows * len(decodes) * WINDOW_PER_ROW
-        queue = _Queue(requests, options, window, stop, shortlist)
+        stop, options, writer = Latch(cancelled), job.options, Writer(self.targets.tokenizer, job.options)
+        window = options.window or job.plan.rows * job.decodes * WINDOW_PER_ROW
+        queue = RequestQueue(requests, options.targets, window, writer.nothing(), job.shortlist, stop)
+        decodes = job.on(self.backends, stop)
         while not queue.exhausted:
-            for outcome in side_by_side(decodes, queue.sources(), stats, at_once=plan.group):
-                found = partial(self._translation, queue.request(outcome.index), outcome, options)
-                queue.finish(outcome.index, outcome.target, tuple(map(found, outcome.hypotheses)))
-                yield from queue.in_order()
+            outcomes = side_by_side(decodes, queue.sources(), stats, at_once=job.plan.group)
+            with contextlib.closing(outcomes):
+                for outcome in outcomes:
+                    text = queue.request(outcome.index).text
+                    found = (writer.write(text, outcome, hypothesis) for hypothesis in outcome.hypotheses)
+                    queue.finish(outcome.index, outcome.target, tuple(found))
+                    yield from queue.in_order()
             yield from queue.in_order()
         if queue.error is not None:
             raise queue.error
-
-    def _decode(
-        self,
-        backend: Backend,
-        options: TranslateOptions,
-        shortlist: Shortlist | None,
-        plan: Plan,
-        stop: Cancelled,
-        *,
-        given: bool,
-    ) -> Decode:
-        """What a backend does with sources, of whose targets something may be `given`: blocks of steps on a device
-        where nothing but greedy tokens is asked for.
-        """
-        search, constraints = options.search(), options.constraints(self.targets.suppressed(options.suppress))
-        more = given or options.scores or options.with_attention or constraints.filters or shortlist is not None
-        if isinstance(search, Greedy) and not more and isinstance(backend, LoopBackend) and backend.loops:
-            return partial(_in_blocks, backend, plan, stop)
-
-        def decode_them(sources: Iterator[Source], stats: DecodeStats) -> Iterator[Outcome]:
-            decode_some = partial(
-                decode,
-                backend,
-                search=search,
-                plan=plan,
-                stats=stats,
-                constraints=constraints,
-                with_attention=options.with_attention,
-                cancelled=stop,
-            )
-            return decode_some(sources) if shortlist is None else decode_known(decode_some, sources, shortlist, stats)
-
-        return decode_them
-
-    def _translation(
-        self, request: _Request, outcome: Outcome, options: TranslateOptions, hypothesis: Hypothesis
-    ) -> Translation:
-        tokenizer = self.targets.tokenizer
-        ids = hypothesis.ids[:-1] if hypothesis.ended else hypothesis.ids
-        pieces, attention = tokenizer.pieces(ids), hypothesis.attention
-        alignment = None if attention is None else align(attention[: len(ids)])
-        text = tokenizer.decode(ids)
-        if options.replace_unknown and alignment is not None and tokenizer.unknown_id in ids:
-            unknown, source = tokenizer.unknown_id, request.text.pieces
-            text = replace_unknown(source, pieces, ids, unknown, alignment, tokenizer.join)
-        return Translation(
-            text=text,
-            tokens=pieces,
-            ids=hypothesis.ids,
-            score=hypothesis.score,
-            finish_reason=outcome.reason(hypothesis),
-            truncated=request.text.truncated,
-            log_probabilities=hypothesis.log_probabilities,
-            alignment=alignment if options.align else None,
-            source_tokens=request.text.pieces if options.align else None,
-            attention=attention if options.align else None,
-        )
-
-
-class _Request(NamedTuple):
-    """A text as the encoder takes it, and the target ids that are given."""
-
-    text: SourceText
-    prefix: tuple[int, ...]
-
-
-@dataclass(slots=True)
-class _Queue:
-    """Texts on their way to the decoder, longest first within a window, and their translations back in order.
-
-    Those that a shortlist does not know come last, as they are not decoded beside the others.
-    """
-
-    requests: Iterator[_Request]
-    options: TranslateOptions
-    window: int
-    cancelled: Cancelled
-    shortlist: Shortlist | None
-    exhausted: bool = False
-    error: InputError | None = None
-    _under_way: dict[int, _Request] = field(default_factory=dict)
-    _targets: dict[int, dict[int, tuple[Translation, ...]]] = field(default_factory=dict)
-    _finished: dict[int, Translation] = field(default_factory=dict)
-    _read: int = 0
-    _given: int = 0
-
-    def sources(self) -> Iterator[Source]:
-        """Sentences for the decoder. Ends early, so that what is finished can leave, after a window of nothing but
-        empty texts, and where one slow sentence has kept back too many others.
-        """
-        while self._read - self._given <= self.window * (WINDOWS_AHEAD - 1) and (window := self._read_window()):
-            sources = [
-                Source(index, request.text.ids, (request.prefix,) * self.options.targets)
-                for index, request in window
-                if request.text.ids
-            ]
-            if not sources:
-                return
-            yield from sorted(sources, key=self._rank, reverse=True)
-
-    def request(self, index: int) -> _Request:
-        """The text with this index, while it is under way."""
-        return self._under_way[index]
-
-    def finish(self, index: int, target: int, found: tuple[Translation, ...]) -> None:
-        """Takes the translations of one target of text `index`."""
-        targets = self._targets.setdefault(index, {})
-        targets[target] = found
-        if len(targets) == self.options.targets:
-            first, *others = itertools.chain.from_iterable(targets[number] for number in sorted(targets))
-            self._finished[index] = replace(first, others=tuple(others))
-            del self._targets[index], self._under_way[index]
-
-    def in_order(self) -> Iterator[Translation]:
-        """The translations that are finished and whose turn it is."""
-        while self._given in self._finished:
-            yield self._finished.pop(self._given)
-            self._given += 1
-
-    def _rank(self, source: Source) -> tuple[bool, int]:
-        return self.shortlist is None or self.shortlist.knows(source.ids), len(source.ids)
-
-    def _read_window(self) -> list[tuple[int, _Request]]:
-        window: list[tuple[int, _Request]] = []
-        if self._read and self.cancelled():
-            self.exhausted = True
-            return window
-        try:
-            for request in itertools.islice(self.requests, self.window):
-                window.append((self._read, request))
-                self._read += 1
-        except InputError as error:
-            self.error = error
-        self.exhausted = len(window) < self.window
-        self._under_way.update((index, request) for index, request in window if request.text.ids)
-        nothing = replace(NOTHING, score=0.0, log_probabilities=()) if self.options.scores else NOTHING
-        self._finished.update((index, nothing) for index, request in window if not request.text.ids)
-        return window
-
-
-NOTHING = Translation(text="", tokens=(), ids=(), score=None, finish_reason="end", truncated=False)
-
-
-def _in_blocks(
-    backend: LoopBackend, plan: Plan, stop: Cancelled, sources: Iterator[Source], stats: DecodeStats
-) -> Iterator[Outcome]:
-    return decode_in_blocks(backend, sources, plan, stats, cancelled=stop)
-
-
-def _miscounted(got: str, line: int | None) -> InputError:
-    return InputError(got, expected="a prefix for each text", remedy="Check that both belong together.", line=line)
-
-
-def _files_in_use(bundle: Bundle, backend: str) -> list[str]:
-    endings = {"onnx": (".onnx", ".data", ".npy"), "torchscript": (".ts",)}.get(backend, ())
-    return [name for name in bundle.manifest.files if name.endswith((*endings, ".model"))]
-
-
-def _make_backend(
-    bundle: Bundle, name: str, device: Device, *, threads: int | None, workers: int | None, spin: bool
-) -> Backend:
-    arguments = (bundle.folder, bundle.manifest.dimensions, bundle.manifest.features)
-    if name == "onnx":
-        from kvx.runtime.backends import onnx
-
-        bundle.require(*GRAPH_FILES[name])
-        return onnx.OnnxBackend(*arguments, threads=threads, workers=workers, spin=spin, device=device)
-    if name == "torchscript":
-        if importlib.util.find_spec("torch") is None:
-            raise DeviceError(
-                "backend torchscript without torch", expected="torch", remedy="pip install 'kvx[export]', or use onnx."
-            )
-        from kvx.runtime.backends import torchscript
-
-        bundle.require(*GRAPH_FILES[name])
-        return torchscript.TorchScriptBackend(*arguments, threads=threads, device=str(device))
-    raise DeviceError(f"backend {name!r}", expected="onnx or torchscript", remedy="Correct the backend.")

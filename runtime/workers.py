@@ -8,23 +8,25 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
+from kvx.runtime.decode import Cancelled, never
 from kvx.runtime.rows import Source
 from kvx.runtime.schedule import DecodeStats, Outcome
 
-Decode = Callable[[Iterator[Source], DecodeStats], Iterator[Outcome]]
+Decode = Callable[[Iterator[Source], DecodeStats, Cancelled], Iterator[Outcome]]
 
 SOURCES_AT_ONCE = 16
 
 
 def side_by_side(
     decodes: Sequence[Decode], sources: Iterable[Source], stats: DecodeStats, *, at_once: int = SOURCES_AT_ONCE
-) -> Iterator[Outcome]:
+) -> Generator[Outcome, None, None]:
     """What becomes of all sources, as they are over, from these decodes, each given up to `at_once` sources."""
     if len(decodes) == 1:
-        return decodes[0](iter(sources), stats)
-    return decode_in_parallel(decodes, sources, stats, at_once=at_once)
+        yield from decodes[0](iter(sources), stats, never)
+    else:
+        yield from decode_in_parallel(decodes, sources, stats, at_once=at_once)
 
 
 def decode_in_parallel(
@@ -32,7 +34,7 @@ def decode_in_parallel(
 ) -> Iterator[Outcome]:
     """Each decode in a thread of its own, all fed from `sources` → what becomes of all, as they are over.
 
-    An exception of one ends all and is raised here. Closing the iterator ends them at their next outcome. `stats`
+    An exception of one ends all and is raised here. Closing the iterator ends them at their next step. `stats`
     gets the sum of what they did.
     """
     drawn = iter(sources)
@@ -78,7 +80,7 @@ class _Worker(threading.Thread):
     def run(self) -> None:
         """Decodes until there are no more sources, or nobody wants the results."""
         try:
-            for outcome in self._decode(self._sources(), self.stats):
+            for outcome in self._decode(self._sources(), self.stats, lambda: self._stopped):
                 self._news.put(outcome)
                 if self._stopped:
                     return
@@ -91,7 +93,7 @@ class _Worker(threading.Thread):
         self._food.put(sources)
 
     def stop(self) -> None:
-        """Ends the worker at its next outcome."""
+        """Ends the worker at its next step."""
         self._stopped = True
         self.feed([])
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from protocol import Request, Runner, Timed, serve  # type: ignore[import-not-found]
 
 from kvx import Translator
-from kvx.runtime.decode import decode
+from kvx.runtime.decode import Cancelled, decode
 from kvx.runtime.options import TranslateOptions
 from kvx.runtime.rows import Source
 from kvx.runtime.schedule import DecodeStats, Outcome
@@ -54,8 +54,8 @@ def _alone(translator: Translator, source: Source, options: TranslateOptions) ->
 def _together(translator: Translator, sources: list[Source], options: TranslateOptions) -> Iterator[Outcome]:
     plan, workers = translator.plan(options)
 
-    def greedy(shared: Iterator[Source], stats: DecodeStats) -> Iterator[Outcome]:
-        return decode(translator.backend, shared, Greedy(), plan, stats)
+    def greedy(shared: Iterator[Source], stats: DecodeStats, stopped: Cancelled) -> Iterator[Outcome]:
+        return decode(translator.backend, shared, Greedy(), plan, stats, cancelled=stopped)
 
     ordered = sorted(sources, key=lambda source: len(source.ids), reverse=True)
     return side_by_side([greedy] * workers, ordered, DecodeStats(), at_once=plan.group)

@@ -12,6 +12,7 @@ import pytest
 from kvx import Translator
 from kvx.runtime import schedule
 from kvx.runtime.cache import KVCache
+from kvx.runtime.decode import Cancelled
 from kvx.runtime.options import TranslateOptions
 from kvx.runtime.rows import Hypothesis, Source
 from kvx.runtime.schedule import DecodeStats, Outcome
@@ -37,7 +38,7 @@ def test_all_workers_take_part() -> None:
     seen = set()
     together = threading.Barrier(3, timeout=10)
 
-    def decode(sources: Iterator[Source], stats: DecodeStats) -> Iterator[Outcome]:
+    def decode(sources: Iterator[Source], stats: DecodeStats, stopped: Cancelled) -> Iterator[Outcome]:
         for source in sources:
             if threading.current_thread() not in seen:
                 seen.add(threading.current_thread())
@@ -51,7 +52,7 @@ def test_all_workers_take_part() -> None:
 
 
 def test_an_error_in_one_worker_ends_all_and_reaches_the_consumer() -> None:
-    def decode(sources: Iterator[Source], stats: DecodeStats) -> Iterator[Outcome]:
+    def decode(sources: Iterator[Source], stats: DecodeStats, stopped: Cancelled) -> Iterator[Outcome]:
         for source in sources:
             if source.index == 5:
                 raise OSError("broken")
