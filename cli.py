@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import itertools
 import json
 import os
 import sys
@@ -325,10 +324,9 @@ class Machine:
 
         if Manifest.read(path).lowering != "cuda":
             return "cpu"
-        from kvx.runtime.backends.onnx import CUDA_LIBRARY
-        from kvx.runtime.device import missing_library
+        from kvx.runtime.backends.onnx import cuda_lacks
 
-        return "cuda" if missing_library(CUDA_LIBRARY) is None else "cpu"
+        return "cuda" if cuda_lacks() is None else "cpu"
 
     def check(self, path: Path) -> None:
         """Raises BundleError where the bundle has not what the backend needs."""
@@ -364,14 +362,23 @@ class TranslateCommand:
     json: bool
     stats: bool
     prefix_file: Path | None
+    prefix: str | None
     alternatives: int | None
-    several: bool
+    several_hypotheses: bool
     plot_attention: Path | None
     align: bool
 
     def __post_init__(self) -> None:
         if self.texts and self.input:
             raise OptionError("texts and --input", expected="one of them", remedy="Leave one out.")
+        if self.alternatives is not None and (self.stats or self.several_hypotheses):
+            raise OptionError(
+                "--alternatives with --n-best, --samples or --stats",
+                expected="one translation after each alternative",
+                remedy="Leave one of them out.",
+            )
+        if self.prefix and self.prefix_file is not None:
+            raise OptionError("--prefix and --prefix-file", expected="one of them", remedy="Leave one out.")
         if self.plot_attention is not None and len(self.texts) != 1:
             raise OptionError(
                 f"--plot-attention for {len(self.texts) or 'a stream of'} texts",
@@ -386,6 +393,11 @@ class TranslateCommand:
             raise OptionError("a closed standard input", expected="texts", remedy="Give them as arguments or a file.")
         if self.output is None and sys.stdout is None:
             raise OptionError("a closed standard output", expected="a place to write to", remedy="Use --output.")
+
+    @property
+    def several(self) -> bool:
+        """Whether a text may have several translations."""
+        return self.several_hypotheses or (self.alternatives or 1) > 1
 
     @property
     def interactive(self) -> bool:
@@ -516,7 +528,8 @@ def translate(
         stats=stats,
         prefix_file=prefix_file,
         alternatives=alternatives,
-        several=max(n_best or 1, samples or 1, alternatives or 1) > 1,
+        prefix=prefix,
+        several_hypotheses=max(n_best or 1, samples or 1) > 1,
         plot_attention=plot_attention,
         align=align,
     )
@@ -869,13 +882,15 @@ def _translations(
     texts: Iterable[str],
     stats: DecodeStats,
 ) -> Iterator[Translation]:
+    from kvx.runtime.requests import paired
+
     prefixes = None if command.prefix_file is None else read_file(command.prefix_file)
     if command.alternatives is None:
         yield from translator.translate_iter(texts, options, stats, prefixes=prefixes)
         return
-    given = itertools.repeat(options.prefix or "") if prefixes is None else prefixes
-    for text, prefix in zip(texts, given, strict=prefixes is not None):
-        first, *others = translator.alternatives(text, prefix, command.alternatives, options)
+    pairs = paired(texts, prefixes) if prefixes is not None else ((text, options.prefix or "") for text in texts)
+    for number, (text, prefix) in enumerate(pairs, 1):
+        first, *others = translator.alternatives(text, prefix, command.alternatives, options, number=number)
         yield replace(first, others=tuple(others))
 
 

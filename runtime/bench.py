@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 import kvx
 from kvx.runtime.backend import Backend, FloatArray, StepOutput
 from kvx.runtime.errors import CapacityError, OptionError
+from kvx.runtime.loop import LoopBackend
 from kvx.runtime.memory import peak_bytes, reset_peak
 from kvx.runtime.options import TranslateOptions
 from kvx.runtime.plan import Plan
@@ -219,6 +220,12 @@ def bench(
     reset_peak()
     start, translator = _start(make_translator, next((text for text in texts or () if text.strip()), FIRST_TEXT))
     manifest = translator.manifest
+    if isinstance(translator.backend, LoopBackend) and translator.backend.loops:
+        raise OptionError(
+            "a device whose steps feed themselves",
+            expected="a backend whose cache is on the host, which is what is measured here",
+            remedy="Measure it with benchmarks/gpu.py.",
+        )
     _check_positions(options, manifest.model)
     plans = [_plan(translator, options, rows=rows, tokens=options.tokens) for rows in options.rows]
     return BenchResult(

@@ -12,7 +12,7 @@ from kvx.runtime.errors import DeviceError
 
 CUDA_EXTRA = "kvx[cuda]"
 DRIVER = "libcuda.so"
-MISSING = re.compile(r"^(\S+\.so\S*): cannot open shared object file")
+MISSING = re.compile(r"^(.+\.so[^:]*): cannot open shared object file")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +47,8 @@ class Device:
 HOST = Device()
 
 
-def not_to_be_had(device: Device, got: str, provider: Path) -> DeviceError:
+def not_to_be_had(device: Device, got: str, library: str | None) -> DeviceError:
     """The error for a device that a session did not get, with the library whose lack explains it, if one does."""
-    library = missing_library(provider)
     if library is None:
         remedy = "Check that the index exists and that the driver is new enough for CUDA 13 (nvidia-smi)"
     elif library.startswith(DRIVER):
@@ -60,10 +59,10 @@ def not_to_be_had(device: Device, got: str, provider: Path) -> DeviceError:
 
 
 def missing_library(provider: Path) -> str | None:
-    """The shared library without which a provider cannot be loaded, by its name, or None."""
+    """What keeps a provider from being loaded, by its name where it is a library that is missing, or None."""
     try:
         ctypes.CDLL(str(provider))
     except OSError as error:
         found = MISSING.match(str(error))
-        return Path(found[1]).name if found else None
+        return Path(found[1]).name if found else f"a part of {provider.name} ({error})"
     return None

@@ -47,6 +47,11 @@ class InputError(KvxError):
     def __init__(self, got: str, *, expected: str, remedy: str, line: int | None = None) -> None:
         super().__init__(got if line is None else f"line {line}: {got}", expected=expected, remedy=remedy)
         self.line = line
+        self._of_one_line = got
+
+    def at(self, line: int | None) -> "InputError":
+        """The same error for another line, or for a text that is none."""
+        return InputError(self._of_one_line, expected=self.expected, remedy=self.remedy, line=line)
 
 
 class ParityError(KvxError):

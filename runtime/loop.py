@@ -22,7 +22,7 @@ from kvx.runtime.backend import IntArray
 from kvx.runtime.cache import Capacity
 from kvx.runtime.decode import Cancelled, never
 from kvx.runtime.errors import CapacityError
-from kvx.runtime.plan import Plan, rung
+from kvx.runtime.plan import GROUP_POSITIONS, Plan, rung
 from kvx.runtime.rows import Hypothesis, Source
 from kvx.runtime.schedule import DecodeStats, Outcome, nothing
 
@@ -113,13 +113,15 @@ def decode_in_blocks(
     As `decode` with Greedy, but that the host looks only every `block` steps: a row stops at most so much later than it
     might. A source too long for the rows waits until they are empty, and gets larger ones.
     """
-    waiting = _Waiting(sources)
+    waiting = _Line(sources)
     while ahead := waiting.look(plan.rows):
-        with backend.loop_rows(_capacity(backend, plan, ahead)) as rows:
+        capacity = _capacity(backend, plan, ahead)
+        stats.cache_bytes = max(stats.cache_bytes, backend.loop_bytes(capacity))
+        with backend.loop_rows(capacity) as rows:
             yield from _Loop(rows, waiting, plan, stats, block, cancelled).run()
 
 
-class _Waiting:
+class _Line:
     """Sources that are drawn, at most as many as there are rows for, but have no row yet."""
 
     def __init__(self, sources: Iterator[Source]) -> None:
@@ -139,7 +141,7 @@ class _Loop:
     def __init__(
         self,
         rows: LoopRows,
-        waiting: _Waiting,
+        waiting: _Line,
         plan: Plan,
         stats: DecodeStats,
         block: int,
@@ -173,8 +175,10 @@ class _Loop:
                 break
             self._seat(row, self._waiting.drawn.popleft())
             admitted.append(row)
+        at_once = max(1, GROUP_POSITIONS // self._rows.capacity.source)
         for first, last in _runs(admitted):
-            self._encode(first, last)
+            for some in range(first, last + 1, at_once):
+                self._encode(some, min(last, some + at_once - 1))
         if admitted:
             self._rows.write(self._state)
         return any(source is not None for source in self._seated)

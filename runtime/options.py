@@ -6,6 +6,7 @@ import math
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import TypedDict, get_args
 
@@ -147,8 +148,8 @@ class TranslateOptions:
         counts = ("max_new_tokens", "min_new_tokens", "rows", "workers", "cache_bytes", "window", "beam_size", "n_best")
         for name in (*counts, "samples", "top_k", "no_repeated_ngrams"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                yield f"{name} = {value}", f"{name} from 1 up"
+            if value is not None and (not _is_whole(value) or value < 1):
+                yield f"{name} = {value!r}", f"{name} from 1 up"
         for name in ("temperature", "patience"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -159,8 +160,8 @@ class TranslateOptions:
                 yield f"{name} = {value}", f"{name} from {least} to {most}"
         if self.top_p is not None and not 0 < self.top_p <= 1:
             yield f"top_p = {self.top_p}", "top_p above 0 and up to 1"
-        if self.seed is not None and not 0 <= self.seed <= LARGEST_SEED:
-            yield f"seed = {self.seed}", f"a seed from 0 to {LARGEST_SEED}"
+        if self.seed is not None and (not _is_whole(self.seed) or not 0 <= self.seed <= LARGEST_SEED):
+            yield f"seed = {self.seed!r}", f"a seed from 0 to {LARGEST_SEED}"
         if isinstance(self.suppress, str):
             yield f"suppress = {self.suppress!r}", "a tuple of pieces or ids to suppress"
         if self.on_long not in get_args(OnLong):
@@ -186,6 +187,10 @@ class TranslateOptions:
             )
         if self.patience is not None and self.early_stopping is False:
             yield f"patience = {self.patience} without early_stopping", "patience only with early_stopping"
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 class TranslateKeywords(TypedDict, total=False):

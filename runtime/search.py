@@ -238,7 +238,7 @@ class BeamSearch:
     def _enough(self, closed: list[Hypothesis], best: float, longest: int) -> bool:
         if best == -np.inf:
             return True
-        if len(closed) < self.size * (self.patience if self.early_stopping else 1):
+        if len(closed) < max(self.n_best, self.size * (self.patience if self.early_stopping else 1)):
             return False
         if self.early_stopping:
             return True

@@ -47,8 +47,15 @@ class TargetReader:
                     remedy="Spell it as the model's training data does, or give ids.",
                     line=number,
                 )
-        else:
+        elif isinstance(prefix, Sequence) and not isinstance(prefix, (str, bytes, bytearray)):
             ids = list(prefix)
+        else:
+            raise InputError(
+                f"a prefix {prefix!r:.60}",
+                expected="a text or a sequence of ids",
+                remedy="Give one, or None where nothing is given.",
+                line=number,
+            )
         if not ids:
             return ()
         found = self._within(tuple(ids), self._positions, number)

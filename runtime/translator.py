@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Self, Unpack
+from typing import Literal, Self, Unpack
 
 from kvx.runtime.alternatives import alternatives
 from kvx.runtime.backend import Backend, shortlisting_of, specs_of
@@ -27,6 +28,7 @@ from kvx.runtime.targets import Target, TargetReader
 from kvx.runtime.translation import Translation, Writer
 from kvx.runtime.workers import side_by_side
 
+SIDES: tuple[Literal["source", "target"], ...] = ("source", "target")
 WINDOW_PER_ROW = 8  # sentences read ahead and sorted by length together, for every row
 
 
@@ -38,7 +40,8 @@ class Translator:
         self.backends = (backend, *others)
         self.targets = TargetReader(bundle)
         self._sources = SourceReader(bundle)
-        self._shortlists: dict[Path, Shortlist] = {}
+        self._reading = threading.Lock()
+        self._read_shortlist: tuple[Path, int, Shortlist] | None = None
 
     @property
     def backend(self) -> Backend:
@@ -111,14 +114,24 @@ class Translator:
         return self._run(self._requests(texts, prefixes, job), job, stats or DecodeStats(), cancelled)
 
     def alternatives(
-        self, text: str, prefix: Target, count: int = 5, options: TranslateOptions | None = None
+        self,
+        text: str,
+        prefix: Target,
+        count: int = 5,
+        options: TranslateOptions | None = None,
+        *,
+        number: int | None = None,
     ) -> list[Translation]:
         """The `count` most probable tokens after a beginning of the translation, each gone on from by the search of
-        the options: translations that differ in the token after the prefix, in the order of its probability.
+        the options: translations that differ in the token after the prefix, in the order of its probability; fewer
+        where a text has no more. Errors name the `number` of the text, where it has one.
 
         Raises InputError, OptionError and CapacityError.
         """
-        return alternatives(self, text, prefix, count, options or TranslateOptions())
+        try:
+            return alternatives(self, text, prefix, count, options or TranslateOptions())
+        except InputError as error:
+            raise error.at(number) from None
 
     def score(
         self, sources: Sequence[str], targets: Sequence[Target], options: TranslateOptions | None = None
@@ -184,14 +197,17 @@ class Translator:
             yield text
 
     def _shortlist(self, options: TranslateOptions) -> Shortlist | None:
-        """The shortlist that the options name, read when it is first asked for. Raises InputError."""
+        """The shortlist that the options name, read when it is first asked for or has changed. Raises InputError."""
         if options.shortlist is None:
             return None
-        path = Path(options.shortlist)
-        if path not in self._shortlists:
-            source, target = Vocabulary.of(self.manifest, "source"), Vocabulary.of(self.manifest, "target")
-            self._shortlists[path] = Shortlist.read(path, source_vocab=source, target_vocab=target)
-        return self._shortlists[path]
+        path = Path(options.shortlist).absolute()
+        written = path.stat().st_mtime_ns if path.is_file() else 0
+        with self._reading:
+            if self._read_shortlist is None or self._read_shortlist[:2] != (path, written):
+                source, target = (Vocabulary.of(self.manifest, side) for side in SIDES)
+                found = Shortlist.read(path, source_vocab=source, target_vocab=target)
+                self._read_shortlist = path, written, found
+            return self._read_shortlist[2]
 
     def _impossible(self, options: TranslateOptions) -> list[Problem]:
         """What this bundle cannot do of what is asked."""

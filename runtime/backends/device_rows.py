@@ -24,11 +24,10 @@ from kvx.runtime.signature import Signature, TensorSpec
 ONNX_TYPES = {"float32": 1, "int64": 7, "bool": 9, "float16": 10, "bfloat16": 16}  # onnx.TensorProto.DataType
 NO_CAPTURE = -1
 WARM_UP_RUNS = 2
+MOST_IDLE = 2  # each of the size of a cache
 OUT_OF_MEMORY = ("failed to allocate", "out of memory", "bad_alloc", "bad allocation")
 
 MakeRows = Callable[[Capacity], "DeviceRows"]
-
-MOST_IDLE = 4
 
 _log = logging.getLogger("kvx")
 _graph_ids = itertools.count(1)
@@ -38,7 +37,8 @@ class DeviceRows:
     """See LoopRows. `session` runs the looped step and `encoder` the encoder, both on `device`.
 
     With `capture` the step is captured as a CUDA graph, once, while all rows are idle; where ONNX Runtime refuses, it
-    runs uncaptured, which the log says. Raises CapacityError where the device has not the memory.
+    runs uncaptured, which the log says. A session that captures may not be run by two threads at a time: all rows of
+    one session share its `lock`.
     """
 
     def __init__(
@@ -51,8 +51,10 @@ class DeviceRows:
         device: Device,
         *,
         capture: bool,
+        lock: threading.Lock,
     ) -> None:
         self.capacity = capacity
+        self._lock = lock
         self._encoder = encoder
         self._encoder_signature = encoder_signature
         self._session = session
@@ -88,9 +90,10 @@ class DeviceRows:
 
     def run(self, steps: int) -> None:
         """So many steps, each feeding the next; the host waits for the last."""
-        for _ in range(steps):
-            self._session.run_with_iobinding(self._binding, self._options)
-        self._binding.synchronize_outputs()
+        with self._lock:
+            for _ in range(steps):
+                self._session.run_with_iobinding(self._binding, self._options)
+            self._binding.synchronize_outputs()
 
     def read(self) -> LoopState:
         """The state as it is now, copied."""
@@ -99,7 +102,8 @@ class DeviceRows:
     def release(self) -> None:
         """Gives up the captured graph, if there is one."""
         if self._graph_id != NO_CAPTURE:
-            self._session.release_captured_graph(self._graph_id)
+            with self._lock:
+                self._session.release_captured_graph(self._graph_id)
 
     def _bind(self, signature: Signature) -> ort.IOBinding:
         binding, presents = self._session.io_binding(), signature.presents
@@ -111,11 +115,12 @@ class DeviceRows:
 
     def _capture(self) -> None:
         """Runs that change nothing, because every row is finished, then one that ONNX Runtime captures."""
-        for _ in range(WARM_UP_RUNS):
-            self._session.run_with_iobinding(self._binding, self._options)
+        self.run(WARM_UP_RUNS)
         graph_id = next(_graph_ids)
         try:
-            self._session.run_with_iobinding(self._binding, _run_options(graph_id))
+            with self._lock:
+                self._session.run_with_iobinding(self._binding, _run_options(graph_id))
+                self._binding.synchronize_outputs()
         except Exception as error:  # ONNX Runtime raises a type of its own for each status
             _log.warning("steps run uncaptured: %s", str(error).strip().splitlines()[0][:300])
         else:
@@ -138,7 +143,15 @@ class IdleRows:
         rows = self._take(capacity) or self._allocate(capacity, size)
         try:
             yield rows
-        finally:
+        except GeneratorExit:  # nobody wants more of them
+            self._give_back(rows)
+            raise
+        except BaseException as error:  # who knows what state they are in
+            rows.release()
+            if isinstance(error, Exception) and _is_out_of_memory(error):
+                raise _no_memory(capacity, size, capacity.rows // 2, self._device) from None
+            raise
+        else:
             self._give_back(rows)
 
     def _take(self, capacity: Capacity) -> DeviceRows | None:

@@ -16,7 +16,7 @@ import onnxruntime as ort
 from kvx.runtime.backend import FloatArray, IntArray, Step, StepOutput, Tensors
 from kvx.runtime.backends.device_rows import DeviceRows, IdleRows
 from kvx.runtime.cache import Capacity, KVCache
-from kvx.runtime.device import HOST, Device, not_to_be_had
+from kvx.runtime.device import HOST, Device, missing_library, not_to_be_had
 from kvx.runtime.errors import BundleError, DeviceError, OptionError
 from kvx.runtime.manifest import BEAMS_FILE, CHUNK_FILE, GRAPH_FILES, LOOP_FILE, PROJECTION_FILE, SHORTLIST_FILE
 from kvx.runtime.processor import available_threads, bytes_saturate
@@ -38,7 +38,8 @@ CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 CUDA_LIBRARY = Path(ort.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
 ERRORS_ONLY_AS_EXCEPTIONS = 4
 SLOWER_FUSIONS = ["SkipLayerNormFusion"]  # 0.3 ms instead of 0.05 for 256 tokens of 256 channels on a CPU
-WARNINGS = 2  # ONNX Runtime's default
+_looking, _looked = threading.Lock(), list[str | None]()  # once for the process
+
 ELEMENT_TYPES = {
     "tensor(int64)": "int64",
     "tensor(bool)": "bool",
@@ -98,6 +99,7 @@ class OnnxBackend:
         self.loops = self._loop.exists and device.kind != "cpu"
         self._capture = capture and device.kind != "cpu"
         self._idle_rows = IdleRows(self._new_rows, device)
+        self._loop_lock = threading.Lock()
         self.features = features
         self.query_tokens = self._chunk.exists
         self.cache_specs = cache_specs(dimensions)
@@ -134,7 +136,8 @@ class OnnxBackend:
     def _new_rows(self, capacity: Capacity) -> DeviceRows:
         encoder, loop = self._encoder, self._loop
         graphs = encoder.session(), encoder.signature, loop.session(), loop.signature
-        return DeviceRows(*graphs, capacity, loop.machine.device, capture=self._capture)
+        device = loop.machine.device
+        return DeviceRows(*graphs, capacity, device, capture=self._capture, lock=self._loop_lock)
 
     def load(self) -> None:
         """Loads what is otherwise loaded when it is first needed. Raises BundleError."""
@@ -360,9 +363,8 @@ def _options(machine: _Machine) -> ort.SessionOptions:
 def _session(path: Path, machine: _Machine, *, captured: bool) -> ort.InferenceSession:
     options = _options(machine)
     wanted, providers = _providers(machine, captured=captured)
-    if wanted != CPU:
-        ort.set_default_logger_severity(ERRORS_ONLY_AS_EXCEPTIONS)  # a provider that fails to load is logged there
-        _find_installed_libraries()
+    if wanted != CPU and (lacks := cuda_lacks()) is not None:
+        raise not_to_be_had(machine.device, "an ONNX Runtime that cannot load it", lacks)
     try:
         session = ort.InferenceSession(path, options, providers=providers, disabled_optimizers=SLOWER_FUSIONS)
     except Exception as error:  # ONNX Runtime raises a type of its own for each status
@@ -371,12 +373,9 @@ def _session(path: Path, machine: _Machine, *, captured: bool) -> ort.InferenceS
             expected="a graph written by kvx export",
             remedy="Export the bundle again.",
         ) from None
-    finally:
-        if wanted != CPU:
-            ort.set_default_logger_severity(WARNINGS)
     got = session.get_providers()[0]
     if got != wanted:
-        raise not_to_be_had(machine.device, f"a session on {got.removesuffix('ExecutionProvider')}", CUDA_LIBRARY)
+        raise not_to_be_had(machine.device, f"a session on {got.removesuffix('ExecutionProvider')}", cuda_lacks())
     return session
 
 
@@ -393,12 +392,15 @@ def _providers(machine: _Machine, *, captured: bool) -> tuple[str, list[Any]]:
     return CUDA, [(CUDA, options), CPU]
 
 
-def _find_installed_libraries() -> None:
-    """Loads the CUDA libraries that pip has installed; what is missing is said when the session is not on CUDA, and
-    not by what ONNX Runtime prints here.
+def cuda_lacks() -> str | None:
+    """What keeps ONNX Runtime's CUDA provider from being loaded, or None. The libraries that pip has installed are
+    found first; what is missing is said in our own words, not by what is printed or logged meanwhile.
     """
-    with contextlib.redirect_stdout(io.StringIO()):
-        ort.preload_dlls()
+    with _looking, contextlib.redirect_stdout(io.StringIO()):
+        if not _looked:
+            ort.preload_dlls()
+            _looked.append(missing_library(CUDA_LIBRARY))
+    return _looked[0]
 
 
 def _check_contract(session: ort.InferenceSession, signature: Signature, file: str) -> None:

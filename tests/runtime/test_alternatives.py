@@ -131,3 +131,21 @@ def test_alternatives_keep_within_the_bytes_of_the_cache(beams_translator: Trans
     options = TranslateOptions(cache_bytes=1000)
     with pytest.raises(Exception, match="at most 1,000 bytes"):
         beams_translator.alternatives("one", "", 3, options)
+
+
+def test_the_token_that_differs_keeps_the_constraints_too(numbers_translator: Translator) -> None:
+    text, least = "twelve thousand three hundred and four", 25
+    whole = numbers_translator.translate([text])[0].ids[:-1]
+    options = TranslateOptions(min_new_tokens=least, max_new_tokens=30)
+    found = numbers_translator.alternatives(text, whole, 3, options)
+    assert len(found) == 3
+    assert all(len(one.ids) >= least for one in found)
+    once = numbers_translator.alternatives(text, whole, 4, TranslateOptions(no_repeated_ngrams=1))
+    assert all(len(set(one.ids)) == len(one.ids) for one in once)
+
+
+def test_an_error_names_the_text_only_where_it_has_a_number(numbers_translator: Translator) -> None:
+    text = " ".join(["one"] * 3000)
+    for number, said in ((None, r"^\d+ tokens"), (7, r"^line 7: \d+ tokens")):
+        with pytest.raises(InputError, match=said):
+            numbers_translator.alternatives(text, "ein", 2, number=number)

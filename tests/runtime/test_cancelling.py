@@ -159,3 +159,22 @@ def test_beams_give_the_best_that_they_have_when_cancelled(beams_translator: Tra
         assert [one.score for one in each] == pytest.approx([score.sum for score in scores], abs=1e-3)
         means = [score.sum / (1 + len(one.tokens)) for score, one in zip(scores, each, strict=True)]
         assert means == sorted(means, reverse=True)
+
+
+def test_an_answer_that_was_once_true_holds_for_all_workers(numbers_translator: Translator) -> None:
+    asked = itertools.count()
+    texts = ["ninety-nine thousand nine hundred and ninety-nine"] * 64
+    found = numbers_translator.translate(texts, rows=4, workers=2, cancelled=lambda: next(asked) == 4)
+    assert len(found) == 64
+    assert sum(one.finish_reason == "cancelled" for one in found) >= 64 - 2 * 4 * 2
+
+
+def test_closing_ends_every_worker_at_its_next_step(numbers_translator: Translator) -> None:
+    texts = [" ".join(["ninety-nine"] * 6), *["ninety-nine thousand nine hundred and ninety-nine"] * 60]
+    options = TranslateOptions(rows=4, workers=2, end_penalty=50.0, window=len(texts))
+    stats, threads = DecodeStats(), threading.active_count()
+    translations = numbers_translator.translate_iter(texts, options, stats)
+    next(translations)
+    translations.close()  # type: ignore[attr-defined]
+    assert threading.active_count() == threads
+    assert stats.sentences < 40

@@ -230,3 +230,9 @@ def test_a_prefix_for_all_is_refused_without_a_line(beams_translator: Translator
         beams_translator.translate(["one", "two"], prefix="漢")
     assert raised.value.line is None
     assert "'漢'" in raised.value.got
+
+
+@pytest.mark.parametrize("wrong", [{"beam_size": 2.5}, {"beam_size": "2"}, {"max_new_tokens": 3.5}, {"rows": True}])
+def test_counts_that_are_no_whole_numbers_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match=f"{next(iter(wrong))} = "):
+        TranslateOptions(**wrong)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvx import InputError, Translator
+from kvx import InputError, OptionError, Translator
 from kvx.models.checkpoint import Checkpoint, load_checkpoint
 from kvx.runtime import decode
 from kvx.runtime.backend import Backend, IntArray, Tensors
@@ -173,3 +173,13 @@ def test_few_targets_are_scored_several_tokens_at_a_time(numbers_translator: Tra
     for one in decode.score(alone, plan, sources):
         assert found[one.index].best.ids == one.best.ids
         assert found[one.index].best.log_probabilities == pytest.approx(one.best.log_probabilities, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options", [{"beam_size": 4}, {"samples": 2}, {"prefix": "ein"}, {"max_new_tokens": 3}, {"scores": True}]
+)
+def test_what_is_no_matter_of_scoring_is_refused_by_name(
+    numbers_translator: Translator, options: dict[str, int]
+) -> None:
+    with pytest.raises(OptionError, match=f"{next(iter(options))} = .* where translations are given"):
+        numbers_translator.score(["one"], ["eins"], TranslateOptions(**options))  # type: ignore[arg-type]

@@ -283,7 +283,7 @@ def test_beams_are_those_of_a_plain_beam_search_whatever_the_neighbours(
     found = backend.run(sources, search, limit, seats=seats, constraints=filters)
     oracle = Oracle(backend.logits, vocabulary, limit, least)
     for source in sources:
-        expected = untied(oracle, source.ids, size, penalty, size * patience)
+        expected = untied(oracle, source.ids, size, penalty, size * max(1.0, patience))  # n_best are wanted
         hypotheses = found[source.index, 0]
         assert [one.ids for one in hypotheses] == [ids for _, ids in expected]
         assert [one.rank_score for one in hypotheses] == pytest.approx([score for score, _ in expected], abs=TIE)
@@ -696,3 +696,9 @@ def test_log_probabilities_are_those_of_a_softmax_in_float64() -> None:
     exact = logits.astype(np.float64)
     expected = exact[np.arange(30), ids] - np.logaddexp.reduce(exact, axis=-1)
     assert log_probabilities(logits, ids) == pytest.approx(expected, abs=1e-6)
+
+
+def test_little_patience_never_gives_fewer_than_were_asked_for(beams_translator: Translator) -> None:
+    texts = ["seven", "twelve thousand three hundred and four"]
+    for found in beams_translator.translate(texts, beam_size=4, n_best=4, patience=0.25):
+        assert len(found.hypotheses) == 4

@@ -220,10 +220,9 @@ class TestAnswers:
         assert len({one.ids[0] for one in found}) == 3
         assert [one.ids for one in found] != [one.ids for one in plain]
 
-    def test_given_targets_are_scored_by_the_whole_vocabulary(self, translator: Translator, some: Path) -> None:
-        targets = ["eins", "zwölf"]
-        plain = translator.score(["one", "twelve"], targets)
-        assert translator.score(["one", "twelve"], targets, TranslateOptions(shortlist=some)) == plain
+    def test_given_targets_are_not_scored_by_a_part(self, translator: Translator, some: Path) -> None:
+        with pytest.raises(OptionError, match=r"shortlist = .* where translations are given"):
+            translator.score(["one", "twelve"], ["eins", "zwölf"], TranslateOptions(shortlist=some))
 
 
 class TestFallback:
@@ -308,10 +307,16 @@ class TestRefusals:
             with pytest.raises(InputError, match=name):
                 translator.translate_iter(["one"], TranslateOptions(shortlist=tmp_path / name))
 
-    def test_a_file_is_read_once(self, translator: Translator, everything: Path) -> None:
+    def test_a_file_is_read_again_only_where_it_has_changed(
+        self, translator: Translator, everything: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         first = translator.translate(["twelve"], shortlist=everything)
+        with monkeypatch.context() as reading:
+            reading.setattr(Shortlist, "read", lambda *_, **__: pytest.fail("read again"))
+            assert translator.translate(["twelve"], shortlist=str(everything)) == first
         everything.write_bytes(b"")
-        assert translator.translate(["twelve"], shortlist=str(everything)) == first
+        with pytest.raises(InputError, match=everything.name):
+            translator.translate(["twelve"], shortlist=everything)
 
     @pytest.mark.parametrize("change", ["gone", "cut", "flat", "doubles", "objects"])
     def test_a_projection_that_is_not_the_models(self, shortlist_bundle: Path, tmp_path: Path, change: str) -> None:

@@ -395,3 +395,28 @@ def test_ids_are_plain_numbers(numbers_translator: Translator) -> None:
     [translation] = numbers_translator.translate(["one"], scores=True)
     assert {type(number) for number in translation.ids} == {int}
     assert type(translation.score) is float
+
+
+def test_a_text_without_a_prefix_of_its_own_begins_as_the_options_say(numbers_translator: Translator) -> None:
+    texts = ["seven", "twelve", "one"]
+    both = numbers_translator.translate(texts, prefix="ein", prefixes=[None, "zw", None])
+    assert [one.text[:2] for one in both] == ["ei", "zw", "ei"]
+    alone = numbers_translator.translate(texts, prefix="ein")
+    assert [both[0], both[2]] == [alone[0], alone[2]]
+
+
+def test_an_empty_text_has_the_form_of_the_others(numbers_translator: Translator) -> None:
+    full, empty = numbers_translator.translate(["one", " "], scores=True)
+    assert (empty.text, empty.score, empty.log_probabilities) == ("", 0.0, ())
+    assert full.log_probabilities is not None
+
+
+@pytest.mark.parametrize("prefixes", [[7], [b"A"], [{"ein"}]])
+def test_a_prefix_that_is_neither_text_nor_ids_is_refused(numbers_translator: Translator, prefixes: list[Any]) -> None:
+    with pytest.raises(InputError, match="a text or a sequence of ids"):
+        numbers_translator.translate(["one"], prefixes=prefixes)
+
+
+def test_pieces_that_cannot_be_suppressed_are_refused_before_anything_is_read(numbers_translator: Translator) -> None:
+    with pytest.raises(OptionError, match="nonsense"):
+        numbers_translator.translate_iter(iter(["one"]), TranslateOptions(suppress=("nonsense",)))
