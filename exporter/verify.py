@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,7 +25,7 @@ from kvx.runtime.bundle import CHECKPOINT_FILE, Bundle
 from kvx.runtime.errors import BundleError, InputError, OptionError
 from kvx.runtime.evaluation import ParallelText
 from kvx.runtime.lines import open_lines, read_lines
-from kvx.runtime.manifest import LOOP_FILE, Manifest
+from kvx.runtime.manifest import LOOP_FILE, PROJECTION_FILE, Manifest
 from kvx.runtime.plan import Plan
 from kvx.runtime.signature import cache_specs
 from kvx.runtime.sources import SourceReader, load_tokenizer
@@ -95,6 +96,8 @@ def _runnable(bundle: Bundle) -> Iterator[Bundle]:
     with tempfile.TemporaryDirectory() as folder:
         for file in bundle.folder.glob("*.onnx"):
             widen(file, Path(folder) / file.name)
+        if PROJECTION_FILE in bundle.manifest.files:
+            shutil.copyfile(bundle.folder / PROJECTION_FILE, Path(folder) / PROJECTION_FILE)
         yield Bundle(Path(folder), replace(bundle.manifest, precision="fp32"))
 
 
