@@ -27,7 +27,7 @@ from kvx.exporter.quantize import ENCODER_WIDTHS, STEP_WIDTHS
 from kvx.exporter.report import Report
 from kvx.exporter.standard import OPSET, StandardOperators
 from kvx.exporter.torchscript import write_torchscript
-from kvx.exporter.verify import prove_bundle, read_sources, read_verification
+from kvx.exporter.verify import prove_bundle, read_sources, read_verification, without_effect
 from kvx.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from kvx.models.operators import Operators
 from kvx.models.transformer import Transformer
@@ -46,6 +46,7 @@ from kvx.runtime.manifest import (
     Precision,
     SpecialIds,
 )
+from kvx.runtime.options import Problem, refuse
 from kvx.runtime.plan import Plan, check_limit
 from kvx.runtime.signature import CHUNK_FEATURES, StepFeatures, cache_specs
 from kvx.runtime.tokenizer import Tokenizer
@@ -93,46 +94,55 @@ class ExportOptions:
     shortlist: bool = False
 
     def __post_init__(self) -> None:
-        problems = [*self._unknown(), *self._contradictions()]
-        if problems:
-            raise OptionError(
-                ", ".join(problems),
-                expected="int8 and int4 with the ort lowering, bf16 with cuda, whose kernels alone have it, fewer bits "
-                "and cuda with the onnx format, calibration with int8 and int4, limits on translations with fewer bits "
-                "only, references with their sources, a layer from 0 up with its attention, and a shortlist with the "
-                "onnx format",
-                remedy="Leave out what does not go together.",
-            )
+        refuse([*self._unknown(), *self._contradictions(), *self._without_effect()])
 
-    def _unknown(self) -> Iterator[str]:
-        known = {
-            "lowering": (None, *get_args(Lowering)),
-            "precision": get_args(Precision),
-            "format": (None, *get_args(Format)),
-        }
+    def _unknown(self) -> Iterator[Problem]:
+        known = {"lowering": get_args(Lowering), "precision": get_args(Precision), "format": get_args(Format)}
         for name, choices in known.items():
-            if getattr(self, name) not in choices:
-                yield f"--{name} {getattr(self, name)}"
+            value = getattr(self, name)
+            if value not in choices and (value is not None or name == "precision"):
+                yield f"--{name} {value}", f"--{name} {', '.join(choices[:-1])} or {choices[-1]}"
 
-    def _contradictions(self) -> Iterator[str]:
-        if (self.quantized and self.operators != "ort") or (self.precision == "bf16" and self.operators != "cuda"):
-            yield f"--precision {self.precision} with --lowering {self.operators}"
+    def _contradictions(self) -> Iterator[Problem]:
+        if self.quantized and self.operators != "ort":
+            yield f"--precision {self.precision} with --lowering {self.operators}", "int8 and int4 with ort alone"
+        if self.precision == "bf16" and self.operators != "cuda":
+            yield f"--precision bf16 with --lowering {self.operators}", "bf16 with cuda, whose kernels alone have it"
         if self.reduced and self.format not in (None, "onnx"):
-            yield f"--precision {self.precision} with --format {self.format}"
-        elif self.operators == "cuda" and self.format not in (None, "onnx"):
-            yield f"--lowering cuda with --format {self.format}"
-        if self.calibration is not None and not self.quantized:
-            yield f"--calibration with --precision {self.precision}"
-        if self.verify_reference is not None and (self.verify_text is None or not self.verify or not self.reduced):
-            yield "--verify-reference without --verify-text, with --no-verify or with --precision fp32"
-        if self.parity.equal_lines is not None and (self.verify_text is None or not self.reduced):
-            yield "--equal-lines without --verify-text, or with --precision fp32"
-        if self.parity.bleu_lost is not None and self.verify_reference is None:
-            yield "--bleu-lost without --verify-reference"
+            yield f"--precision {self.precision} with --format {self.format}", "fewer bits with the onnx format"
+        elif self.lowering == "cuda" and self.format == "both":
+            yield "--lowering cuda with --format both", "cuda with the onnx format"
         if self.shortlist and "onnx" not in self.formats:
-            yield f"--with-shortlist with --format {self.format}"
-        if self.attention_layer is not None and (not self.attention or self.attention_layer < 0):
-            yield f"--attention-layer {self.attention_layer}" + ("" if self.attention else " without --with-attention")
+            yield f"--with-shortlist with --format {self.format}", "a shortlist with the onnx format"
+        if self.attention and self.attention_layer is not None and self.attention_layer < 0:
+            yield f"--attention-layer {self.attention_layer}", "a layer from 0 up"
+
+    def _without_effect(self) -> Iterator[Problem]:
+        if self.calibration is not None and not self.quantized:
+            yield f"--calibration with --precision {self.precision}", "--calibration only with int8 or int4"
+        if self.attention_layer is not None and not self.attention:
+            yield (
+                f"--attention-layer {self.attention_layer} without --with-attention",
+                "--attention-layer only with --with-attention",
+            )
+        if "onnx" not in self.formats and not self.reduced:
+            if self.lowering is not None:
+                yield f"--lowering {self.lowering} with --format {self.format}", "--lowering with the onnx format"
+            if self.loop:
+                yield f"loop with --format {self.format}", "loop with the onnx format"
+        if self.verify:
+            yield from without_effect(self.precision, self.parity, self.verify_text, self.verify_reference)
+            return
+        of_proofs = {
+            "--verify-text": self.verify_text,
+            "--verify-reference": self.verify_reference,
+            "--tolerance": self.parity.tolerance,
+            "--equal-lines": self.parity.equal_lines,
+            "--bleu-lost": self.parity.bleu_lost,
+        }
+        for name, value in of_proofs.items():
+            if value is not None:
+                yield f"{name} with --no-verify", "texts and limits only of a proof"
 
     @property
     def operators(self) -> Lowering:

@@ -15,6 +15,7 @@ What float16 cannot hold, nothing above 65504, is looked for in the proof.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,7 +67,11 @@ def widen(file: Path, wide: Path) -> None:
 
 
 class Peak(Operators):
-    """The eager operators, noting the largest magnitude that any product gives and any norm is given."""
+    """The eager operators, noting the largest magnitude that any projection gives and any norm is given.
+
+    That bounds what float16 holds: attention adds up its products of queries and keys in float32 inside its kernels,
+    and gives a mean of values. Whatever is not finite counts as infinite.
+    """
 
     def __init__(self) -> None:
         self.largest = 0.0
@@ -75,7 +80,9 @@ class Peak(Operators):
     def note(self, where: str, x: Tensor) -> None:
         """Remembers the largest so far."""
         magnitude = float(x.abs().max())
-        if not magnitude <= self.largest:  # nor if it is not a number
+        if math.isnan(magnitude):
+            magnitude = math.inf
+        if magnitude > self.largest:
             self.largest, self.where = magnitude, where
 
     def normalize(self, norm: LayerNorm, x: Tensor) -> Tensor:

@@ -6,36 +6,37 @@ Letters: B rows, S source positions, T capacity of a row's cache, V target vocab
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from kvx.exporter.parity import Check, Differences, Trial, inside, outside, poison
+from kvx.exporter.parity import Check, Differences, Trial, compare_caches, inside, poison
 from kvx.runtime.backend import Backend, FloatArray, IntArray
-from kvx.runtime.cache import KVCache
+from kvx.runtime.backends.onnx import loop_session
+from kvx.runtime.cache import Capacity, KVCache
+from kvx.runtime.loop import LoopState
 from kvx.runtime.manifest import LOOP_FILE
 from kvx.runtime.plan import Plan
 from kvx.runtime.signature import LOOP_FEATURES, Dimensions, step_signature
 
-ERRORS_ONLY_AS_EXCEPTIONS = 4
-FILLERS = 2  # rows that are finished from the start, with nothing in them, not even a source
+FILLERS = 2  # rows that are finished from the start: an idle one of the runtime's, one without even a source
 IDLE_STEPS = 3  # that a finished row stays so before its place is taken
 
 State = dict[str, NDArray[Any]]
 
 
 class BoundLoop:
-    """The graph over one state, by input name, onto which every output is bound."""
+    """The graph over one state, by input name, onto which every output is bound, in the session of the runtime."""
 
     def __init__(self, file: Path, dimensions: Dimensions, state: State) -> None:
         self.signature = step_signature(dimensions, LOOP_FEATURES)
         self.state = state
-        options = ort.SessionOptions()
-        options.log_severity_level = ERRORS_ONLY_AS_EXCEPTIONS
-        self._session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        self._session = loop_session(file, dimensions)
         self._binding = self._session.io_binding()
         values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in state.items()}
         for name, value in values.items():
@@ -58,12 +59,15 @@ def check_loop(trial: Trial, backend: Backend, folder: Path, plan: Plan) -> Chec
     """The loop of a bundle on ONNX Runtime's CPU provider, in place and out of place, against eager.
 
     Ragged sources, a limit for each row, rows whose place is taken when they have been finished for a while, fillers,
-    and poison wherever no position is. Where eager's two best tokens are nearly equal either is right.
+    and poison wherever no position is. Where eager's two best tokens are nearly equal either is right. A drawn sentence
+    may never end by eos, so the graph must also have the plan's eos and pad in it.
     """
     truth, tried = trial.cache(), trial.cache(backend.cache_specs, fillers=FILLERS)
-    loop = BoundLoop(folder / LOOP_FILE, trial.dimensions, _start(trial, tried, plan))
+    dimensions = replace(trial.dimensions, element=next(iter(backend.cache_specs)).dtype)
+    loop = BoundLoop(folder / LOOP_FILE, dimensions, _start(trial, tried, plan))
     eager_step, rows = trial.eager.bind(truth), truth.active
-    found, idle = Differences(), np.zeros(rows, np.int64)
+    found, idle, ended = Differences(), np.zeros(rows, np.int64), 0
+    _check_constants(found, folder / LOOP_FILE, plan)
     for _ in range(trial.steps):
         poison(tried, trial.random)
         before = {name: array.copy() for name, array in loop.state.items()}
@@ -74,26 +78,28 @@ def check_loop(trial: Trial, backend: Backend, folder: Path, plan: Plan) -> Chec
             found.require_equal(name, expected, loop.state[name])
             found.require_equal(f"{name} out of place", expected, apart[name])
         truth.lengths[:] = tried.lengths[:rows]
-        _check_caches(found, truth, tried, before, apart)
+        compare_caches(found, truth.buffers, tried, before, spare=1)  # where a finished row stands
+        _check_apart(found, tried, rows, apart)
+        ended += int((~before["past_finished"] & (loop.state["input_ids"] == plan.eos)).sum())
         idle = np.where(loop.state["past_finished"][:rows], idle + 1, 0)
         _begin_anew(trial, loop.state, np.flatnonzero(idle > IDLE_STEPS), plan)
         truth.lengths[:] = tried.lengths[:rows]
-    return found.check(backend, f"the loop: {trial.steps} steps, in place and out of place", trial.tolerance)
+    check = found.check(backend, f"the loop: {trial.steps} steps, in place and out of place", trial.tolerance)
+    return replace(check, detail=f"{check.detail}; {ended} rows ended by eos")
 
 
 def _start(trial: Trial, cache: KVCache, plan: Plan) -> State:
     """Every sentence at bos with a limit of its own, then the fillers."""
-    rows, capacity = cache.capacity.rows, cache.capacity.target
-    finished = np.arange(rows) >= cache.active
-    return {
-        "input_ids": np.where(finished, plan.pad, plan.bos),
-        "past_lengths": cache.lengths,
-        "source_lengths": cache.source_lengths,
-        "limits": np.where(finished, 0, _limits(trial, rows)),
-        "past_finished": finished,
-        "past_ids": trial.random.integers(0, trial.dimensions.vocab_size, (rows, capacity)),
-        **cache.buffers,
-    }
+    rows, active = cache.capacity.rows, cache.active
+    idle = LoopState.idle(Capacity(rows, cache.capacity.target, cache.capacity.source))
+    state: State = {field.name: getattr(idle, field.name) for field in fields(idle)}
+    state["input_ids"][:active] = plan.bos
+    state["limits"][:active] = _limits(trial, active)
+    state["past_finished"][:active] = False
+    state["past_ids"][:active] = trial.random.integers(0, trial.dimensions.vocab_size, state["past_ids"][:active].shape)
+    cache.source_lengths[active:] = state["source_lengths"][active:]
+    cache.source_lengths[-1] = state["limits"][-1] = 0
+    return {**state, "past_lengths": cache.lengths, "source_lengths": cache.source_lengths, **cache.buffers}
 
 
 def _limits(trial: Trial, rows: int) -> IntArray:
@@ -120,20 +126,43 @@ def _check_choice(
         found.require_equal("next_ids", np.zeros(1), np.full(1, float(best - got > allowed)))
 
 
-def _check_caches(found: Differences, truth: KVCache, tried: KVCache, before: State, apart: State) -> None:
-    """What was written, in place and out of place; nothing else was, but where a finished row stands."""
-    rows = truth.active
-    for spec in tried.specs:
-        name, bound = spec.name, tried.buffers[spec.name]
-        if "S" in spec.axes:
-            found.require_equal(f"{name} left as it is", before[name], bound)
-            continue
-        found.add(name, inside(truth.buffers[name], truth.lengths), inside(bound[:rows], truth.lengths))
-        found.require_equal(
-            f"{name} out of place", inside(bound[:rows], truth.lengths), inside(apart[name][:rows], truth.lengths)
-        )
-        kept = outside(before[name], tried.lengths + 1), outside(bound, tried.lengths + 1)
-        found.require_equal(f"{name} beyond the lengths", *kept)
+def _check_apart(found: Differences, tried: KVCache, rows: int, apart: State) -> None:
+    """What these rows wrote in place is what they give out of place."""
+    lengths = tried.lengths[:rows]
+    for name in (spec.name for spec in tried.specs if "S" not in spec.axes):
+        bound = inside(tried.buffers[name][:rows], lengths)
+        found.require_equal(f"{name} out of place", bound, inside(apart[name][:rows], lengths))
+
+
+def _check_constants(found: Differences, file: Path, plan: Plan) -> None:
+    """What ends a row and what a finished one gives, as they stand in the graph."""
+    nodes, known = _makers_and_constants(file)
+    endings, waiting = set(), ["present_finished"]
+    while waiting:
+        node = nodes.get(waiting.pop())
+        if node is not None and node.op_type == "Equal":
+            endings |= {known[name] for name in node.input if name in known}
+        elif node is not None and node.op_type == "Or":
+            waiting += node.input
+    choice = nodes.get("next_ids")
+    pads = (
+        {known[name] for name in choice.input[1:] if name in known} if choice and choice.op_type == "Where" else set()
+    )
+    found.require_equal("eos in the graph", np.array([plan.eos]), np.array(sorted(endings)))
+    found.require_equal("pad in the graph", np.array([plan.pad]), np.array(sorted(pads)))
+
+
+def _makers_and_constants(file: Path) -> tuple[dict[str, onnx.NodeProto], dict[str, int]]:
+    """The node that gives each value, and the integers that are given, by name."""
+    graph = onnx.load(file, load_external_data=False).graph
+    nodes = {output: node for node in graph.node for output in node.output}
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    tensors |= {node.output[0]: node.attribute[0].t for node in graph.node if node.op_type == "Constant"}
+    return nodes, {
+        name: int(onnx.numpy_helper.to_array(tensor, str(file.parent)).item())
+        for name, tensor in tensors.items()
+        if tensor.data_type == onnx.TensorProto.INT64 and np.prod(tensor.dims) == 1
+    }
 
 
 def _expected(before: State, chosen: IntArray, plan: Plan) -> State:

@@ -286,14 +286,8 @@ class Trial:
             truth.advance()
             tried.advance()
             for name, past in presents.items():
-                wanted, found, bound = truth.buffers[past], apart[name], tried.buffers[past]
-                caches.add(name, inside(wanted, truth.lengths), inside(found, truth.lengths))
-                places.add(name, inside(found, truth.lengths), inside(bound, truth.lengths))
-                kept = outside(before[past], truth.lengths), outside(bound, truth.lengths)
-                places.require_equal(f"{name} beyond the lengths", *kept)
-            for spec in tried.specs:
-                if "S" in spec.axes:
-                    places.require_equal(f"{spec.name} left as it is", before[spec.name], tried.buffers[spec.name])
+                caches.add(name, inside(truth.buffers[past], truth.lengths), inside(apart[name], truth.lengths))
+            compare_caches(places, {past: apart[name] for name, past in presents.items()}, tried, before)
             if number % 3 == 0:  # a row begins anew, so that the rows stand at different positions
                 truth.lengths[number // 3 % ROWS] = tried.lengths[number // 3 % ROWS] = 0
         tolerance = self.tolerance
@@ -306,20 +300,31 @@ class Trial:
         yield places.check(backend, "in place against out of place", tolerance)
 
     def check_chunks(self, backend: ExportedGraphs) -> Check:
-        """Several tokens of each row at once against one after the other, rows at different positions, poisoned."""
+        """Several tokens of each row at once against one after the other, rows at different positions, poisoned: their
+        logits, what they write, and that they write nothing else.
+        """
         found = Differences()
         truth, tried = self.cache(), self.cache(backend.cache_specs)
         eager_step, step = self.eager.bind(truth), backend.bind(tried)
-        for number, size in enumerate(CHUNKS):
+        for number, most in enumerate(CHUNKS):
+            size = min(most, self.model.config.target_positions)
+            self._make_room(truth, tried, size)
             ids = self.random.integers(0, self.model.config.target_vocab_size, (ROWS, size))
             poison(tried, self.random)
+            before = {name: buffer.copy() for name, buffer in tried.buffers.items()}
             got = step(ids).logits
             for position in range(size):
                 found.add("logits", eager_step(ids[:, position]).logits, got[:, position])
                 truth.advance()
             tried.lengths += size
+            compare_caches(found, truth.buffers, tried, before)
             truth.lengths[number] = tried.lengths[number] = 0
         return found.check(backend, "several tokens at once", self.tolerance)
+
+    def _make_room(self, truth: KVCache, tried: KVCache, size: int) -> None:
+        """Rows that the model has no positions left for begin anew."""
+        full = tried.lengths + size > self.model.config.target_positions
+        truth.lengths[full] = tried.lengths[full] = 0
 
     def check_beams(self, backend: ExportedGraphs) -> Check:
         """Several rows of a sentence over one copy of its source against eager rows with a copy each; sentences at
@@ -351,6 +356,7 @@ class Trial:
         truth, tried = self.cache(beams=beams), self.cache(specs, beams)
         eager_step, step = self.eager.bind(truth), bind(tried)
         for sentence in range(ROWS):
+            self._make_room(truth, tried, 1)
             ids = self.random.integers(0, self.model.config.target_vocab_size, ROWS * beams)
             poison(tried, self.random)
             before = {name: buffer.copy() for name, buffer in tried.buffers.items()}
@@ -361,21 +367,9 @@ class Trial:
                 _compare_attention(found, expected.attention, given, truth.source_lengths)
             truth.advance()
             tried.advance()
-            self._compare_caches(found, truth, tried, before)
+            compare_caches(found, truth.buffers, tried, before)
             anew = slice(sentence * beams, (sentence + 1) * beams)
             truth.lengths[anew] = tried.lengths[anew] = 0
-
-    @staticmethod
-    def _compare_caches(found: Differences, truth: KVCache, tried: KVCache, before: Tensors) -> None:
-        """What was written, that nothing else was, and that the sources are as they were."""
-        for spec in tried.specs:
-            old, new = before[spec.name], tried.buffers[spec.name]
-            if "S" in spec.axes:
-                found.require_equal(f"{spec.name} left as it is", old, new)
-                continue
-            found.add(spec.name, inside(truth.buffers[spec.name], truth.lengths), inside(new, tried.lengths))
-            kept = outside(old, tried.lengths), outside(new, tried.lengths)
-            found.require_equal(f"{spec.name} beyond the lengths", *kept)
 
     def check_neighbours(self, backend: ExportedGraphs, tolerance: float) -> Check:
         """Logits of rows that are encoded and stepped alone against those of the same rows among others, and so of
@@ -525,6 +519,22 @@ def outside(array: NDArray[Any], lengths: IntArray) -> NDArray[Any]:
     """[B, H, positions, D] → the positions beyond the rows' lengths [their number, H, D]."""
     positions: NDArray[Any] = array.transpose(0, 2, 1, 3)
     return positions[np.arange(positions.shape[1]) >= lengths[:, None]]
+
+
+def compare_caches(found: Differences, expected: Tensors, tried: KVCache, before: Tensors, spare: int = 0) -> None:
+    """What was written into the rows that are expected, that nothing else was, in no row, but in `spare` positions
+    beyond its length, and that the sources are as they were.
+    """
+    for spec in tried.specs:
+        name, old, new = spec.name, before[spec.name], tried.buffers[spec.name]
+        if "S" in spec.axes:
+            found.require_equal(f"{name} left as it is", old, new)
+            continue
+        rows = len(expected[name])
+        lengths = tried.lengths[:rows]
+        found.add(name, inside(expected[name], lengths), inside(new[:rows], lengths))
+        kept = outside(old, tried.lengths + spare), outside(new, tried.lengths + spare)
+        found.require_equal(f"{name} beyond the lengths", *kept)
 
 
 def poison(cache: KVCache, random: np.random.Generator) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,10 +22,11 @@ from kvx.models.transformer import Transformer
 from kvx.runtime.backends.onnx import OnnxBackend
 from kvx.runtime.backends.torchscript import TorchScriptBackend
 from kvx.runtime.bundle import CHECKPOINT_FILE, Bundle
-from kvx.runtime.errors import BundleError, InputError, OptionError
+from kvx.runtime.errors import BundleError, InputError
 from kvx.runtime.evaluation import ParallelText
 from kvx.runtime.lines import open_lines, read_lines
-from kvx.runtime.manifest import LOOP_FILE, Manifest
+from kvx.runtime.manifest import LOOP_FILE, PROJECTION_FILE, Manifest, Precision
+from kvx.runtime.options import Problem, refuse
 from kvx.runtime.plan import Plan
 from kvx.runtime.signature import cache_specs
 from kvx.runtime.sources import SourceReader, load_tokenizer
@@ -40,10 +42,12 @@ def verify(
 ) -> ParityReport:
     """Proves an existing bundle against a checkpoint once more: files, configuration, graphs, translations.
 
-    Raises BundleError or CheckpointError where one of them cannot be opened at all; a difference is in the report.
+    Raises BundleError or CheckpointError where one of them cannot be opened at all, OptionError for what would judge
+    nothing; a difference is in the report.
     """
     report = report or Report()
     manifest = Manifest.read(folder)
+    refuse(list(without_effect(manifest.precision, options, verify_text, verify_reference)))
     report.phase("comparing the files with their hashes")
     checks = [_check_files(folder)]
     if checks[-1].passed:
@@ -55,6 +59,23 @@ def verify(
             text = read_verification(bundle, verify_text, verify_reference)
             checks += prove_bundle(bundle, model, options, text, report)
     return ParityReport(options.limits(manifest.precision).tolerance, tuple(checks))
+
+
+def without_effect(
+    precision: Precision, options: ParityOptions, text: Path | None, reference: Path | None
+) -> Iterator[Problem]:
+    """What of a proof's limits and files there is nothing for, and what they need."""
+    need = "only with fewer bits and --verify-text"
+    missing = [
+        *(["without --verify-text"] if text is None else []),
+        *(["with --precision fp32"] if precision == "fp32" else []),
+    ]
+    if missing and reference is not None:
+        yield f"--verify-reference {' and '.join(missing)}", f"--verify-reference {need}"
+    if missing and options.equal_lines is not None:
+        yield f"--equal-lines {' and '.join(missing)}", f"--equal-lines {need}"
+    if options.bleu_lost is not None and reference is None:
+        yield "--bleu-lost without --verify-reference", "--bleu-lost only with --verify-reference"
 
 
 def prove_bundle(
@@ -95,6 +116,8 @@ def _runnable(bundle: Bundle) -> Iterator[Bundle]:
     with tempfile.TemporaryDirectory() as folder:
         for file in bundle.folder.glob("*.onnx"):
             widen(file, Path(folder) / file.name)
+        if PROJECTION_FILE in bundle.manifest.files:
+            shutil.copyfile(bundle.folder / PROJECTION_FILE, Path(folder) / PROJECTION_FILE)
         yield Bundle(Path(folder), replace(bundle.manifest, precision="fp32"))
 
 
@@ -144,15 +167,9 @@ def _check_onnx(bundle: Bundle) -> Check:
 def read_verification(bundle: Bundle, text: Path | None, reference: Path | None) -> VerificationText | None:
     """The verification text, if there is one, with its references, if there are any.
 
-    Raises InputError where the files do not belong together, OptionError for references without a text.
+    Raises InputError where the files do not belong together.
     """
     if text is None:
-        if reference is not None:
-            raise OptionError(
-                f"--verify-reference {reference} alone",
-                expected="the sources too",
-                remedy="Name them with --verify-text.",
-            )
         return None
     references: list[str] = []
     if reference is not None:

@@ -156,6 +156,12 @@ class OnnxBackend:
         return self._step.run(feeds)
 
 
+def loop_session(file: Path, dimensions: Dimensions) -> ort.InferenceSession:
+    """What would run a looped step on the host, with all of a backend's settings but its device. Raises BundleError."""
+    machine = _Machine(available_threads(), spin=False, device=HOST, tf32=False)
+    return _Graph(file, step_signature(dimensions, LOOP_FEATURES), machine, captured=True).session()
+
+
 class BoundStep:
     """A step whose inputs and outputs are bound once per row count, `present` onto the buffers of `past`."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 
 from kvx import Translator
 from kvx.exporter.export import ExportOptions, Lowering, export
-from kvx.exporter.halves import in_precision, peaks
+from kvx.exporter.halves import Peak, in_precision, peaks
 from kvx.exporter.parity import HALF_LARGEST, ParityOptions, Trial, poison
 from kvx.exporter.quality import check_range
 from kvx.models.backend import TorchBackend
@@ -105,13 +107,18 @@ def test_it_translates_on_a_cpu_too(half_bundle: Path, numbers_translator: Trans
 def test_bfloat16_is_proven_as_float32_where_it_has_no_kernels(tiny_checkpoint_folder: Path, tmp_path: Path) -> None:
     checkpoint, folder = tiny_checkpoint_folder / "model.pt", tmp_path / "bundle"
     options = ExportOptions(
-        checkpoint=checkpoint, output=folder, precision="bf16", parity=ParityOptions(steps=4, tolerance=0.03)
+        checkpoint=checkpoint,
+        output=folder,
+        precision="bf16",
+        shortlist=True,
+        parity=ParityOptions(steps=4, tolerance=0.03),
     )
     manifest = export(options)
     found = checks(folder)
     assert found["contract"]["detail"].endswith("bfloat16 is proven as float32, for want of kernels on a CPU")
     assert "range of float16" not in found
     assert found["the loop: 4 steps, in place and out of place"]["passed"]
+    assert found["a part of the vocabulary"]["passed"]
     weights = {tensor.data_type for tensor in onnx.load(folder / LOOP_FILE).graph.initializer}
     assert onnx.TensorProto.BFLOAT16 in weights
     with pytest.raises(DeviceError, match=r"bfloat16 on cpu.*--device cuda"):
@@ -119,19 +126,21 @@ def test_bfloat16_is_proven_as_float32_where_it_has_no_kernels(tiny_checkpoint_f
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    ("wrong", "got", "expected"),
     [
-        {"precision": "bf16", "lowering": "ort"},
-        {"precision": "bf16", "lowering": "standard"},
-        {"precision": "int8", "lowering": "cuda"},
-        {"precision": "fp16", "format": "torchscript"},
-        {"precision": "fp16", "calibration": Path("text")},
-        {"lowering": "cuda", "format": "both"},
+        ({"precision": "bf16", "lowering": "ort"}, "--precision bf16 with --lowering ort", "bf16 with cuda"),
+        ({"precision": "bf16", "lowering": "standard"}, "--precision bf16 with --lowering standard", "bf16 with cuda"),
+        ({"precision": "int8", "lowering": "cuda"}, "--precision int8 with --lowering cuda", "int8 and int4 with ort"),
+        ({"precision": "fp16", "format": "torchscript"}, "--precision fp16 with --format torchscript", "onnx format"),
+        ({"precision": "fp16", "calibration": Path("text")}, "--calibration with --precision fp16", "int8 or int4"),
+        ({"lowering": "cuda", "format": "both"}, "--lowering cuda with --format both", "onnx format"),
     ],
 )
-def test_what_cannot_be_proven_is_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(OptionError, match="bf16 with cuda"):
+def test_what_cannot_be_proven_is_refused(wrong: dict[str, Any], got: str, expected: str) -> None:
+    with pytest.raises(OptionError) as caught:
         ExportOptions(checkpoint=Path("model.pt"), **wrong)
+    assert caught.value.got == got
+    assert expected in caught.value.expected
 
 
 @pytest.mark.parametrize("lowering", ["ort", "standard"])
@@ -154,6 +163,23 @@ def test_what_float16_cannot_hold_fails_the_proof_by_name(tiny: Transformer) -> 
     assert not found.passed
     assert f"{HALF_LARGEST:.0f} allowed" in found.detail
     assert check_range(TorchBackend(tiny), tiny, PLAN, [(4, 5, 6), (7,)]).passed
+
+
+def test_a_projection_that_no_norm_sees_is_found_by_name(tiny: Transformer) -> None:
+    large = copy.deepcopy(tiny)
+    with torch.no_grad():
+        large.decoder[1].cross_attention.query.weight *= 1e7
+    found = check_range(TorchBackend(tiny), large, PLAN, [(4, 5, 6), (7,)])
+    assert not found.passed
+    assert "in decoder_layers.1.cross_attention.query," in found.detail
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_whatever_is_not_finite_is_infinite_and_stays_the_peak(value: float) -> None:
+    peak = Peak()
+    for where, noted in (("before", 6e4), ("here", value), ("after", 1.0)):
+        peak.note(where, torch.tensor([0.5, noted]))
+    assert (peak.largest, peak.where) == (math.inf, "here")
 
 
 def test_the_peak_is_looked_for_in_the_residual_stream_and_after_every_product(tiny: Transformer) -> None:

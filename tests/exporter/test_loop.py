@@ -5,7 +5,8 @@ Letters: B rows, T capacity of a row's cache.
 
 from __future__ import annotations
 
-from dataclasses import replace
+import re
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from kvx.exporter.verify import verify
 from kvx.models.backend import TorchBackend
 from kvx.models.transformer import Transformer
 from kvx.runtime.cache import Capacity, EncodedSource, KVCache
+from kvx.runtime.loop import LoopState
 from kvx.runtime.manifest import LOOP_FILE, Manifest, SpecialIds
 from kvx.runtime.plan import Plan
 from kvx.runtime.signature import LOOP_FEATURES, Dimensions, step_signature
@@ -157,6 +159,43 @@ def test_the_proof_passes_and_covers_rows_that_end(tiny: Transformer, folder: Pa
     check = check_loop(Trial(tiny, ParityOptions(), 1e-4), TorchBackend(tiny), folder, plan)
     assert check.passed, check.detail
     assert {"past_lengths", "past_finished", "past_ids", "input_ids out of place"} <= check.differences.keys()
+
+
+def test_the_proof_says_how_many_rows_ended_by_eos(tiny: Transformer, folder: Path, plan: Plan) -> None:
+    check = check_loop(Trial(tiny, ParityOptions(), 1e-4), TorchBackend(tiny), folder, plan)
+    found = re.search(r"; (\d+) rows ended by eos$", check.detail)
+    assert found is not None
+    assert int(found[1]) > 0
+
+
+@pytest.mark.parametrize("name", ["eos", "pad"])
+def test_the_proof_finds_other_special_ids_even_where_no_row_ends(
+    tiny: Transformer, folder: Path, plan: Plan, name: str
+) -> None:
+    other = replace(plan, **{name: tiny.config.target_vocab_size})  # what no row can give
+    check = check_loop(Trial(tiny, ParityOptions(steps=1), 1e-4), TorchBackend(tiny), folder, other)
+    assert not check.passed
+    assert check.differences[f"{name} in the graph"] == np.inf
+
+
+def test_fillers_of_the_proof_are_those_of_the_runtime_and_empty_ones(
+    tiny: Transformer, folder: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts: list[State] = []
+
+    class Recorded(BoundLoop):
+        def __init__(self, file: Path, dimensions: Dimensions, state: State) -> None:
+            starts.append({name: array.copy() for name, array in state.items()})
+            super().__init__(file, dimensions, state)
+
+    monkeypatch.setattr("kvx.exporter.loop_parity.BoundLoop", Recorded)
+    assert check_loop(Trial(tiny, ParityOptions(steps=2), 1e-4), TorchBackend(tiny), folder, plan).passed
+    [state] = starts
+    idle = LoopState.idle(Capacity(1, state["past_ids"].shape[1], 1))
+    for field in fields(idle):
+        np.testing.assert_array_equal(state[field.name][[-2]], getattr(idle, field.name), err_msg=field.name)
+    assert state["past_finished"].tolist() == [False] * 5 + [True] * 2
+    assert state["source_lengths"][-1] == state["limits"][-1] == 0
 
 
 @pytest.mark.parametrize("wrong", [{"eos": 3}, {"pad": 5}])

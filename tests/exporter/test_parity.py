@@ -6,6 +6,7 @@ import copy
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from kvx import OptionError, ParityError
 from kvx.exporter.export import ExportOptions, export
 from kvx.exporter.graphs import EncoderGraph, StepGraph
-from kvx.exporter.parity import Check, Differences, ExportedGraphs, ParityOptions, ParityReport, prove
+from kvx.exporter.parity import Check, Differences, ExportedGraphs, ParityOptions, ParityReport, Trial, prove
 from kvx.exporter.standard import StandardOperators
 from kvx.exporter.torchscript import write_torchscript
 from kvx.models.backend import TorchBackend
@@ -575,3 +576,47 @@ def test_several_tokens_at_once_are_proven(tiny: Transformer, graphs: OnnxBacken
     assert all(check.passed for check in prove(tiny, Chunks(graphs), plan, FEW_STEPS))
     found = prove(tiny, OffByALittle(graphs), plan, FEW_STEPS)
     assert [check.name for check in found if not check.passed] == ["several tokens at once"]
+
+
+class ChunksWrite(Faultless):
+    """A number too many, after several tokens at once, into a place of the first row."""
+
+    query_tokens = True
+
+    def __init__(self, graphs: ExportedGraphs, name: str, beyond: int) -> None:
+        super().__init__(graphs)
+        self.written, self.beyond = name, beyond
+
+    def bind(self, cache: KVCache) -> Step:
+        step = super().bind(cache)
+
+        def writing(input_ids: IntArray) -> StepOutput:
+            output = step(input_ids)
+            if input_ids.ndim == 2:
+                last = cache.lengths[0] + input_ids.shape[1] - 1 if ".decoder." in self.written else 0
+                cache.buffers[self.written][0, 0, last + self.beyond, 0] = 7
+            return output
+
+        return writing
+
+
+@pytest.mark.parametrize(
+    ("name", "beyond"),
+    [
+        ("past_key_values.1.decoder.value", 0),
+        ("past_key_values.0.decoder.key", 1),
+        ("past_key_values.0.encoder.key", 0),
+    ],
+)
+def test_what_several_tokens_at_once_write_is_proven(
+    tiny: Transformer, graphs: OnnxBackend, name: str, beyond: int
+) -> None:
+    assert not Trial(tiny, FEW_STEPS, 1e-4).check_chunks(ChunksWrite(graphs, name, beyond)).passed
+
+
+@pytest.mark.parametrize("positions", [1, 2, 5, 9])
+def test_several_tokens_at_once_are_proven_with_however_few_positions(tiny: Transformer, positions: int) -> None:
+    few = Transformer(replace(tiny.config, target_positions=positions)).eval()
+    trial, backend = Trial(few, FEW_STEPS, 1e-4), TorchBackend(few)
+    assert trial.check_chunks(backend).passed  # type: ignore[arg-type]  # which needs none of the graphs themselves
+    assert trial.check_beams(backend).passed  # type: ignore[arg-type]

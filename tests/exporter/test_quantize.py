@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import shutil
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import onnx
@@ -19,6 +19,7 @@ from kvx import OptionError, ParityError, Translator
 from kvx.exporter.export import ExportOptions, export
 from kvx.exporter.parity import LIMITS, ParityOptions
 from kvx.exporter.quantize import BLOCK, blocks, int8_channels
+from kvx.exporter.verify import verify
 from kvx.runtime.backends import onnx as onnx_backend
 from kvx.runtime.manifest import Manifest, Precision
 
@@ -215,27 +216,66 @@ def test_references_show_what_bleu_loses(checkpoint: Path, text: Path, tmp_path:
     assert check["detail"].endswith("chrF 100.00 and 100.00; at most 100 of BLEU may be lost")
 
 
+TEXT, REFERENCE = {"verify_text": Path("text")}, {"verify_reference": Path("references")}
+LINES_WANTED, BLEU_LOST = {"parity": ParityOptions(equal_lines=0.9)}, {"parity": ParityOptions(bleu_lost=1.0)}
+
+
 @pytest.mark.parametrize(
-    "wrong",
+    ("wrong", "got", "expected"),
     [
-        {"precision": "int8", "lowering": "standard"},
-        {"precision": "int4", "format": "both"},
-        {"precision": "int8", "format": "torchscript"},
-        {"calibration": Path("text")},
-        {"verify_reference": Path("references")},
-        {"verify_reference": Path("references"), "verify_text": Path("text")},
-        {"parity": ParityOptions(equal_lines=0.9), "precision": "int8"},
-        {"parity": ParityOptions(bleu_lost=1.0), "precision": "int8", "verify_text": Path("text")},
-        {"precision": "float32"},
-        {"attention_layer": 1},
-        {"attention_layer": -1, "attention": True},
-        {"lowering": "ORT"},
-        {"format": "ONNX"},
+        (
+            {"precision": "int8", "lowering": "standard"},
+            "--precision int8 with --lowering standard",
+            "int8 and int4 with ort alone",
+        ),
+        ({"precision": "int4", "format": "both"}, "--precision int4 with --format both", "fewer bits with the onnx"),
+        ({"precision": "int8", "format": "torchscript"}, "--precision int8 with --format torchscript", "fewer bits"),
+        ({"calibration": Path("text")}, "--calibration with --precision fp32", "only with int8 or int4"),
+        (REFERENCE, "--verify-reference without --verify-text and with --precision fp32", "only with fewer bits"),
+        (REFERENCE | TEXT, "--verify-reference with --precision fp32", "only with fewer bits and --verify-text"),
+        (LINES_WANTED | TEXT, "--equal-lines with --precision fp32", "only with fewer bits and --verify-text"),
+        (LINES_WANTED | {"precision": "int8"}, "--equal-lines without --verify-text", "only with fewer bits"),
+        (BLEU_LOST | TEXT | {"precision": "int8"}, "--bleu-lost without --verify-reference", "only with --verify-ref"),
+        ({"precision": "float32"}, "--precision float32", "--precision fp32, "),
+        ({"attention_layer": 1}, "--attention-layer 1 without --with-attention", "only with --with-attention"),
+        ({"attention_layer": -1, "attention": True}, "--attention-layer -1", "a layer from 0 up"),
+        ({"lowering": "ORT"}, "--lowering ORT", "--lowering ort, standard or cuda"),
+        ({"format": "ONNX"}, "--format ONNX", "--format onnx, torchscript or both"),
+        (
+            {"lowering": "standard", "format": "torchscript"},
+            "--lowering standard with --format torchscript",
+            "--lowering with the onnx format",
+        ),
+        ({"loop": True, "format": "torchscript"}, "loop with --format torchscript", "loop with the onnx format"),
+        (TEXT | {"verify": False}, "--verify-text with --no-verify", "only of a proof"),
+        (
+            {"verify": False, "parity": ParityOptions(tolerance=0.1, equal_lines=0.5, bleu_lost=1.0)},
+            "--tolerance with --no-verify, --equal-lines with --no-verify, --bleu-lost with --no-verify",
+            "only of a proof",
+        ),
     ],
 )
-def test_what_does_not_go_together_is_refused(wrong: dict[str, object]) -> None:
-    with pytest.raises(OptionError, match="expected int8 and int4 with the ort lowering"):
-        ExportOptions(checkpoint=Path("model.pt"), **wrong)  # type: ignore[arg-type]
+def test_what_does_not_go_together_is_refused_with_what_would(wrong: dict[str, Any], got: str, expected: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        ExportOptions(checkpoint=Path("model.pt"), **wrong)
+    assert caught.value.got.startswith(got)
+    assert expected in caught.value.expected
+
+
+@pytest.mark.parametrize(
+    ("limits", "files"),
+    [
+        (ParityOptions(equal_lines=0.9), (Path("text"), None)),
+        (ParityOptions(bleu_lost=1.0), (Path("text"), None)),
+        (ParityOptions(), (Path("text"), Path("references"))),
+        (ParityOptions(), (None, Path("references"))),
+    ],
+)
+def test_a_proof_refuses_limits_and_files_that_would_judge_nothing(
+    tiny_bundle: Path, limits: ParityOptions, files: tuple[Path | None, Path | None]
+) -> None:
+    with pytest.raises(OptionError, match="only with"):
+        verify(tiny_bundle, tiny_bundle / "model.pt", limits, *files)
 
 
 def test_all_that_does_not_go_together_is_named_at_once() -> None:
