@@ -49,7 +49,7 @@ class Bundle:
             raise BundleError(
                 f"{self.folder} without {' and '.join(missing)}",
                 expected=f"one of the formats it has: {', '.join(self.manifest.formats)}",
-                remedy="Choose another backend, or export again with --format both.",
+                remedy="Choose another backend, or export again with --format both, which float32 bundles may have.",
             )
 
 
