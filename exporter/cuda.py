@@ -1,9 +1,11 @@
-"""The `cuda` lowering: what ONNX Runtime's CUDA provider has kernels for, and what a captured CUDA graph may hold.
+"""The `cuda` lowering: in the decoder that feeds itself, what ONNX Runtime's CUDA provider has kernels for and what a
+captured CUDA graph may hold. A test holds only that graph to it: of the others, none of which is captured, ONNX Runtime
+may put some operators on the host.
 
 In float16 and bfloat16, `GroupQueryAttention` with packed queries, keys and values over the decoder's own cache, as in
 the `ort` lowering; over the source ai.onnx `Attention` with `nonpad_kv_seqlen`, which takes the flash kernel, gives
 zeros for an empty source and has no cache of its own to give back. In float32 that provider has no
-`GroupQueryAttention`, so there the `standard` operators are it: nothing of them runs on the host.
+`GroupQueryAttention`, so there the `standard` operators are it: nothing of them in that graph runs on the host.
 
 `GroupQueryAttention` reads total_sequence_length on the host. It is the capacity, from the shape of the cache, and
 `Shape` and `Cast` of it run on the host when a graph is captured, never when it is replayed: that is right, since the

@@ -182,12 +182,7 @@ def prove(
     trial = Trial(model, options, limits.tolerance, backend.features.attention)
     yield from trial.check_tensors(backend)
     yield trial.check_neighbours(backend, limits.neighbours)
-    yield trial.check_greedy(
-        backend,
-        trial.drawn_sources(),
-        replace(plan, max_new_tokens=min(DRAWN_TOKENS, plan.max_new_tokens)),
-        "greedy on drawn ids",
-    )
+    yield trial.check_drawn(backend, plan)
     if verify_sources:
         yield trial.check_greedy(backend, verify_sources, plan, "greedy on the verification text")
 
@@ -409,6 +404,11 @@ class Trial:
             logits.append(step(given.reshape(-1)).logits.reshape(len(chosen), beams, -1).copy())
             cache.advance()
         return np.stack(logits)
+
+    def check_drawn(self, backend: Backend, plan: Plan) -> Check:
+        """Greedy translations of random sentences."""
+        plan = replace(plan, max_new_tokens=min(DRAWN_TOKENS, plan.max_new_tokens))
+        return self.check_greedy(backend, self.drawn_sources(), plan, "greedy on drawn ids")
 
     def check_greedy(self, backend: Backend, sources: Sequence[tuple[int, ...]], plan: Plan, name: str) -> Check:
         """Greedy translations of the same sources, in different numbers of rows; a near-tie of eager may fall

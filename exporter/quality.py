@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from kvx.exporter.halves import peaks
-from kvx.exporter.parity import HALF_LARGEST, Check, ExportedGraphs, Limits, ParityOptions, Trial, translations
+from kvx.exporter.parity import HALF_LARGEST, Check, ExportedGraphs, ParityOptions, Trial, translations
 from kvx.models.backend import TorchBackend
 from kvx.models.transformer import Transformer
 from kvx.runtime.backend import Backend
 from kvx.runtime.evaluation import corpus_scores
+from kvx.runtime.manifest import ELEMENTS, Precision
 from kvx.runtime.plan import Plan
 
 Ids = tuple[int, ...]
@@ -30,13 +31,18 @@ def prove_reduced(
     backend: ExportedGraphs,
     plan: Plan,
     options: ParityOptions,
-    limits: Limits,
+    precision: Precision,
     text: VerificationText | None,
 ) -> Iterator[Check]:
-    """The checks of one backend with fewer bits, one by one as they are done."""
+    """The checks of one backend with fewer bits, one by one as they are done. With 16 bits it must also translate drawn
+    ids as float32 does, but for near-ties.
+    """
+    limits = options.limits(precision)
     trial = Trial(model, options, limits.tolerance, backend.features.attention)
     yield from trial.check_tensors(backend)
     yield trial.check_neighbours(backend, limits.neighbours)
+    if precision in ELEMENTS:
+        yield trial.check_drawn(backend, plan)
     if any(spec.dtype == "float16" for spec in backend.cache_specs):
         yield check_range(backend, model, plan, [*trial.drawn_sources(), *(text.sources if text else ())])
     if text is not None:

@@ -100,7 +100,7 @@ def prove_bundle(
             if precision == "fp32":
                 yield from prove(model, graphs, plan, options, text.sources if text else ())
             else:
-                yield from prove_reduced(model, graphs, plan, options, options.limits(precision), text)
+                yield from prove_reduced(model, graphs, plan, options, precision, text)
             if name == "onnx" and LOOP_FILE in bundle.manifest.files:
                 report.phase("proving the decoder that feeds itself")
                 trial = Trial(model, options, options.limits(precision).tolerance)

@@ -93,6 +93,7 @@ def test_its_proof_is_that_of_fewer_bits_with_the_loop_and_the_range(half_bundle
     assert all(check["passed"] for check in found.values())
     assert "largest activation" in found["range of float16"]["detail"]
     assert "the loop: 8 steps, in place and out of place" in found
+    assert "of 16 sentences equal" in found["greedy on drawn ids"]["detail"]
     assert "4 of 4 lines equal" in found["greedy lines of the verification text"]["detail"]
 
 
@@ -119,6 +120,7 @@ def test_bfloat16_is_proven_as_float32_where_it_has_no_kernels(tiny_checkpoint_f
     assert "range of float16" not in found
     assert found["the loop: 4 steps, in place and out of place"]["passed"]
     assert found["a part of the vocabulary"]["passed"]
+    assert found["greedy on drawn ids"]["passed"]  # though there is no text
     weights = {tensor.data_type for tensor in onnx.load(folder / LOOP_FILE).graph.initializer}
     assert onnx.TensorProto.BFLOAT16 in weights
     with pytest.raises(DeviceError, match=r"bfloat16 on cpu.*--device cuda"):
