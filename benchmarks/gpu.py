@@ -1,6 +1,6 @@
 """kvx on a GPU: its loop in every precision, captured and not, beside eager PyTorch and CTranslate2.
 
-    python benchmarks/gpu.py [--device cuda] [--model base] [--rows 1 8 32 128 512] [--steps 64] [--json FILE]
+    python benchmarks/gpu.py [--device cuda] [--model base] [--rows 1 8 32 128 512] [--steps 63] [--json FILE]
 
 Everything has the same random weights, whose translations all have exactly `steps` tokens, and is given fresh random
 sources of 20 tokens for every run. First the proof, on the device: what the loop chose, for ragged sources and limits,
@@ -350,7 +350,9 @@ def measure(arguments: argparse.Namespace, model: Transformer, folder: Path, sta
             found["left_out"].append("bf16 on a CPU, where ONNX Runtime has no kernels for it")
             continue
         measure_precision(precision, reference, folder, clock, arguments, found)
-    if importlib.util.find_spec("ctranslate2") is not None:
+    if device.index:
+        found["left_out"].append(f"CTranslate2, whose process runs on GPU 0, not {device.index}")
+    elif importlib.util.find_spec("ctranslate2") is not None:
         measure_ctranslate2(model, folder, clock, arguments, found, stack)
     else:
         found["left_out"].append("CTranslate2, which is not installed")

@@ -553,6 +553,13 @@ def test_values_that_are_not_finite_differ_on_either_side(value: float) -> None:
         assert not found.check(Faultless, "x", 1e-4).passed  # type: ignore[arg-type]  # has a name, which is enough
 
 
+@pytest.mark.parametrize(("difference", "passes"), [(0.04, True), (0.06, False)])
+def test_the_tolerance_may_have_a_unit_of_its_own(difference: float, passes: bool) -> None:
+    found = Differences()
+    found.add("x", np.full(1, 9.0), np.full(1, 9.0 + difference), 0.5)
+    assert found.check(Faultless, "x", 0.1).passed == passes  # type: ignore[arg-type]  # has a name, which is enough
+
+
 def test_arrays_of_other_shapes_differ() -> None:
     found = Differences()
     found.add("x", np.zeros((4, 3), np.float32), np.zeros((1, 3), np.float32))
