@@ -12,22 +12,23 @@ from kvx.runtime.translation import Translation
 if TYPE_CHECKING:
     from kvx.runtime.translator import Translator
 
-OF_THE_LAST_TOKENS = {  # what says how far and by what search a translation goes on, and not what its next token may be
-    "window": None,
-    "beam_size": 1,
-    "n_best": None,
-    "length_penalty": None,
-    "early_stopping": None,
-    "patience": None,
-    "samples": None,
-    "temperature": None,
-    "top_k": None,
-    "top_p": None,
-    "seed": None,
-    "min_new_tokens": None,
-    "max_new_tokens": None,
-    "prefix": None,
-}
+DEFAULTS = TranslateOptions()
+OF_THE_LAST_TOKENS = (  # what says how far and by what search a translation goes on, not what its next token may be
+    "window",
+    "beam_size",
+    "n_best",
+    "length_penalty",
+    "early_stopping",
+    "patience",
+    "samples",
+    "temperature",
+    "top_k",
+    "top_p",
+    "seed",
+    "min_new_tokens",
+    "max_new_tokens",
+    "prefix",
+)
 
 
 def alternatives(
@@ -59,7 +60,8 @@ def _begins(
     beams = {"beam_size": width, "n_best": width, "length_penalty": 0.0} if width > 1 else {}
     rows = None if options.rows is None else max(options.rows, width)
     one_more = {"max_new_tokens": len(begun) + 1, "prefix": begun, "rows": rows}
-    next_only = replace(options, **{**OF_THE_LAST_TOKENS, **beams, **one_more})  # type: ignore[arg-type]
+    plain = {name: getattr(DEFAULTS, name) for name in OF_THE_LAST_TOKENS}
+    next_only = replace(options, **{**plain, **beams, **one_more})
     (first,) = translator.translate([text], next_only)
     found = [replace(first, others=()), *first.others]
     eos = translator.manifest.target_ids.eos

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from kvx.runtime.backend import Backend
 from kvx.runtime.constraints import Constraints
-from kvx.runtime.decode import Cancelled, decode, decode_known
+from kvx.runtime.decode import Cancelled, decode, decode_known, never
 from kvx.runtime.loop import LoopBackend, decode_in_blocks
 from kvx.runtime.options import TranslateOptions
 from kvx.runtime.plan import Plan
@@ -17,7 +16,7 @@ from kvx.runtime.rows import Source
 from kvx.runtime.schedule import DecodeStats, Outcome
 from kvx.runtime.search import Greedy, Search
 from kvx.runtime.shortlist import Shortlist
-from kvx.runtime.workers import Decode
+from kvx.runtime.workers import Decode, shared_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +33,7 @@ class Job:
 
     def on(self, backends: Sequence[Backend], cancelled: Cancelled) -> list[Decode]:
         """The decodes, shared out to the backends."""
-        return [self._on(backend, cancelled) for backend in itertools.islice(itertools.cycle(backends), self.decodes)]
+        return [self._on(backend, cancelled) for backend in shared_out(backends, self.decodes)]
 
     def _on(self, backend: Backend, cancelled: Cancelled) -> Decode:
         def decode_them(sources: Iterator[Source], stats: DecodeStats, stopped: Cancelled) -> Iterator[Outcome]:
@@ -70,7 +69,7 @@ class Latch:
     """An answer that stays true once it was: several decodes ask, each in its own thread."""
 
     def __init__(self, asked: Cancelled | None) -> None:
-        self._asked = asked or (lambda: False)
+        self._asked = asked or never
         self._over = False
 
     def __call__(self) -> bool:

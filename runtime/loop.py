@@ -24,7 +24,7 @@ from kvx.runtime.decode import Cancelled, never
 from kvx.runtime.errors import CapacityError
 from kvx.runtime.plan import GROUP_POSITIONS, Plan, rung
 from kvx.runtime.rows import Hypothesis, Source
-from kvx.runtime.schedule import DecodeStats, Outcome, nothing
+from kvx.runtime.schedule import DecodeStats, Outcome, nothing, padded
 
 BLOCK = 8  # steps between two looks
 TARGET_UNIT = 64  # capacities of rows are multiples of it, so that few different ones are captured
@@ -194,11 +194,8 @@ class _Loop:
 
     def _encode(self, first: int, last: int) -> None:
         """The sources of the rows from `first` to `last`, padded to the rows' own source positions."""
-        sources = [source.ids for source in self._seated[first : last + 1] if source is not None]
-        input_ids = np.full((len(sources), self._rows.capacity.source), self._plan.pad, np.int64)
-        for row, ids in zip(input_ids, sources, strict=True):
-            row[: len(ids)] = ids
-        self._rows.encode(first, input_ids, np.array([len(ids) for ids in sources], np.int64))
+        sources = [source for source in self._seated[first : last + 1] if source is not None]
+        self._rows.encode(first, *padded(sources, self._rows.capacity.source, self._plan.pad))
 
     def _advance(self) -> None:
         """A block of steps, or fewer where no row can go on so long."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -223,11 +223,7 @@ class Schedule:
         group = list(self._next_group())
         if not group:
             return
-        lengths = np.array([len(source.ids) for source in group], np.int64)
-        input_ids = np.full((len(group), int(lengths.max())), self._plan.pad, np.int64)
-        for row, source in zip(input_ids, group, strict=True):
-            row[: len(source.ids)] = source.ids
-        tensors = self._backend.encode(input_ids, lengths)
+        tensors = self._backend.encode(*padded(group, max(len(source.ids) for source in group), self._plan.pad))
         for place, source in enumerate(group):
             encoded = EncodedSource(tensors, place, len(source.ids))
             self._ready.extend(_Waiting(source, target, encoded) for target in range(len(source.targets)))
@@ -260,6 +256,14 @@ class Schedule:
         """To what the plan gives for these positions; counted where rows had to be repacked."""
         self._stats.repacks += self.cache.active > 0
         self.cache.resize(self._plan.capacity(target=target, source=source))
+
+
+def padded(sources: Sequence[Source], positions: int, pad: int) -> tuple[IntArray, IntArray]:
+    """Sources → what the encoder takes of them: input_ids [B, positions] and source_lengths [B]."""
+    input_ids = np.full((len(sources), positions), pad, np.int64)
+    for row, source in zip(input_ids, sources, strict=True):
+        row[: len(source.ids)] = source.ids
+    return input_ids, np.array([len(source.ids) for source in sources], np.int64)
 
 
 def nothing(source: Source, target: int, *, scored: bool) -> Outcome:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -17,7 +16,7 @@ from kvx.runtime.rows import Source
 from kvx.runtime.schedule import DecodeStats, Outcome
 from kvx.runtime.sources import refuse_string
 from kvx.runtime.targets import Target
-from kvx.runtime.workers import Decode, side_by_side
+from kvx.runtime.workers import Decode, shared_out, side_by_side
 
 if TYPE_CHECKING:
     from kvx.runtime.translator import Translator
@@ -85,8 +84,8 @@ def rank(
     ]
     jobs.sort(key=lambda job: len(job.ids), reverse=True)
     scores: dict[tuple[int, int], Score] = {}
-    backends = itertools.islice(itertools.cycle(translator.backends), decodes)
-    for found in side_by_side([_scoring(backend, plan) for backend in backends], jobs, DecodeStats()):
+    scorings = [_scoring(backend, plan) for backend in shared_out(translator.backends, decodes)]
+    for found in side_by_side(scorings, jobs, DecodeStats()):
         scores[found.index, found.target] = Score(found.best.ids, found.best.log_probabilities or ())
     return [
         _ranking(tuple(scores[index, target] for target in range(len(given))), by)

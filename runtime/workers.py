@@ -10,6 +10,7 @@ import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
+from kvx.runtime.backend import Backend
 from kvx.runtime.decode import Cancelled, never
 from kvx.runtime.rows import Source
 from kvx.runtime.schedule import DecodeStats, Outcome
@@ -61,6 +62,11 @@ def decode_in_parallel(
             worker.join()
             stats.add(worker.stats)
         stats.cache_bytes = max(stats.cache_bytes, sum(worker.stats.cache_bytes for worker in workers))
+
+
+def shared_out(backends: Sequence[Backend], decodes: int) -> list[Backend]:
+    """The backend of each of so many decodes: one after the other, and again."""
+    return list(itertools.islice(itertools.cycle(backends), decodes))
 
 
 class _Worker(threading.Thread):
