@@ -1,5 +1,6 @@
 """kvx: encoder-decoder Transformers, exported once with an explicit cache, proven, and run without torch."""
 
+from kvx.runtime.engine.scoring import Ranking, Score
 from kvx.runtime.errors import (
     BundleError,
     CapacityError,
@@ -12,7 +13,6 @@ from kvx.runtime.errors import (
     TokenizerError,
 )
 from kvx.runtime.options import TranslateOptions
-from kvx.runtime.scoring import Ranking, Score
 from kvx.runtime.translation import Translation
 from kvx.runtime.translator import Translator
 

@@ -21,17 +21,17 @@ import typer
 from typer.core import TyperGroup
 
 import kvx
+from kvx.commands.output import format_ranking, format_stats, translation_json, translation_lines
 from kvx.runtime.errors import DeviceError, InputError, KvxError, OptionError, ParityError
-from kvx.runtime.formats import format_ranking, format_stats, translation_json, translation_lines
-from kvx.runtime.lines import open_lines, output_file, read_file, read_lines, write_lines
+from kvx.runtime.text.lines import open_lines, output_file, read_file, read_lines, write_lines
 
 if TYPE_CHECKING:
     from kvx import Translation, Translator
-    from kvx.exporter.report import Report
-    from kvx.runtime.evaluation import Evaluation
+    from kvx.exporter.progress import Report
+    from kvx.runtime.decoding.schedule import DecodeStats
+    from kvx.runtime.measuring.evaluation import Evaluation
     from kvx.runtime.options import TranslateOptions
-    from kvx.runtime.schedule import DecodeStats
-    from kvx.runtime.shortlist import Shortlist
+    from kvx.runtime.shortlist.candidates import Shortlist
 
 ARTIFACTS = Path("artifacts")
 EXPORT_NEEDS = ("torch", "onnx", "onnx_ir", "onnxscript")
@@ -216,8 +216,8 @@ def export(
     _steady_torch()
     from kvx.exporter.export import ExportOptions
     from kvx.exporter.export import export as run
-    from kvx.exporter.parity import ParityOptions
-    from kvx.runtime.inspect import describe_parity
+    from kvx.exporter.proof.trial import ParityOptions
+    from kvx.runtime.bundle.description import describe_parity
 
     options = ExportOptions(
         checkpoint=checkpoint,
@@ -261,9 +261,9 @@ def verify(
     if verify_reference is not None:
         _require("sacrebleu", extra="evaluate")
     _steady_torch()
-    from kvx.exporter.parity import ParityOptions
-    from kvx.exporter.verify import verify as run
-    from kvx.runtime.inspect import describe_parity
+    from kvx.exporter.proof.bundle import verify as run
+    from kvx.exporter.proof.trial import ParityOptions
+    from kvx.runtime.bundle.description import describe_parity
 
     with _reporting() as report:
         options = ParityOptions(tolerance=tolerance, equal_lines=equal_lines, bleu_lost=bleu_lost)
@@ -280,8 +280,8 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as it is.")] = False,
 ) -> None:
     """Show a bundle's graphs, sizes, limits, cache needs and parity report."""
-    from kvx.runtime.bundle import Bundle
-    from kvx.runtime.inspect import describe
+    from kvx.runtime.bundle.description import describe
+    from kvx.runtime.bundle.folder import Bundle
 
     opened = Bundle.open(bundle)
     if as_json:
@@ -320,7 +320,7 @@ class Machine:
             return self.device
         if self.backend is not BackendName.ONNX:
             return "cpu"
-        from kvx.runtime.manifest import Manifest
+        from kvx.runtime.bundle.manifest import Manifest
 
         if Manifest.read(path).lowering != "cuda":
             return "cpu"
@@ -330,8 +330,8 @@ class Machine:
 
     def check(self, path: Path) -> None:
         """Raises BundleError where the bundle has not what the backend needs."""
-        from kvx.runtime.bundle import CHECKPOINT_FILE, Bundle
-        from kvx.runtime.manifest import GRAPH_FILES
+        from kvx.runtime.bundle.folder import CHECKPOINT_FILE, Bundle
+        from kvx.runtime.bundle.manifest import GRAPH_FILES
 
         Bundle.open(path).require(*GRAPH_FILES.get(self.backend, (CHECKPOINT_FILE,)))
 
@@ -340,7 +340,7 @@ class Machine:
         if self.backend in (BackendName.TORCH, BackendName.TORCH_NO_CACHE):
             return _eager_translator(path, self)
         from kvx import Translator
-        from kvx.runtime.processor import available_threads
+        from kvx.runtime.system import available_threads
 
         workers = self.workers
         place = self.place(path)
@@ -597,7 +597,7 @@ def evaluate(
 ) -> None:
     """Compare backends on a test set: BLEU, chrF, speed and memory in one table."""
     _require("sacrebleu", extra="evaluate")
-    from kvx.runtime import evaluation
+    from kvx.runtime.measuring import evaluation
     from kvx.runtime.options import TranslateOptions
 
     names = [_backend(name) for name in backend.split(",")]
@@ -702,8 +702,8 @@ def bench(
 
     Steps have all threads; for --text they are shared out to as many decode loops, as for any bulk work.
     """
-    from kvx.runtime import bench as measuring
-    from kvx.runtime.plot import curves_html
+    from kvx.runtime.measuring import bench as measuring
+    from kvx.runtime.measuring.curves import curves_html
 
     options = measuring.BenchOptions(
         rows=_counts("--rows", rows),
@@ -745,7 +745,7 @@ def _counts(option: str, given: str) -> tuple[int, ...]:
 
 
 def _show_evaluations(found: list[Evaluation], json_file: Path | None) -> None:
-    from kvx.runtime.evaluation import comparison
+    from kvx.runtime.measuring.evaluation import comparison
 
     if not found:
         return
@@ -783,8 +783,8 @@ def train_shortlist(
     iterations: Annotated[int, typer.Option(help="Iterations of IBM Model 1.")] = 5,
 ) -> None:
     """Learn a shortlist from parallel text."""
-    from kvx.runtime import lexicon
-    from kvx.runtime.bundle import Bundle
+    from kvx.runtime.bundle.folder import Bundle
+    from kvx.runtime.shortlist import lexicon
 
     options = lexicon.LexiconOptions(iterations=iterations, per_source=per_source, frequent=frequent)
     opened, sources, targets = Bundle.open(bundle), read_file(source), read_file(target)
@@ -806,8 +806,8 @@ def import_shortlist(
     frequent: FrequentOption = 100,
 ) -> None:
     """Make a shortlist of a lexical table (lex.s2t)."""
-    from kvx.runtime import lexicon
-    from kvx.runtime.bundle import Bundle
+    from kvx.runtime.bundle.folder import Bundle
+    from kvx.runtime.shortlist import lexicon
 
     options = lexicon.LexiconOptions(per_source=per_source, frequent=frequent)
     opened = Bundle.open(bundle)
@@ -832,7 +832,7 @@ def _describe(shortlist: Shortlist, path: Path) -> str:
 
 
 def _translate(translator: Translator, command: TranslateCommand, options: TranslateOptions) -> None:
-    from kvx.runtime.schedule import DecodeStats
+    from kvx.runtime.decoding.schedule import DecodeStats
 
     stats, started, at_limit = DecodeStats(), time.perf_counter(), list[int]()
     with _input_texts(command) as texts, output_file(command.output) as out, _counter(command) as count:
@@ -864,7 +864,7 @@ def _write_translation(out: TextIO, translation: Translation, number: int, comma
 
 def _plot_attention(path: Path, translation: Translation, text: str) -> None:
     """A row for each token, eos included where the translation has ended."""
-    from kvx.runtime.heatmap import attention_html
+    from kvx.runtime.measuring.heatmap import attention_html
 
     if translation.attention is None:
         raise InputError("an empty text", expected="a text that has a translation", remedy="Give one.")
@@ -882,7 +882,7 @@ def _translations(
     texts: Iterable[str],
     stats: DecodeStats,
 ) -> Iterator[Translation]:
-    from kvx.runtime.requests import paired
+    from kvx.runtime.engine.queue import paired
 
     prefixes = None if command.prefix_file is None else read_file(command.prefix_file)
     if command.alternatives is None:
@@ -896,7 +896,7 @@ def _translations(
 
 def _announce(model: Path | None, machine: Machine, *, bulk: bool) -> Translator:
     """Loads the bundle, or the newest, and says what was chosen where the user left it open."""
-    from kvx.runtime.bundle import newest_bundle
+    from kvx.runtime.bundle.folder import newest_bundle
 
     path = model or newest_bundle(ARTIFACTS)
     loaded = machine.load(path, bulk=bulk)
@@ -911,9 +911,9 @@ def _eager_translator(path: Path, machine: Machine) -> Translator:
     import torch
 
     from kvx import Translator
-    from kvx.models.backend import NoCacheBackend, TorchBackend
-    from kvx.models.checkpoint import load_checkpoint
-    from kvx.runtime.bundle import CHECKPOINT_FILE, Bundle
+    from kvx.models.eager import NoCacheBackend, TorchBackend
+    from kvx.models.importers.reference import load_checkpoint
+    from kvx.runtime.bundle.folder import CHECKPOINT_FILE, Bundle
 
     if machine.place(path) != "cpu":
         raise DeviceError(f"device {machine.device} for {machine.backend}", expected="cpu", remedy="Use --device cpu.")
@@ -977,7 +977,7 @@ def _reporting() -> Iterator[Report]:
     """What an export says: notes as lines on stderr, the phase that runs as a spinner where that is a terminal."""
     from rich.console import Console
 
-    from kvx.exporter.report import Report
+    from kvx.exporter.progress import Report
 
     with Console(stderr=True).status("starting") as status:
 

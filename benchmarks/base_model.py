@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from sentencepiece import sentencepiece_model_pb2
 
-from kvx.models.checkpoint import Checkpoint, save_checkpoint
 from kvx.models.config import ModelConfig
+from kvx.models.importers.reference import Checkpoint, save_checkpoint
 from kvx.models.transformer import Transformer
 
 BASE = ModelConfig(

@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 from kvx import TranslateOptions, Translator
-from kvx.runtime.lines import open_lines, read_lines
-from kvx.runtime.schedule import DecodeStats
+from kvx.runtime.decoding.schedule import DecodeStats
+from kvx.runtime.text.lines import open_lines, read_lines
 
 
 def seconds(translator: Translator, texts: list[str], options: TranslateOptions) -> tuple[float, int]:

@@ -38,21 +38,21 @@ from numpy.typing import NDArray
 from kvx.benchmarks.base_model import BASE
 from kvx.benchmarks.peers import Process
 from kvx.exporter.export import Lowered
-from kvx.exporter.graphs import EncoderGraph, StepGraph
-from kvx.exporter.halves import in_precision
-from kvx.exporter.loop import LoopGraph
-from kvx.exporter.onnx import write_onnx
-from kvx.exporter.parity import LIMITS
+from kvx.exporter.precision.halves import in_precision
+from kvx.exporter.proof.trial import LIMITS
+from kvx.exporter.writing.graphs import EncoderGraph, StepGraph
+from kvx.exporter.writing.loop import LoopGraph
+from kvx.exporter.writing.onnx import write_onnx
 from kvx.models.config import ModelConfig
-from kvx.models.operators import KeyValue
+from kvx.models.layers import KeyValue
 from kvx.models.transformer import Transformer
-from kvx.runtime.backend import IntArray
+from kvx.runtime.arrays import IntArray
+from kvx.runtime.backends.device import Device
 from kvx.runtime.backends.onnx import ENCODER_FILE, STEP_FILE, OnnxBackend
-from kvx.runtime.cache import Capacity
-from kvx.runtime.device import Device
-from kvx.runtime.loop import LoopRows, LoopState
-from kvx.runtime.manifest import ELEMENTS, LOOP_FILE, Precision, SpecialIds
-from kvx.runtime.signature import Dimensions, StepFeatures
+from kvx.runtime.bundle.manifest import ELEMENTS, LOOP_FILE, Precision, SpecialIds
+from kvx.runtime.bundle.signature import Dimensions, StepFeatures
+from kvx.runtime.decoding.cache import Capacity
+from kvx.runtime.decoding.device_loop import LoopRows, LoopState
 
 IDS = SpecialIds(pad=0, bos=2, eos=3)
 SOURCE = 20

@@ -16,8 +16,8 @@ import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper
 
-from kvx.runtime.bench import cpu_model
-from kvx.runtime.processor import available_threads
+from kvx.runtime.measuring.bench import cpu_model
+from kvx.runtime.system import available_threads
 
 MEBIBYTES = (1, 40, 150, 600)
 ROWS, WIDTH = 256, 2048

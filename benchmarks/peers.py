@@ -33,13 +33,13 @@ import numpy as np
 
 from kvx.benchmarks.base_model import BASE, CONTROL, write_base_model
 from kvx.exporter.export import ExportOptions, export
-from kvx.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from kvx.models.importers.reference import Checkpoint, load_checkpoint, save_checkpoint
 from kvx.models.transformer import Transformer
-from kvx.runtime.bench import cpu_model
-from kvx.runtime.bundle import Bundle
-from kvx.runtime.lines import open_lines, read_lines
-from kvx.runtime.manifest import Precision
-from kvx.runtime.sources import SourceReader
+from kvx.runtime.bundle.folder import Bundle
+from kvx.runtime.bundle.manifest import Precision
+from kvx.runtime.measuring.bench import cpu_model
+from kvx.runtime.text.lines import open_lines, read_lines
+from kvx.runtime.text.sources import SourceReader
 
 Task = Literal["alone", "together"]
 Ids = list[list[int]]

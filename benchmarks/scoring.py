@@ -17,18 +17,18 @@ from pathlib import Path
 
 import torch
 
-from kvx.exporter.graphs import EncoderGraph, StepGraph
-from kvx.exporter.onnx import write_onnx
-from kvx.exporter.standard import StandardOperators
+from kvx.exporter.lowerings.standard import StandardOperators
+from kvx.exporter.writing.graphs import EncoderGraph, StepGraph
+from kvx.exporter.writing.onnx import write_onnx
 from kvx.models.config import ModelConfig
 from kvx.models.transformer import Transformer
 from kvx.runtime.backends.onnx import ENCODER_FILE, STEP_FILE, OnnxBackend
-from kvx.runtime.cache import Capacity
-from kvx.runtime.decode import score
-from kvx.runtime.manifest import CHUNK_FILE
-from kvx.runtime.plan import Plan
-from kvx.runtime.rows import Source
-from kvx.runtime.signature import CHUNK_FEATURES, Dimensions, StepFeatures
+from kvx.runtime.bundle.manifest import CHUNK_FILE
+from kvx.runtime.bundle.signature import CHUNK_FEATURES, Dimensions, StepFeatures
+from kvx.runtime.decoding.cache import Capacity
+from kvx.runtime.decoding.decode import score
+from kvx.runtime.decoding.plan import Plan
+from kvx.runtime.decoding.rows import Source
 
 BASE = ModelConfig(
     source_vocab_size=32_000,

@@ -16,13 +16,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kvx import Translator
-from kvx.runtime.decode import Cancelled, decode
-from kvx.runtime.lines import open_lines, read_lines
+from kvx.runtime.decoding.decode import Cancelled, decode
+from kvx.runtime.decoding.rows import Source
+from kvx.runtime.decoding.schedule import DecodeStats, Outcome
+from kvx.runtime.decoding.search import Greedy
+from kvx.runtime.engine.workers import side_by_side
 from kvx.runtime.options import TranslateOptions
-from kvx.runtime.rows import Source
-from kvx.runtime.schedule import DecodeStats, Outcome
-from kvx.runtime.search import Greedy
-from kvx.runtime.workers import side_by_side
+from kvx.runtime.text.lines import open_lines, read_lines
 
 
 @dataclass(frozen=True, slots=True)

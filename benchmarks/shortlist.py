@@ -18,9 +18,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from kvx import TranslateOptions, Translation, Translator
-from kvx.runtime.evaluation import ParallelText, corpus_scores
-from kvx.runtime.lines import open_lines, read_lines
-from kvx.runtime.schedule import DecodeStats
+from kvx.runtime.decoding.schedule import DecodeStats
+from kvx.runtime.measuring.evaluation import ParallelText, corpus_scores
+from kvx.runtime.text.lines import open_lines, read_lines
 
 
 @dataclass

@@ -14,27 +14,26 @@ from typing import Literal, NamedTuple, Self, get_args
 import numpy as np
 
 import kvx
-from kvx.exporter.beams import OrtBeamOperators, StandardBeamOperators
-from kvx.exporter.calibrate import calibrate
-from kvx.exporter.cuda import CudaOperators
-from kvx.exporter.graphs import EncoderGraph, ShortlistGraph, StepGraph
-from kvx.exporter.halves import in_precision
-from kvx.exporter.loop import LoopGraph
-from kvx.exporter.onnx import write_onnx
-from kvx.exporter.ort import OrtOperators
-from kvx.exporter.parity import Check, ParityOptions, ParityReport
-from kvx.exporter.quantize import ENCODER_WIDTHS, STEP_WIDTHS
-from kvx.exporter.report import Report
-from kvx.exporter.standard import OPSET, StandardOperators
-from kvx.exporter.torchscript import write_torchscript
-from kvx.exporter.verify import prove_bundle, read_sources, read_verification, without_effect
-from kvx.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from kvx.exporter.lowerings.beams import OrtBeamOperators, StandardBeamOperators
+from kvx.exporter.lowerings.cuda import CudaOperators
+from kvx.exporter.lowerings.ort import OrtOperators
+from kvx.exporter.lowerings.standard import OPSET, StandardOperators
+from kvx.exporter.precision.calibrate import calibrate
+from kvx.exporter.precision.halves import in_precision
+from kvx.exporter.precision.quantize import ENCODER_WIDTHS, STEP_WIDTHS
+from kvx.exporter.progress import Report
+from kvx.exporter.proof.bundle import prove_bundle, read_sources, read_verification, without_effect
+from kvx.exporter.proof.trial import Check, ParityOptions, ParityReport
+from kvx.exporter.writing.graphs import EncoderGraph, ShortlistGraph, StepGraph
+from kvx.exporter.writing.loop import LoopGraph
+from kvx.exporter.writing.onnx import write_onnx
+from kvx.exporter.writing.torchscript import write_torchscript
+from kvx.models.importers.reference import Checkpoint, load_checkpoint, save_checkpoint
 from kvx.models.operators import Operators
 from kvx.models.transformer import Transformer
 from kvx.runtime.backends import onnx, torchscript
-from kvx.runtime.bundle import CHECKPOINT_FILE, SOURCE_TOKENIZER_FILE, TARGET_TOKENIZER_FILE, Bundle
-from kvx.runtime.errors import BundleError, OptionError, ParityError, TokenizerError
-from kvx.runtime.manifest import (
+from kvx.runtime.bundle.folder import CHECKPOINT_FILE, SOURCE_TOKENIZER_FILE, TARGET_TOKENIZER_FILE, Bundle
+from kvx.runtime.bundle.manifest import (
     BEAMS_FILE,
     CHUNK_FILE,
     ELEMENTS,
@@ -46,10 +45,11 @@ from kvx.runtime.manifest import (
     Precision,
     SpecialIds,
 )
+from kvx.runtime.bundle.signature import CHUNK_FEATURES, StepFeatures, cache_specs
+from kvx.runtime.decoding.plan import Plan, check_limit
+from kvx.runtime.errors import BundleError, OptionError, ParityError, TokenizerError
 from kvx.runtime.options import Problem, refuse
-from kvx.runtime.plan import Plan, check_limit
-from kvx.runtime.signature import CHUNK_FEATURES, StepFeatures, cache_specs
-from kvx.runtime.tokenizer import Tokenizer
+from kvx.runtime.text.tokenizers.sentencepiece import Tokenizer
 
 Format = Literal["onnx", "torchscript", "both"]
 Lowering = Literal["ort", "standard", "cuda"]

@@ -6,22 +6,12 @@ tokens of a shortlist.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from kvx.models.transformer import Attention, LayerNorm
+from kvx.models.layers import Attention, KeyValue, LayerNorm
 
 MASKED_SCORE = -1e9
-
-
-class KeyValue(NamedTuple):
-    """Keys and values of one attention layer, both [B, H, positions, D]."""
-
-    key: Tensor
-    value: Tensor
 
 
 def positions_below(lengths: Tensor, positions: int) -> Tensor:

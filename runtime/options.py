@@ -10,7 +10,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import TypedDict, get_args
 
-from kvx.runtime.constraints import (
+from kvx.runtime.decoding.filters import (
     Constraints,
     EndPenalty,
     Filter,
@@ -19,9 +19,9 @@ from kvx.runtime.constraints import (
     RepetitionPenalty,
     Suppress,
 )
+from kvx.runtime.decoding.search import BeamSearch, Greedy, Sampling, Search
 from kvx.runtime.errors import OptionError
-from kvx.runtime.search import BeamSearch, Greedy, Sampling, Search
-from kvx.runtime.sources import OnLong
+from kvx.runtime.text.sources import OnLong
 
 Given = str | tuple[int, ...]
 Problem = tuple[str, str]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from kvx.runtime.alignment import align, replace_unknown
-from kvx.runtime.backend import FloatArray
+from kvx.runtime.arrays import FloatArray
+from kvx.runtime.decoding.rows import FinishReason, Hypothesis
+from kvx.runtime.decoding.schedule import Outcome
 from kvx.runtime.options import TranslateOptions
-from kvx.runtime.rows import FinishReason, Hypothesis
-from kvx.runtime.schedule import Outcome
-from kvx.runtime.sources import SourceText
-from kvx.runtime.tokenizer import Tokenizer
+from kvx.runtime.text.alignment import align, replace_unknown
+from kvx.runtime.text.sources import SourceText
+from kvx.runtime.text.tokenizers.sentencepiece import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,24 +9,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Self, Unpack
 
-from kvx.runtime.alternatives import alternatives
-from kvx.runtime.backend import Backend, shortlisting_of, specs_of
-from kvx.runtime.bundle import Bundle
-from kvx.runtime.decode import Cancelled
-from kvx.runtime.device import Device
+from kvx.runtime.backends.device import Device
+from kvx.runtime.backends.registry import load_backends
+from kvx.runtime.bundle.folder import Bundle
+from kvx.runtime.decoding.backend import Backend, shortlisting_of, specs_of
+from kvx.runtime.decoding.decode import Cancelled
+from kvx.runtime.decoding.plan import DEFAULT_ROWS, Plan
+from kvx.runtime.decoding.schedule import DecodeStats
+from kvx.runtime.engine.alternatives import alternatives
+from kvx.runtime.engine.job import Job, Latch
+from kvx.runtime.engine.queue import Request, RequestQueue, paired
+from kvx.runtime.engine.scoring import RankBy, Ranking, Score, rank
+from kvx.runtime.engine.workers import side_by_side
 from kvx.runtime.errors import InputError
-from kvx.runtime.job import Job, Latch
-from kvx.runtime.loading import load_backends
 from kvx.runtime.options import Problem, TranslateKeywords, TranslateOptions, refuse
-from kvx.runtime.plan import DEFAULT_ROWS, Plan
-from kvx.runtime.requests import Request, RequestQueue, paired
-from kvx.runtime.schedule import DecodeStats
-from kvx.runtime.scoring import RankBy, Ranking, Score, rank
-from kvx.runtime.shortlist import Shortlist, Vocabulary
-from kvx.runtime.sources import OnLong, SourceReader, SourceText, refuse_string
-from kvx.runtime.targets import Target, TargetReader
+from kvx.runtime.shortlist.candidates import Shortlist, Vocabulary
+from kvx.runtime.text.sources import OnLong, SourceReader, SourceText, refuse_string
+from kvx.runtime.text.targets import Target, TargetReader
 from kvx.runtime.translation import Translation, Writer
-from kvx.runtime.workers import side_by_side
 
 SIDES: tuple[Literal["source", "target"], ...] = ("source", "target")
 WINDOW_PER_ROW = 8  # sentences read ahead and sorted by length together, for every row

@@ -12,11 +12,11 @@ import torch
 
 from kvx import Translator
 from kvx.exporter.export import ExportOptions, export
-from kvx.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from kvx.models.config import ModelConfig
+from kvx.models.importers.reference import Checkpoint, load_checkpoint, save_checkpoint
 from kvx.models.transformer import Transformer
 from kvx.runtime.backends.onnx import OnnxBackend
-from kvx.runtime.manifest import BEAMS_FILE
+from kvx.runtime.bundle.manifest import BEAMS_FILE
 
 torch.set_num_threads(1)  # two threads on a busy machine wait for each other most of the time
 

@@ -16,14 +16,14 @@ import torch
 from numpy.typing import NDArray
 
 from kvx import Translation, Translator
-from kvx.models.backend import NoCacheBackend, TorchBackend
-from kvx.models.checkpoint import Checkpoint
+from kvx.models.eager import NoCacheBackend, TorchBackend
+from kvx.models.importers.reference import Checkpoint
 from kvx.runtime.backends.onnx import OnnxBackend
 from kvx.runtime.backends.torchscript import TorchScriptBackend
-from kvx.runtime.bundle import Bundle
-from kvx.runtime.cache import Capacity, EncodedSource, KVCache
-from kvx.runtime.signature import key_value_names
-from kvx.runtime.sources import SourceReader
+from kvx.runtime.bundle.folder import Bundle
+from kvx.runtime.bundle.signature import key_value_names
+from kvx.runtime.decoding.cache import Capacity, EncodedSource, KVCache
+from kvx.runtime.text.sources import SourceReader
 
 if TYPE_CHECKING:
     from kvx.tests.conftest import Seed

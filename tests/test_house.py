@@ -53,6 +53,10 @@ def inside(name: str, *packages: str) -> bool:
     return any(name == package or name.startswith(f"{package}.") for package in packages)
 
 
+def module_name(path: Path) -> str:
+    return ".".join(["kvx", *path.with_suffix("").parts])
+
+
 def in_package(*parts: str) -> list[Path]:
     found = [path for path in SOURCES if path.parts[: len(parts)] == parts]
     assert found
@@ -98,28 +102,92 @@ def test_translating_leaves_torch_alone(numbers_bundle: Path) -> None:
 
 @pytest.mark.parametrize("path", in_package("runtime"), ids=str)
 def test_the_runtime_knows_neither_torch_nor_what_lies_above_it(path: Path) -> None:
-    above = {"kvx.models", "kvx.exporter", "kvx.cli", "onnx", "typer"}
+    above = {"kvx.models", "kvx.exporter", "kvx.commands", "kvx.cli", "onnx", "typer"}
     if path != Path("runtime/backends/torchscript.py"):
         above.add("torch")
     assert [name for name in imports(path) if inside(name, *above)] == []
 
 
+# A room may import itself and the rooms before it; those in one line do not know each other.
+RUNTIME_ROOMS = (
+    ("errors", "arrays", "system"),
+    ("bundle",),
+    ("text",),
+    ("decoding",),
+    ("shortlist",),
+    ("backends",),
+    ("options",),
+    ("translation",),
+    ("engine",),
+    ("translator",),
+    ("measuring",),
+)
+EXPORTER_ROOMS = (
+    ("progress",),
+    ("lowerings",),
+    ("precision",),
+    ("writing",),
+    ("proof",),
+    ("export",),
+)
+MODELS_ROOMS = (("config", "layers"), ("operators",), ("transformer",), ("importers", "eager"))
+HOUSE = {"runtime": RUNTIME_ROOMS, "exporter": EXPORTER_ROOMS, "models": MODELS_ROOMS}
+LAID = [(package, room) for package, rooms in HOUSE.items() for line in rooms for room in line]
+
+
+def room_of(path: Path) -> str:
+    return path.parts[1].removesuffix(".py")
+
+
+def rooms_before(package: str, room: str) -> set[str]:
+    """The rooms that this one may import."""
+    rooms = HOUSE[package]
+    line = next(number for number, names in enumerate(rooms) if room in names)
+    return {room, *(name for names in rooms[:line] for name in names)}
+
+
+@pytest.mark.parametrize("package", HOUSE)
+def test_a_package_holds_its_rooms_and_nothing_else(package: str) -> None:
+    found = {room_of(path) for path in in_package(package)} - {"__init__"}
+    assert found == {room for line in HOUSE[package] for room in line}
+
+
+@pytest.mark.parametrize(("package", "room"), [one for one in LAID if one != ("runtime", "engine")])
+def test_a_room_knows_only_the_rooms_before_it(package: str, room: str) -> None:
+    paths = [path for path in in_package(package) if room_of(path) == room]
+    allowed = [f"kvx.{package}.{name}" for name in rooms_before(package, room)]
+    known = {name for path in paths for name in imports(path) if name.startswith(f"kvx.{package}.")}
+    assert sorted(name for name in known if not inside(name, *allowed)) == []
+
+
+def test_no_two_modules_import_each_other() -> None:
+    arrows = {module_name(path): set(imports(path)) for path in SOURCES if path.name != "__init__.py"}
+    mutual = {(one, other) for one in arrows for other in arrows if other in arrows[one] and one in arrows[other]}
+    assert {names for names in mutual if "kvx.runtime.translator" not in names} == set()
+
+
+@pytest.mark.parametrize("path", in_package("runtime", "decoding"), ids=str)
+def test_decoding_knows_no_thread_and_no_file(path: Path) -> None:
+    outside = ("threading", "queue", "asyncio", "concurrent", "pathlib", "io", "os", "json")
+    assert [name for name in imports(path) if inside(name, *outside)] == []
+
+
 @pytest.mark.parametrize("path", in_package("models"), ids=str)
 def test_models_know_only_the_contract_of_the_runtime(path: Path) -> None:
-    contract = (f"kvx.runtime.{name}" for name in ("backend", "cache", "errors", "signature"))
-    allowed = ("kvx.models", *contract)
+    contract = ("arrays", "errors", "bundle.signature", "decoding.backend", "decoding.cache")
+    allowed = ("kvx.models", *(f"kvx.runtime.{name}" for name in contract))
     assert [name for name in imports(path) if inside(name, "kvx") and not inside(name, *allowed)] == []
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=str)
 def test_nothing_but_the_command_knows_the_command_line(path: Path) -> None:
-    if path not in (Path("cli.py"), Path("__main__.py")):
-        assert [name for name in imports(path) if inside(name, "kvx.cli", "typer", "rich")] == []
+    if path not in (Path("cli.py"), Path("__main__.py")) and path.parts[0] != "commands":
+        assert [name for name in imports(path) if inside(name, "kvx.cli", "kvx.commands", "typer", "rich")] == []
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=str)
 def test_modules_are_imported_by_the_packages_name(path: Path) -> None:
-    bare = ("runtime", "models", "exporter", "cli", "tests", "scripts")
+    bare = ("runtime", "models", "exporter", "commands", "cli", "tests", "scripts")
     assert [name for name in imports(path) if inside(name, *bare)] == []
 
 

@@ -10,7 +10,7 @@ import sacrebleu
 
 from kvx import Translator
 from kvx.exporter.export import ExportOptions, export
-from kvx.runtime.manifest import Precision
+from kvx.runtime.bundle.manifest import Precision
 
 if TYPE_CHECKING:
     from kvx.tests.conftest import Seed

@@ -9,12 +9,12 @@ from pathlib import Path
 from protocol import Request, Runner, Timed, serve  # type: ignore[import-not-found]
 
 from kvx import Translator
-from kvx.runtime.decode import Cancelled, decode
+from kvx.runtime.decoding.decode import Cancelled, decode
+from kvx.runtime.decoding.rows import Source
+from kvx.runtime.decoding.schedule import DecodeStats, Outcome
+from kvx.runtime.decoding.search import Greedy
+from kvx.runtime.engine.workers import side_by_side
 from kvx.runtime.options import TranslateOptions
-from kvx.runtime.rows import Source
-from kvx.runtime.schedule import DecodeStats, Outcome
-from kvx.runtime.search import Greedy
-from kvx.runtime.workers import side_by_side
 
 
 def prepare(_: Request) -> None:
@@ -64,9 +64,9 @@ def _together(translator: Translator, sources: list[Source], options: TranslateO
 def _eager(request: Request) -> Translator:
     import torch
 
-    from kvx.models.backend import NoCacheBackend, TorchBackend
-    from kvx.models.checkpoint import load_checkpoint
-    from kvx.runtime.bundle import Bundle
+    from kvx.models.eager import NoCacheBackend, TorchBackend
+    from kvx.models.importers.reference import load_checkpoint
+    from kvx.runtime.bundle.folder import Bundle
 
     torch.set_num_threads(request["threads"])
     model = load_checkpoint(Path(request["checkpoint"])).model

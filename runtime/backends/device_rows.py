@@ -14,12 +14,12 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from kvx.runtime.backend import IntArray
-from kvx.runtime.cache import Capacity
-from kvx.runtime.device import Device
+from kvx.runtime.arrays import IntArray
+from kvx.runtime.backends.device import Device
+from kvx.runtime.bundle.signature import Signature, TensorSpec
+from kvx.runtime.decoding.cache import Capacity
+from kvx.runtime.decoding.device_loop import LoopState
 from kvx.runtime.errors import CapacityError
-from kvx.runtime.loop import LoopState
-from kvx.runtime.signature import Signature, TensorSpec
 
 ONNX_TYPES = {"float32": 1, "int64": 7, "bool": 9, "float16": 10, "bfloat16": 16}  # onnx.TensorProto.DataType
 NO_CAPTURE = -1

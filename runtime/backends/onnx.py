@@ -13,14 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnxruntime as ort
 
-from kvx.runtime.backend import FloatArray, IntArray, Step, StepOutput, Tensors
+from kvx.runtime.arrays import FloatArray, IntArray, Tensors
+from kvx.runtime.backends.device import HOST, Device, missing_library, not_to_be_had
 from kvx.runtime.backends.device_rows import DeviceRows, IdleRows
-from kvx.runtime.cache import Capacity, KVCache
-from kvx.runtime.device import HOST, Device, missing_library, not_to_be_had
-from kvx.runtime.errors import BundleError, DeviceError, OptionError
-from kvx.runtime.manifest import BEAMS_FILE, CHUNK_FILE, GRAPH_FILES, LOOP_FILE, PROJECTION_FILE, SHORTLIST_FILE
-from kvx.runtime.processor import available_threads, bytes_saturate
-from kvx.runtime.signature import (
+from kvx.runtime.bundle.manifest import BEAMS_FILE, CHUNK_FILE, GRAPH_FILES, LOOP_FILE, PROJECTION_FILE, SHORTLIST_FILE
+from kvx.runtime.bundle.signature import (
     CHUNK_FEATURES,
     LOOP_FEATURES,
     Axis,
@@ -32,6 +29,10 @@ from kvx.runtime.signature import (
     encoder_signature,
     step_signature,
 )
+from kvx.runtime.decoding.backend import Step, StepOutput
+from kvx.runtime.decoding.cache import Capacity, KVCache
+from kvx.runtime.errors import BundleError, DeviceError, OptionError
+from kvx.runtime.system import available_threads, bytes_saturate
 
 ENCODER_FILE, STEP_FILE = GRAPH_FILES["onnx"]
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"

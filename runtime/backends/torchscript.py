@@ -9,11 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kvx.runtime.backend import IntArray, Step, StepOutput, Tensors
-from kvx.runtime.cache import KVCache
-from kvx.runtime.errors import BundleError, DeviceError, OptionError
-from kvx.runtime.manifest import GRAPH_FILES
-from kvx.runtime.signature import (
+from kvx.runtime.arrays import IntArray, Tensors
+from kvx.runtime.bundle.manifest import GRAPH_FILES
+from kvx.runtime.bundle.signature import (
     Dimensions,
     Signature,
     StepFeatures,
@@ -21,6 +19,9 @@ from kvx.runtime.signature import (
     encoder_signature,
     step_signature,
 )
+from kvx.runtime.decoding.backend import Step, StepOutput
+from kvx.runtime.decoding.cache import KVCache
+from kvx.runtime.errors import BundleError, DeviceError, OptionError
 
 ENCODER_FILE, STEP_FILE = GRAPH_FILES["torchscript"]
 

@@ -24,17 +24,17 @@ import torch
 import kvx
 from kvx import CheckpointError, InputError, KvxError, OptionError, TokenizerError
 from kvx.exporter.export import ExportOptions, Format, export
-from kvx.exporter.graphs import StepGraph
-from kvx.exporter.parity import ParityOptions, ParityReport
-from kvx.exporter.report import Report
-from kvx.exporter.torchscript import write_torchscript
-from kvx.exporter.verify import verify
-from kvx.models.checkpoint import Checkpoint, load_checkpoint, reference_name, save_checkpoint
+from kvx.exporter.progress import Report
+from kvx.exporter.proof.bundle import verify
+from kvx.exporter.proof.trial import ParityOptions, ParityReport
+from kvx.exporter.writing.graphs import StepGraph
+from kvx.exporter.writing.torchscript import write_torchscript
 from kvx.models.config import ModelConfig
+from kvx.models.importers.reference import Checkpoint, load_checkpoint, reference_name, save_checkpoint
 from kvx.models.transformer import Transformer
-from kvx.runtime.bundle import Bundle
-from kvx.runtime.manifest import MANIFEST_FILE, FileEntry, Manifest
-from kvx.runtime.signature import StepFeatures
+from kvx.runtime.bundle.folder import Bundle
+from kvx.runtime.bundle.manifest import MANIFEST_FILE, FileEntry, Manifest
+from kvx.runtime.bundle.signature import StepFeatures
 
 TOKENIZERS = {"source.model", "target.model"}
 ONNX_FILES = {"encoder.onnx", "decoder_step.onnx"}

@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvx.models.checkpoint import Checkpoint
-from kvx.models.operators import EAGER, KeyValue
-from kvx.models.transformer import LayerNorm, Transformer, sinusoidal_positions
+from kvx.models.importers.reference import Checkpoint
+from kvx.models.layers import KeyValue, LayerNorm, sinusoidal_positions
+from kvx.models.operators import EAGER
+from kvx.models.transformer import Transformer
 
 if TYPE_CHECKING:
     from kvx.tests.conftest import Seed

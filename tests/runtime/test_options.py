@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvx import InputError, OptionError
+from kvx.runtime.decoding.search import BeamSearch, Greedy, Sampling
 from kvx.runtime.options import LARGEST_SEED, TranslateKeywords, TranslateOptions
-from kvx.runtime.search import BeamSearch, Greedy, Sampling
 
 if TYPE_CHECKING:
     from kvx import Translator

@@ -13,16 +13,17 @@ import pytest
 import torch
 
 from kvx import BundleError, DeviceError, InputError, OptionError, Translation, Translator
-from kvx.models.backend import NoCacheBackend
-from kvx.models.checkpoint import load_checkpoint
+from kvx.models.eager import NoCacheBackend
+from kvx.models.importers.reference import load_checkpoint
 from kvx.models.transformer import Transformer
-from kvx.runtime.backend import IntArray, Step, Tensors
+from kvx.runtime.arrays import IntArray, Tensors
 from kvx.runtime.backends.onnx import OnnxBackend
-from kvx.runtime.bundle import Bundle
-from kvx.runtime.cache import KVCache
+from kvx.runtime.bundle.folder import Bundle
+from kvx.runtime.decoding.backend import Step
+from kvx.runtime.decoding.cache import KVCache
+from kvx.runtime.decoding.schedule import DecodeStats
 from kvx.runtime.options import TranslateOptions
-from kvx.runtime.schedule import DecodeStats
-from kvx.runtime.sources import SourceReader
+from kvx.runtime.text.sources import SourceReader
 
 NUMBERS = {
     "one": "eins",

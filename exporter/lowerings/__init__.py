@@ -1,0 +1,1 @@
+"""The operators that graphs are made of, for each kind of runtime."""

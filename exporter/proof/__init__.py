@@ -1,0 +1,1 @@
+"""What an export is held against before anybody may use it."""

@@ -1,0 +1,1 @@
+"""The graphs of the contract, and the files they are written to."""

@@ -1,0 +1,107 @@
+"""The graphs as ONNX files."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir
+import torch
+from onnx_ir.passes.common import CommonSubexpressionEliminationPass
+from torch import nn
+
+from kvx.exporter.lowerings.standard import IR_VERSION, OPSET
+from kvx.exporter.precision.quantize import Widths, quantize
+from kvx.exporter.writing.graphs import EncoderGraph, StepGraph, example_inputs
+from kvx.exporter.writing.loop import LoopGraph
+from kvx.runtime.bundle.signature import PAST
+
+
+def write_onnx(
+    graph: EncoderGraph | StepGraph | LoopGraph,
+    path: Path,
+    *,
+    widths: Widths | None = None,
+    weights_of: Path | None = None,
+) -> None:
+    """One graph → an ONNX file that the checker passes, its weights beside it as `<path>.data`, which runtimes map into
+    memory; quantised where `widths` are given.
+
+    With `weights_of`, another graph in the same folder, they are shared with that one.
+    """
+    letters = {letter: torch.export.Dim(letter, min=1) for letter in ("B", "C", "G", "Q", "S", "T")}
+    shapes = [
+        {axis: letters[letter] for axis, letter in enumerate(spec.axes) if isinstance(letter, str)}
+        for spec in graph.signature.inputs
+    ]
+    named = sum(not spec.name.startswith(PAST) for spec in graph.signature.inputs)  # the caches are one parameter
+    flat, caches = shapes[:named], shapes[named:]
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            graph.eval(),
+            example_inputs(graph.signature),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[spec.name for spec in graph.signature.inputs],
+            output_names=[spec.name for spec in graph.signature.outputs],
+            dynamic_shapes=(*flat, tuple(caches)) if caches else tuple(flat),
+            verbose=False,
+        )
+    assert program is not None
+    program.model.ir_version = IR_VERSION
+    _clear_metadata(program.model)
+    if widths is not None:
+        quantize(program.model, widths, _weights(graph))
+    CommonSubexpressionEliminationPass()(program.model)
+    if weights_of is not None:
+        _share_weights(program.model, weights_of)
+    program.save(path, external_data=True if weights_of is None else None)
+    onnx.checker.check_model(path, full_check=True)
+
+
+def _weights(graph: nn.Module) -> dict[str, float | None]:
+    """The weights that may be quantised, by name, each with the largest magnitude of its input where calibrated."""
+    return {
+        f"{name}.weight": getattr(module, "largest_input", None)
+        for name, module in graph.named_modules()
+        if isinstance(module, (nn.Linear, nn.Embedding))
+    }
+
+
+def _share_weights(model: onnx_ir.Model, other: Path) -> None:
+    """Lets the model's weights be those in another graph's data file, wherever that has the same ones."""
+    theirs = onnx_ir.load(other).graph.initializers
+    for name, value in model.graph.initializers.items():
+        tensor = theirs[name].const_value if name in theirs else None
+        own = value.const_value
+        if isinstance(tensor, onnx_ir.ExternalTensor) and own and np.array_equal(tensor.numpy(), own.numpy()):
+            value.const_value = tensor
+
+
+def _clear_metadata(model: onnx_ir.Model) -> None:
+    """Drops what the exporter noted for itself: stack traces with its own paths, and the names of torch's parts."""
+    graph = model.graph
+    values = [*graph.inputs, *graph.outputs, *graph.initializers.values()]
+    values += [output for node in graph for output in node.outputs]
+    for part in (model, graph, *graph, *values):
+        part.metadata_props.clear()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences what torch 2.13 prints on every export: the names of free axes, its own deprecations, torchvision."""
+    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = registration.level
+    registration.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="# The axis name: . will not be used", category=UserWarning)
+            warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`", category=FutureWarning)
+            yield
+    finally:
+        registration.setLevel(level)

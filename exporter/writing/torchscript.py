@@ -1,0 +1,20 @@
+"""The graphs as TorchScript files."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+
+from kvx.exporter.writing.graphs import EncoderGraph, StepGraph, example_inputs
+
+
+def write_torchscript(graph: EncoderGraph | StepGraph, path: Path) -> None:
+    """One graph, traced and frozen → a TorchScript file. The step writes its caches in place."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.filterwarnings("ignore", message=r"`torch\.jit\.\w+` is deprecated", category=DeprecationWarning)
+        traced = torch.jit.trace(  # type: ignore[no-untyped-call]
+            graph.eval(), example_inputs(graph.signature), check_trace=False
+        )
+        torch.jit.save(torch.jit.freeze(traced), str(path))

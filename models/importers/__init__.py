@@ -1,0 +1,1 @@
+"""Checkpoint files → a Transformer, one reader per format."""

@@ -1,0 +1,1 @@
+"""What lies on disk: the contract of the graphs, the manifest, the folder."""

@@ -1,0 +1,270 @@
+"""The manifest: what a bundle is, what it holds and how it was proven. One JSON file, checked when it is read."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+from kvx.runtime.bundle.signature import (
+    CHUNK_FEATURES,
+    LOOP_FEATURES,
+    Dimensions,
+    Signature,
+    StepFeatures,
+    cache_specs,
+    encoder_signature,
+    step_signature,
+)
+from kvx.runtime.errors import BundleError
+
+MANIFEST_FILE = "manifest.json"
+FORMAT_VERSION = 1
+CHUNK_FILE = "decoder_chunk.onnx"
+BEAMS_FILE = "decoder_beams.onnx"
+SHORTLIST_FILE = "decoder_shortlist.onnx"
+PROJECTION_FILE = "projection.npy"  # the rows of the output projection, float32 [V, E], that a shortlist picks from
+LOOP_FILE = "decoder_loop.onnx"
+GRAPH_FILES = {  # of each format: the encoder and the decoder step
+    "onnx": ("encoder.onnx", "decoder_step.onnx"),
+    "torchscript": ("encoder.ts", "decoder_step.ts"),
+}
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
+ELEMENTS: dict[Precision, str] = {"fp16": "float16", "bf16": "bfloat16"}  # of keys and values; else float32
+OLDER_PRECISIONS: dict[Any, Precision] = {"float32": "fp32"}
+LARGEST_MANIFEST = 16 * 2**20  # bytes
+LARGEST_SIZE = 2**24
+MOST_LAYERS = 1024
+MODEL_SIZES = (
+    "source_vocab_size",
+    "target_vocab_size",
+    "d_model",
+    "heads",
+    "d_ff",
+    "encoder_layers",
+    "decoder_layers",
+    "source_positions",
+    "target_positions",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """Size in bytes and sha256 (hex) of one file of the bundle."""
+
+    bytes: int
+    sha256: str
+
+    @property
+    def is_plausible(self) -> bool:
+        """Whether these are a size and a hash at all."""
+        return type(self.bytes) is int and self.bytes >= 0 and re.fullmatch("[0-9a-f]{64}", self.sha256) is not None
+
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        """The entry of a file as it is on disk."""
+        with path.open("rb") as file:
+            return cls(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+@dataclass(frozen=True, slots=True)
+class SpecialIds:
+    """The ids of one tokenizer's control pieces."""
+
+    pad: int
+    bos: int
+    eos: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """A bundle's description. `precision` is that of the weights, with fp16 and bf16 also
+    of the keys and values and of what products take and give, `lowering` names the operators of the ONNX graphs,
+    `model` is the model's configuration, `created` an ISO 8601 time in UTC, `max_new_tokens` the default limit of a
+    translation, `parity` the report of the proof or None without one.
+    """
+
+    created: str
+    kvx_version: str
+    model: Mapping[str, int]
+    precision: Precision
+    lowering: str
+    opset: int
+    max_new_tokens: int
+    source_ids: SpecialIds
+    target_ids: SpecialIds
+    files: Mapping[str, FileEntry]
+    parity: Mapping[str, Any] | None
+    features: StepFeatures = field(default_factory=StepFeatures)
+
+    @property
+    def dimensions(self) -> Dimensions:
+        """L, H, D and V of the model, and the type of its keys and values."""
+        return Dimensions.of_model(self.model, ELEMENTS.get(self.precision, "float32"))
+
+    @property
+    def graphs(self) -> dict[str, Signature]:
+        """The graphs that the bundle has, by name."""
+        graphs = {
+            "encoder": encoder_signature(self.dimensions),
+            "decoder_step": step_signature(self.dimensions, self.features),
+        }
+        beside = {
+            CHUNK_FILE: CHUNK_FEATURES,
+            BEAMS_FILE: self.features.beams,
+            SHORTLIST_FILE: self.features.shortlisted,
+            LOOP_FILE: LOOP_FEATURES,
+        }
+        for file, features in beside.items():
+            if file in self.files:
+                graphs[file.removesuffix(".onnx")] = step_signature(self.dimensions, features)
+        return graphs
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """The formats of which the bundle has a graph."""
+        return tuple(name for name, graphs in GRAPH_FILES.items() if not self.files.keys().isdisjoint(graphs))
+
+    def cache_bytes(self, *, target: int, source: int) -> int:
+        """Cache bytes of one row with room for so many target and source positions."""
+        return sum(spec.bytes({"B": 1, "T": target, "S": source}) for spec in cache_specs(self.dimensions))
+
+    def write(self, folder: Path) -> None:
+        """Writes manifest.json into the folder."""
+        (folder / MANIFEST_FILE).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form, with the facts spelled out that other readers would have to derive."""
+        fields = asdict(self)
+        return {"format_version": FORMAT_VERSION, **fields, **self._derived()}
+
+    def _check(self) -> None:
+        """Raises KeyError or ValueError for values that no export writes."""
+        wrong = [f"model.{name}" for name in MODEL_SIZES if not 1 <= self.model[name] <= LARGEST_SIZE]
+        wrong += [f"model.{name}" for name in ("encoder_layers", "decoder_layers") if self.model[name] > MOST_LAYERS]
+        if not 1 <= self.max_new_tokens <= self.model["target_positions"]:
+            wrong.append("max_new_tokens")
+        if self.precision not in get_args(Precision):
+            wrong.append(f"precision {self.precision!r}")
+        if not self.formats:
+            wrong.append("files, which hold no graph")
+        if self.parity is not None and not _is_report(self.parity):
+            wrong.append("parity")
+        wrong += [f"features.{name}" for name in self._impossible_features()]
+        wrong += [f"files.{name}" for name, entry in self.files.items() if not entry.is_plausible]
+        datetime.datetime.fromisoformat(self.created)
+        if wrong:
+            raise ValueError(f"impossible {', '.join(wrong)}")
+
+    def _impossible_features(self) -> Iterator[str]:
+        """Those that no step of this model has."""
+        layer = self.features.attention
+        if layer is not None and (type(layer) is not int or not 0 <= layer < self.model["decoder_layers"]):
+            yield "attention"
+        flags = ("next_ids", "query_tokens", "source_presents", "shared_sources")
+        yield from (name for name in flags if type(getattr(self.features, name)) is not bool)
+
+    def _derived(self) -> dict[str, Any]:
+        return {
+            "formats": list(self.formats),
+            "limits": {
+                "source_positions": self.model["source_positions"],
+                "target_positions": self.model["target_positions"],
+                "cache_bytes_per_source_token": self.cache_bytes(target=0, source=1),
+                "cache_bytes_per_target_token": self.cache_bytes(target=1, source=0),
+            },
+            "graphs": {name: _signature_to_dict(signature) for name, signature in self.graphs.items()},
+        }
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """The manifest of the bundle in `folder`. Raises BundleError where it is missing, damaged or newer."""
+        path = folder / MANIFEST_FILE
+        try:
+            if path.stat().st_size > LARGEST_MANIFEST:
+                raise _damaged(folder, f"is larger than {LARGEST_MANIFEST} bytes")
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            raise BundleError(
+                f"{folder}, which holds no {MANIFEST_FILE}",
+                expected="a bundle written by kvx export",
+                remedy="Check the path, or export a checkpoint first.",
+            ) from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise _damaged(folder, f"cannot be read ({error})") from None
+        if not isinstance(values, dict):
+            raise _damaged(folder, "is not an object")
+        return cls._from_dict(values, folder)
+
+    @classmethod
+    def _from_dict(cls, values: dict[str, Any], folder: Path) -> Self:
+        version = values.get("format_version")
+        if not isinstance(version, int) or version < 1:
+            raise _damaged(folder, "has no format_version")
+        if version > FORMAT_VERSION:
+            raise BundleError(
+                f"{folder} of format version {version}",
+                expected=f"version {FORMAT_VERSION} at most",
+                remedy="Upgrade kvx, or export the checkpoint with this version.",
+            )
+        try:
+            manifest = cls(
+                created=str(values["created"]),
+                kvx_version=str(values["kvx_version"]),
+                model={str(name): int(value) for name, value in values["model"].items()},
+                precision=OLDER_PRECISIONS.get(values["precision"], values["precision"]),
+                lowering=str(values["lowering"]),
+                opset=int(values["opset"]),
+                max_new_tokens=int(values["max_new_tokens"]),
+                source_ids=SpecialIds(**values["source_ids"]),
+                target_ids=SpecialIds(**values["target_ids"]),
+                files={str(name): FileEntry(**entry) for name, entry in values["files"].items()},
+                parity=values["parity"],
+                features=StepFeatures(**values["features"]),
+            )
+            manifest._check()
+            derived = json.loads(json.dumps(manifest._derived()))
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise _damaged(folder, f"lacks or garbles a field ({type(error).__name__}: {error})") from None
+        contradicted = [name for name, value in derived.items() if values.get(name) != value]
+        if contradicted:
+            raise _damaged(folder, f"contradicts itself in {' and '.join(contradicted)}")
+        return manifest
+
+
+def _is_report(parity: Mapping[str, Any]) -> bool:
+    """Whether this is a parity report as an export writes it."""
+    texts = ("backend", "name", "detail")
+    return (
+        type(parity.get("passed")) is bool
+        and type(parity.get("tolerance")) is float
+        and isinstance(parity.get("checks"), list)
+        and all(
+            isinstance(check, dict)
+            and all(isinstance(check.get(name), str) for name in texts)
+            and type(check.get("passed")) is bool
+            and isinstance(check.get("differences"), dict)
+            and all(value is None or isinstance(value, (int, float)) for value in check["differences"].values())
+            for check in parity["checks"]
+        )
+    )
+
+
+def _signature_to_dict(signature: Signature) -> dict[str, Any]:
+    return {
+        side: [{"name": spec.name, "type": spec.dtype, "axes": list(spec.axes)} for spec in specs]
+        for side, specs in (("inputs", signature.inputs), ("outputs", signature.outputs))
+    }
+
+
+def _damaged(folder: Path, how: str) -> BundleError:
+    return BundleError(
+        f"{folder / MANIFEST_FILE} {how}",
+        expected="the manifest that kvx export wrote",
+        remedy="Copy the bundle again, or export it anew.",
+    )

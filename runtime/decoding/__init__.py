@@ -1,0 +1,1 @@
+"""ids → hypotheses. Knows no str, no file and no thread."""

@@ -1,0 +1,158 @@
+"""How large a decode may get: known, and refused if need be, before anything is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Self
+
+from kvx.runtime.bundle.manifest import Manifest
+from kvx.runtime.bundle.signature import TensorSpec
+from kvx.runtime.decoding.cache import Capacity
+from kvx.runtime.errors import CapacityError, OptionError
+
+DEFAULT_ROWS = 64
+DEFAULT_CACHE_BYTES = 2**30
+DEFAULT_GROUP = 16
+GROUP_POSITIONS = 4096  # the most source positions, padding included, that the encoder gets at once
+SMALLEST_CAPACITY = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Where targets start and stop, and how much cache there may be.
+
+    `rows` at a time at the most, of which a sentence takes `beams`, side by side; sentences are encoded up to `group`
+    at a time; `max_new_tokens` after bos, eos included; `source_positions` of the longest source; `cache_bytes` for
+    all buffers, of which a sentence takes `target_bytes` and `source_bytes` for each of its positions.
+    """
+
+    bos: int
+    eos: int
+    pad: int
+    rows: int
+    max_new_tokens: int
+    source_positions: int
+    cache_bytes: int
+    target_bytes: int
+    source_bytes: int
+    beams: int = 1
+    group: int = DEFAULT_GROUP
+
+    @classmethod
+    def of(
+        cls,
+        manifest: Manifest,
+        specs: Iterable[TensorSpec],
+        *,
+        rows: int | None = None,
+        cache_bytes: int | None = None,
+        max_new_tokens: int | None = None,
+        beams: int = 1,
+    ) -> Self:
+        """The plan for a bundle and the cache buffers of a backend. By default as many rows as fit, up to 64 in 1 GiB.
+
+        Raises OptionError for more new tokens than the model has positions or more beams than rows, CapacityError for
+        rows that cannot fit.
+        """
+        specs, budget = tuple(specs), DEFAULT_CACHE_BYTES if cache_bytes is None else cache_bytes
+        limit = manifest.max_new_tokens if max_new_tokens is None else max_new_tokens
+        check_limit(limit, manifest.model["target_positions"])
+        if rows is not None and rows < beams:
+            raise OptionError(
+                f"{beams} beams in {rows} rows",
+                expected="at least a row for every beam of a sentence",
+                remedy="Use more rows (--rows) or fewer beams (--beam-size).",
+            )
+        target_bytes = Capacity(beams, 1, 0, beams).bytes(specs)
+        source_bytes = Capacity(beams, 0, 1, beams).bytes(specs)
+        positions = manifest.model["source_positions"]
+        smallest = limit * target_bytes + min(SMALLEST_CAPACITY, positions) * source_bytes
+        seats = min(max(1, DEFAULT_ROWS // beams), budget // smallest) if rows is None else rows // beams
+        if seats < 1 or seats * smallest > budget:
+            unit, more = ("rows", "") if beams == 1 else ("sentences", f" of {beams} rows")
+            raise CapacityError(
+                f"a cache of {max(seats, 1)} {unit}{more} × {smallest:,} bytes ({limit} target and "
+                f"{min(SMALLEST_CAPACITY, positions)} source positions) = {max(seats, 1) * smallest:,} bytes",
+                expected=f"at most {budget:,} bytes, which hold {budget // smallest} such {unit}",
+                remedy="Plan fewer rows (--rows), fewer new tokens (--max-new-tokens) or more bytes (--cache-mb).",
+            )
+        room = budget - limit * target_bytes
+        return cls(
+            bos=manifest.target_ids.bos,
+            eos=manifest.target_ids.eos,
+            pad=manifest.source_ids.pad,
+            rows=seats * beams,
+            max_new_tokens=limit,
+            source_positions=min(positions, room // source_bytes),
+            cache_bytes=budget,
+            target_bytes=target_bytes,
+            source_bytes=source_bytes,
+            beams=beams,
+        )
+
+    @property
+    def seats(self) -> int:
+        """The most sentences at a time."""
+        return self.rows // self.beams
+
+    def for_sentences(self, count: int) -> Self:
+        """The plan where there are never more than so many sentences at hand."""
+        seats = max(1, min(self.seats, count))
+        return replace(self, rows=seats * self.beams, group=min(self.group, seats))
+
+    def most_shares(self) -> int:
+        """How many decodes could have all these rows, within the bytes, for short sources."""
+        return max(1, self.cache_bytes // (self.seats * self.smallest_seat_bytes))
+
+    def share_of(self, workers: int, *, least_rows: int = 1) -> Self:
+        """One worker's plan where several share the bytes. Raises CapacityError where that leaves too few rows."""
+        share = self.cache_bytes // workers
+        seats = min(self.seats, share // self.smallest_seat_bytes)
+        least = min(max(1, least_rows // self.beams), self.seats)
+        if seats < least:
+            raise CapacityError(
+                f"{self.cache_bytes:,} bytes of cache for {workers} workers, which hold {seats * self.beams} rows "
+                "for each",
+                expected=f"{least} × {self.smallest_seat_bytes:,} bytes for each",
+                remedy="Use fewer workers (--workers), fewer rows (--rows) or more bytes (--cache-mb).",
+            )
+        room = (share - self.max_new_tokens * self.target_bytes) // self.source_bytes
+        positions = min(self.source_positions, room)
+        return replace(self, rows=seats * self.beams, cache_bytes=share, source_positions=positions)
+
+    @property
+    def smallest_seat_bytes(self) -> int:
+        """Bytes of a sentence at the smallest source capacity: no plan gives it less."""
+        return self.seat_bytes(min(SMALLEST_CAPACITY, self.source_positions))
+
+    def seat_bytes(self, source: int) -> int:
+        """Bytes of a sentence with room for all its new tokens and `source` positions."""
+        return self.max_new_tokens * self.target_bytes + source * self.source_bytes
+
+    def capacity(self, *, target: int, source: int) -> Capacity:
+        """The smallest size of the ladder that holds these positions, with the rows that fit.
+
+        Rows are counted at their full length, so that a sentence that was let in can always go on.
+        """
+        held = rung(source, self.source_positions)
+        seats = min(self.seats, self.cache_bytes // self.seat_bytes(held))
+        return Capacity(seats * self.beams, rung(target, self.max_new_tokens), held, self.beams)
+
+
+def check_limit(limit: int, positions: int) -> None:
+    """Raises OptionError unless so many new tokens fit the model's target positions."""
+    if not 1 <= limit <= positions:
+        raise OptionError(
+            f"max_new_tokens {limit}",
+            expected=f"1 to {positions}, the model's target positions",
+            remedy="Correct --max-new-tokens.",
+        )
+
+
+def rung(need: int, most: int) -> int:
+    """The size that is allocated for a need: doubled from the smallest until it holds, `most` at the most."""
+    size = SMALLEST_CAPACITY
+    while size < need:
+        size *= 2
+    return min(size, most)

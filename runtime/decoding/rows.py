@@ -1,0 +1,219 @@
+"""What stands in the rows of a decode: whose they are, their tokens and scores, and the cache they live in.
+
+Letters: R rows, of which the first n are active, G seats of R / G rows each, L most new tokens, S source positions.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvx.runtime.arrays import FloatArray, IntArray
+from kvx.runtime.decoding.cache import EncodedSource, KVCache
+from kvx.runtime.decoding.plan import Plan
+
+FinishReason = Literal["end", "length", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A sentence for the encoder: `ids` with bos and eos, known to its owner as `index`.
+
+    Each of its `targets` takes a seat: the ids after bos that are given, to be scored or to be gone on from.
+    """
+
+    index: int
+    ids: tuple[int, ...]
+    targets: tuple[tuple[int, ...], ...] = ((),)
+
+
+@dataclass(frozen=True, slots=True)
+class Hypothesis:
+    """A target as far as it goes: ids after bos, eos included where it ended.
+
+    `log_probabilities` are those of the ids, natural, as the model has them, where they were asked for; `rank_score`
+    is what a search compared it by; `attention` [ids, S] where the step gives it and it was asked for.
+    """
+
+    ids: tuple[int, ...]
+    ended: bool
+    log_probabilities: tuple[float, ...] | None = None
+    rank_score: float | None = None
+    attention: FloatArray | None = field(default=None, compare=False)
+
+    @property
+    def score(self) -> float | None:
+        """log P(ids | source) in nats, where it was asked for."""
+        return None if self.log_probabilities is None else math.fsum(self.log_probabilities)
+
+
+class Weights(NamedTuple):
+    """The attention [S] of a row's newest token, and those of the tokens before it, which beams may share."""
+
+    earlier: Weights | None
+    newest: FloatArray
+
+
+@dataclass(slots=True, eq=False)
+class Seat:
+    """One target of one source while it is searched for. `state` is the search's own; `candidates` are the tokens that
+    the target may be made of, ascending, where there is a shortlist.
+    """
+
+    index: int
+    target: int
+    source_length: int
+    state: Any
+    candidates: IntArray | None = None
+
+
+class Choice(NamedTuple):
+    """What a search decided for n rows in G seats: the next `ids` [n]; `over` [G], the seats that are done; and where
+    it keeps them, natural `log_probabilities` [n], `parents` [n], the rows that they go on from, and `scores` [n],
+    by which it compares rows.
+    """
+
+    ids: IntArray
+    over: NDArray[np.bool_]
+    log_probabilities: NDArray[np.float64] | None = None
+    parents: IntArray | None = None
+    scores: NDArray[np.float64] | None = None
+
+
+class Rows:
+    """Rows and seats side by side: row i of the cache and of every array here belong to the same target.
+
+    `tokens` [R, L + 1] from bos on, with those that are given beforehand; `given` [R] how many these are;
+    `log_probabilities` [R, L]; `scores` [R], the search's, 0 for the first row of a new seat, −∞ for its others.
+    """
+
+    def __init__(self, cache: KVCache, plan: Plan, *, scored: bool, with_attention: bool = False) -> None:
+        self.cache = cache
+        self.eos = plan.eos
+        self.beams = plan.beams
+        self.scored = scored
+        self.with_attention = with_attention
+        self.seats: list[Seat] = []
+        self.tokens = np.full((plan.rows, plan.max_new_tokens + 1), plan.bos, np.int64)
+        self.given = np.zeros(plan.rows, np.int64)
+        self.limits = np.zeros(plan.rows, np.int64)
+        self.log_probabilities = np.zeros((plan.rows, plan.max_new_tokens))
+        self.scores = np.zeros(plan.rows)
+        self.begun = False  # whether any target ever had a token given
+        self._attention: list[Weights | None] = [None] * plan.rows
+
+    @property
+    def n(self) -> int:
+        """How many rows are active."""
+        return self.cache.active
+
+    @property
+    def lengths(self) -> IntArray:
+        """Tokens after bos of every active row [n], which are the positions in its cache before the next step."""
+        return self.cache.lengths[: self.n]
+
+    def next_ids(self) -> IntArray:
+        """The token that each active row feeds to the next step [n]."""
+        ids: IntArray = self.tokens[np.arange(self.n), self.lengths]
+        return ids
+
+    def given_next(self) -> tuple[IntArray, IntArray]:
+        """The active rows whose next token is given, and these tokens."""
+        rows = np.flatnonzero(self.lengths < self.given[: self.n])
+        return rows, self.tokens[rows, self.lengths[rows] + 1]
+
+    def take(self, seat: int, who: Seat, given: tuple[int, ...], encoded: EncodedSource, limit: int) -> None:
+        """Seats a target in a seat whose own has ended, or in the first free one."""
+        self.cache.admit(encoded, seat)
+        self.seats[seat : seat + 1] = [who]
+        rows = self.of_seat(seat)
+        self.limits[rows] = limit
+        self.given[rows] = len(given)
+        if given:
+            self.tokens[rows, 1 : len(given) + 1] = given
+            self.begun = True
+        self.scores[rows] = -np.inf
+        self.scores[rows.start] = 0.0
+        if self.with_attention:
+            self._attention[rows] = [None] * self.beams
+
+    def vacate(self, seat: int) -> None:
+        """Gives a seat back; the last one that is taken moves into its place."""
+        moved = self.cache.release(seat)
+        old, new = self.of_seat(moved), self.of_seat(seat)
+        for array in (self.tokens, self.given, self.limits, self.log_probabilities, self.scores):
+            array[new] = array[old]
+        self._attention[new] = self._attention[old]
+        self.seats[seat] = self.seats[moved]
+        self.seats.pop()
+
+    def append(self, choice: Choice, attention: FloatArray | None) -> None:
+        """One more token for every active row, after what its parent has."""
+        self.cache.advance()
+        if choice.parents is not None:
+            self._follow(choice.parents)
+        rows, lengths = np.arange(self.n), self.lengths
+        if self.with_attention and attention is not None:
+            self._note(attention if choice.parents is None else attention[choice.parents])
+        if choice.log_probabilities is not None:
+            self.log_probabilities[rows, lengths - 1] = choice.log_probabilities
+        if choice.scores is not None:
+            self.scores[: self.n] = choice.scores
+        self.tokens[rows, lengths] = choice.ids
+
+    def read(self, row: int, rank_score: float | None = None) -> Hypothesis:
+        """What a row has by now."""
+        length = int(self.cache.lengths[row])
+        ids = tuple(self.tokens[row, 1 : length + 1].tolist())
+        scores = tuple(self.log_probabilities[row, :length].tolist()) if self.scored else None
+        ended = bool(ids) and ids[-1] == self.eos
+        return Hypothesis(ids, ended, scores, rank_score, _stacked(self._attention[row]))
+
+    def read_ended(
+        self, row: int, log_probability: float, rank_score: float, attention: FloatArray | None
+    ) -> Hypothesis:
+        """What a row would have with eos as its next token."""
+        open_ = self.read(row)
+        scores = None if open_.log_probabilities is None else (*open_.log_probabilities, log_probability)
+        weights = None
+        if self.with_attention and attention is not None:
+            weights = _stacked(Weights(self._attention[row], self._of_source(row, attention)))
+        return Hypothesis((*open_.ids, self.eos), True, scores, rank_score, weights)
+
+    def at_limit(self) -> NDArray[np.bool_]:
+        """The seats whose rows have as many tokens as they may have [G]."""
+        reached: NDArray[np.bool_] = (self.lengths >= self.limits[: self.n])[:: self.beams]
+        return reached
+
+    def of_seat(self, seat: int) -> slice:
+        """The rows of a seat."""
+        return slice(seat * self.beams, (seat + 1) * self.beams)
+
+    def _follow(self, parents: IntArray) -> None:
+        self.cache.follow(parents)
+        children = np.flatnonzero(parents != np.arange(len(parents)))
+        for array in (self.tokens, self.log_probabilities):
+            array[children] = array[parents[children]]
+        if self.with_attention:
+            self._attention[: self.n] = [self._attention[parent] for parent in parents.tolist()]
+
+    def _note(self, attention: FloatArray) -> None:
+        for row in range(self.n):
+            self._attention[row] = Weights(self._attention[row], self._of_source(row, attention))
+
+    def _of_source(self, row: int, attention: FloatArray) -> FloatArray:
+        """A copy, because the step's output is valid only until the next step."""
+        return attention[row, : self.seats[row // self.beams].source_length].copy()
+
+
+def _stacked(weights: Weights | None) -> FloatArray | None:
+    """[tokens, S] from a chain of weights, the newest first."""
+    found = []
+    while weights is not None:
+        found.append(weights.newest)
+        weights = weights.earlier
+    return np.stack(found[::-1]) if found else None

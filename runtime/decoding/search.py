@@ -1,0 +1,347 @@
+"""How the next tokens are chosen from a step's output.
+
+Letters: n active rows, G seats, k beams of a seat, m candidates of a row, V target vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvx.runtime.arrays import FloatArray, IntArray
+from kvx.runtime.decoding.backend import StepOutput
+from kvx.runtime.decoding.rows import Choice, Hypothesis, Rows, Source
+
+BLOCK = 64  # logits among which one maximum is looked for first
+FIRST_CANDIDATES = 64  # of a nucleus, which is seldom larger
+ROWS_AT_ONCE = 2
+
+
+class Search(Protocol):
+    """A strategy that decides how rows go on and which targets result. What it knows of a target is in its seat."""
+
+    @property
+    def beams(self) -> int:
+        """k: rows of a seat."""
+        ...
+
+    @property
+    def scored(self) -> bool:
+        """Whether hypotheses get their log-probabilities."""
+        ...
+
+    def begin(self, source: Source, target: int) -> object:
+        """The state of a new seat."""
+        ...
+
+    def choose(self, output: StepOutput, logits: FloatArray, rows: Rows) -> Choice:
+        """logits [n, V] as constrained, and the output as the model gave it → how every row goes on."""
+        ...
+
+    def results(self, rows: Rows, seat: int) -> list[Hypothesis]:
+        """The hypotheses of a seat that is over, the best first; at least one."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Greedy:
+    """The most probable token, the lowest id on ties.
+
+    `scored` also gives its log-probability, which costs a pass over the logits.
+    """
+
+    scored: bool = False
+    beams: int = field(default=1, init=False)
+
+    def begin(self, source: Source, target: int) -> None:
+        """Nothing is remembered."""
+
+    def choose(self, output: StepOutput, logits: FloatArray, rows: Rows) -> Choice:
+        """logits [n, V] → argmax [n]."""
+        free = logits is output.logits and output.next_ids is not None
+        ids: IntArray = output.next_ids if free and output.next_ids is not None else logits.argmax(axis=-1)
+        return Choice(ids, ids == rows.eos, log_probabilities(output.logits, ids) if self.scored else None)
+
+    def results(self, rows: Rows, seat: int) -> list[Hypothesis]:
+        """The row."""
+        return [rows.read(seat)]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """A token drawn by its probability, after `temperature`, among the `top_k` most probable and, of these, among the
+    fewest that together have the probability `top_p` (Holtzman et al. 2020).
+
+    Every target has random numbers of its own, from `seed`, its source and its number: neighbours change nothing.
+    """
+
+    seed: int
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    scored: bool = False
+    beams: int = field(default=1, init=False)
+
+    def begin(self, source: Source, target: int) -> np.random.Generator:
+        """The target's own random numbers."""
+        return np.random.default_rng([self.seed, target, *source.ids])
+
+    def choose(self, output: StepOutput, logits: FloatArray, rows: Rows) -> Choice:
+        """logits [n, V] → drawn ids [n]."""
+        drawn = np.array([seat.state.random() for seat in rows.seats])
+        ids = self.draw(self._tempered(logits), drawn)
+        return Choice(ids, ids == rows.eos, log_probabilities(output.logits, ids) if self.scored else None)
+
+    def results(self, rows: Rows, seat: int) -> list[Hypothesis]:
+        """The row."""
+        return [rows.read(seat)]
+
+    def draw(self, logits: FloatArray, uniform: NDArray[np.float64]) -> IntArray:
+        """logits [n, V], uniform numbers [n] → ids [n], where the cumulative probability, by id, passes the number.
+
+        By id and not by rank, so that rounding, which may exchange ranks, moves nothing but a boundary.
+        """
+        ids, masses = self._candidates(logits)
+        cumulative = masses.cumsum(axis=-1)
+        passed = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(axis=-1)
+        last = masses.shape[1] - 1 - (masses[:, ::-1] > 0).argmax(axis=-1)  # rounding must not pass what has a mass
+        chosen: IntArray = np.take_along_axis(ids, np.minimum(passed, last)[:, None], axis=-1)[:, 0]
+        return chosen
+
+    def _tempered(self, logits: FloatArray) -> FloatArray:
+        """logits [n, V] → their distances to the largest one, in temperatures: finite or −∞ whatever that is."""
+        limits = np.finfo(np.float32)
+        temperature = np.float32(min(max(self.temperature, float(limits.tiny)), float(limits.max)))
+        with np.errstate(over="ignore"):
+            tempered: FloatArray = (logits - logits.max(axis=-1, keepdims=True)) / temperature
+        return tempered
+
+    def _candidates(self, logits: FloatArray) -> tuple[IntArray, NDArray[np.float64]]:
+        """ids [n, m], ascending, and their masses [n, m], 0 for those that may not be drawn."""
+        vocabulary = logits.shape[1]
+        largest_logit = logits.max(axis=-1, keepdims=True)
+        if self.top_k is None and self.top_p == 1.0:
+            ids = np.broadcast_to(np.arange(vocabulary), logits.shape)
+            return ids, np.exp(logits - largest_logit, dtype=np.float64)
+        total = None if self.top_k else np.exp(log_normalizers(logits)[:, None] - largest_logit)
+        count = min(self.top_k or FIRST_CANDIDATES, vocabulary)
+        while True:
+            values, ids = largest(logits, count)
+            masses = np.exp(values - largest_logit, dtype=np.float64)
+            whole = masses.sum(axis=-1, keepdims=True) if total is None else total
+            before = masses.cumsum(axis=-1) - masses
+            if total is None or count == vocabulary or (before[:, -1:] >= self.top_p * whole).all():
+                break
+            count = min(8 * count, vocabulary)
+        masses[before >= self.top_p * whole] = 0.0
+        order = ids.argsort(axis=-1)
+        return np.take_along_axis(ids, order, axis=-1), np.take_along_axis(masses, order, axis=-1)
+
+
+@dataclass(slots=True)
+class _Closed:
+    """The hypotheses of a seat that have ended, and whether these are all that are wanted."""
+
+    hypotheses: list[Hypothesis] = field(default_factory=list)
+    done: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BeamSearch:
+    """The `size` best beginnings of a target side by side, and the `n_best` best targets found.
+
+    A target is compared by the sum of its log-probabilities divided by its length to the power of `length_penalty`,
+    bos counted and eos not. With `early_stopping` a search is over as soon as `patience` · `size` targets have ended
+    (Kasai et al. 2022); without, when no open beam can get better than the worst of the `size` best ones, where
+    constraints add at most `gain` nats to what the model gives.
+    """
+
+    size: int
+    length_penalty: float = 1.0
+    early_stopping: bool = True
+    n_best: int = 1
+    patience: float = 1.0
+    gain: float = 0.0
+    scored: bool = False
+
+    @property
+    def beams(self) -> int:
+        """k: the size."""
+        return self.size
+
+    def begin(self, source: Source, target: int) -> _Closed:
+        """No target has ended."""
+        return _Closed()
+
+    def choose(self, output: StepOutput, logits: FloatArray, rows: Rows) -> Choice:
+        """logits [n, V] → of the 2·k best continuations of a seat's beams the first k that do not end; of the first k
+        those that do end are closed.
+        """
+        k, normalizers = self.size, log_normalizers(output.logits)
+        values, ids = largest(logits, min(2 * k, logits.shape[1]))
+        totals = rows.scores[: rows.n, None] + values - normalizers[:, None]  # [n, m]
+        order = (-totals.reshape(-1, k * ids.shape[1])).argsort(axis=-1, kind="stable")[:, : 2 * k]
+        parents = order // ids.shape[1] + k * np.arange(len(order))[:, None]  # [G, 2·k], as rows
+        tokens = np.take_along_axis(ids.reshape(len(order), -1), order, axis=-1)
+        totals = np.take_along_axis(totals.reshape(len(order), -1), order, axis=-1)
+        ends = tokens == rows.eos
+        self._close(output, normalizers, rows, parents, np.where(ends, totals, -np.inf)[:, :k])
+        kept = ends.argsort(axis=-1, kind="stable")[:, :k]
+        parents, tokens, totals = (np.take_along_axis(each, kept, axis=-1) for each in (parents, tokens, totals))
+        rows_of = _stay_with_parents(parents % k) + k * np.arange(len(parents))[:, None]
+        return Choice(
+            ids=_placed(tokens, rows_of),
+            over=self._over(rows, totals[:, 0]),
+            log_probabilities=_chosen(output.logits, parents, tokens, normalizers, rows_of) if self.scored else None,
+            parents=_placed(parents, rows_of),
+            scores=_placed(totals, rows_of),
+        )
+
+    def results(self, rows: Rows, seat: int) -> list[Hypothesis]:
+        """The closed ones, and at the limit the open ones as they are."""
+        closed: _Closed = rows.seats[seat].state
+        found = list(closed.hypotheses)
+        if not closed.done or not found:
+            scores = enumerate(rows.scores[rows.of_seat(seat)].tolist(), rows.of_seat(seat).start)
+            lengths = rows.cache.lengths
+            found += [
+                rows.read(row, self._ranked(total, int(lengths[row]) + 1)) for row, total in scores if total > -np.inf
+            ]
+        return sorted(found, key=_rank_score, reverse=True)[: self.n_best] or [rows.read(rows.of_seat(seat).start)]
+
+    def _close(
+        self,
+        output: StepOutput,
+        normalizers: NDArray[np.float64],
+        rows: Rows,
+        parents: IntArray,
+        totals: NDArray[np.float64],
+    ) -> None:
+        """Keeps the targets that end: totals [G, k], −∞ where none does."""
+        for seat, rank in np.argwhere(totals > -np.inf).tolist():
+            row = int(parents[seat, rank])
+            score = float(output.logits[row, rows.eos] - normalizers[row])
+            ranked = self._ranked(float(totals[seat, rank]), int(rows.lengths[row]) + 1)
+            state: _Closed = rows.seats[seat].state
+            state.hypotheses.append(rows.read_ended(row, score, ranked, output.attention))
+
+    def _over(self, rows: Rows, best: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """The seats that are done [G], with the total of each one's best open beam [G]."""
+        limits = rows.limits[: rows.n : self.size] + 1
+        for seat, total, limit in zip(rows.seats, best.tolist(), limits.tolist(), strict=True):
+            seat.state.done = self._enough(seat.state.hypotheses, total, limit)
+        return np.array([seat.state.done for seat in rows.seats])
+
+    def _enough(self, closed: list[Hypothesis], best: float, longest: int) -> bool:
+        if best == -np.inf:
+            return True
+        if len(closed) < max(self.n_best, self.size * (self.patience if self.early_stopping else 1)):
+            return False
+        if self.early_stopping:
+            return True
+        worst = sorted(map(_rank_score, closed), reverse=True)[self.size - 1]
+        attainable = max(self._ranked(best + self.gain, length) for length in (1, longest))
+        return attainable <= worst
+
+    def _ranked(self, total: float, length: int) -> float:
+        return total / math.pow(length, self.length_penalty)
+
+
+def _rank_score(hypothesis: Hypothesis) -> float:
+    assert hypothesis.rank_score is not None
+    return hypothesis.rank_score
+
+
+def _stay_with_parents(parents: IntArray) -> IntArray:
+    """parents [G, k] of a seat's children, best first → a row for each child: its parent's, unless a better child has
+    it, so that few rows have to be copied.
+    """
+    seats, k = parents.shape
+    earlier = np.tri(k, k=-1, dtype=bool)  # [child, better child]
+    first = ~((parents[:, :, None] == parents[:, None, :]) & earlier).any(axis=-1)
+    free = np.ones((seats, k), bool)
+    np.put_along_axis(free, np.where(first, parents, parents[:, :1]), values=False, axis=-1)  # the best always is first
+    rows: IntArray = np.empty_like(parents)
+    rows[first] = parents[first]
+    rows[~first] = np.nonzero(free)[1]  # as many in each seat, in order
+    return rows
+
+
+def _placed(values: NDArray[Any], rows: IntArray) -> NDArray[Any]:
+    """Values [G, k] of children → [n], each in its row."""
+    placed = np.empty(values.size, values.dtype)
+    placed[rows.reshape(-1)] = values.reshape(-1)
+    return placed
+
+
+def _chosen(
+    logits: FloatArray, parents: IntArray, tokens: IntArray, normalizers: NDArray[np.float64], rows: IntArray
+) -> NDArray[np.float64]:
+    """The model's own log-probabilities of the children's tokens [n]."""
+    return _placed(logits[parents, tokens] - normalizers[parents], rows)
+
+
+def largest(logits: FloatArray, count: int) -> tuple[FloatArray, IntArray]:
+    """logits [n, V] → the `count` largest of each row in falling order, and their ids, lower ones first on ties.
+
+    They lie in the `count` blocks with the largest maxima: one pass over the logits finds these, side by side for all
+    blocks, which take every so manieth logit. Where more of a row equal the last than there is room for, it is sorted
+    whole; which of the impossible ones are given is left open.
+    """
+    n, vocabulary = logits.shape
+    candidates, ids = logits, np.broadcast_to(np.arange(vocabulary), logits.shape)
+    maxima = logits[:, :0]
+    if vocabulary > 4 * BLOCK * count:
+        blocks = vocabulary // BLOCK
+        maxima = logits[:, : blocks * BLOCK].reshape(n, BLOCK, blocks).max(axis=1)
+        ids = (_places_of_largest(maxima, count)[:, :, None] + blocks * np.arange(BLOCK)).reshape(n, -1)
+        tail = np.broadcast_to(np.arange(blocks * BLOCK, vocabulary), (n, vocabulary % BLOCK))
+        ids = np.concatenate([ids, tail], axis=1)
+        candidates = np.take_along_axis(logits, ids, axis=-1)
+    values = candidates
+    if count < values.shape[1]:
+        kept = _places_of_largest(values, count)
+        values, ids = np.take_along_axis(values, kept, axis=-1), np.take_along_axis(ids, kept, axis=-1)
+    order = np.lexsort((ids, -values), axis=-1)
+    values, ids = np.take_along_axis(values, order, axis=-1), np.take_along_axis(ids, order, axis=-1)
+    last = values[:, -1:]
+    crowded = ((candidates >= last).sum(axis=-1) > count) | ((maxima >= last).sum(axis=-1) > count)
+    for row in np.flatnonzero(crowded & (last[:, 0] > -np.inf)).tolist():
+        ids[row] = np.argsort(-logits[row], kind="stable")[:count]
+    return values, ids
+
+
+def _places_of_largest(values: FloatArray, count: int) -> IntArray:
+    """values [n, m] → where the `count` largest of each row are, in any order.
+
+    Negated, so that the many −∞ of a shortlist or a constraint come after the place that is looked for: before it they
+    cost ten times as much.
+    """
+    places: IntArray = np.argpartition(-values, count - 1, axis=-1)[:, :count]
+    return places
+
+
+def log_normalizers(logits: FloatArray) -> NDArray[np.float64]:
+    """logits [n, V] → log Σ exp [n], in float64; a few rows at a time, which stay in the processor's cache."""
+    peaks = logits.max(axis=-1)
+    totals = np.empty(len(logits))
+    masses = np.empty((min(ROWS_AT_ONCE, len(logits)), logits.shape[1]), np.float32)
+    for first in range(0, len(logits), ROWS_AT_ONCE):
+        some = slice(first, first + ROWS_AT_ONCE)
+        part = masses[: len(peaks[some])]
+        np.subtract(logits[some], peaks[some, None], out=part)
+        np.exp(part, out=part)
+        part.sum(axis=-1, out=totals[some])
+    normalizers: NDArray[np.float64] = peaks + np.log(totals)
+    return normalizers
+
+
+def log_probabilities(logits: FloatArray, ids: IntArray) -> NDArray[np.float64]:
+    """logits [n, V], ids [n] → log softmax(logits)[ids] [n], in nats and float64."""
+    chosen = np.take_along_axis(logits, ids[:, None], axis=-1)[:, 0]
+    difference: NDArray[np.float64] = chosen - log_normalizers(logits)
+    return difference

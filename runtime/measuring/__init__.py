@@ -1,0 +1,1 @@
+"""How fast and how good a bundle is, in tables and pages."""

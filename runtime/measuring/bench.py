@@ -1,0 +1,459 @@
+"""How fast a bundle is on this machine: by rows, by target length, on texts. Only the library, numpy and a clock."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+import kvx
+from kvx.runtime.arrays import FloatArray
+from kvx.runtime.decoding.backend import Backend, StepOutput
+from kvx.runtime.decoding.device_loop import LoopBackend
+from kvx.runtime.decoding.plan import Plan
+from kvx.runtime.decoding.rows import Choice, Rows, Source
+from kvx.runtime.decoding.schedule import DecodeStats, Schedule
+from kvx.runtime.decoding.search import Greedy
+from kvx.runtime.errors import CapacityError, OptionError
+from kvx.runtime.options import TranslateOptions
+from kvx.runtime.system import available_threads, peak_bytes, reset_peak
+from kvx.runtime.translator import Translator
+
+CPUINFO = Path("/proc/cpuinfo")
+FIRST_TEXT = "Hello."
+RUNS_OVER_TEXTS = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchOptions:
+    """What to measure.
+
+    `rows`: row counts, each decoded for `tokens` steps. `lengths`: target lengths of the cost per token, decoded with
+    `length_rows` rows, or as many as fit. Every sentence has `source_tokens` ids, drawn from `seed`. `repeat` and
+    `length_repeat`: how often each is measured. Both lists ascend; without lengths that part is left out. Raises
+    OptionError.
+    """
+
+    rows: tuple[int, ...] = (1, 8, 32, 128)
+    source_tokens: int = 20
+    tokens: int = 24
+    lengths: tuple[int, ...] = (50, 100, 200, 400, 700, 1000)
+    length_rows: int = 32
+    repeat: int = 5
+    length_repeat: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        counts = ("source_tokens", "tokens", "length_rows", "repeat", "length_repeat")
+        least = {**dict.fromkeys(counts, 1), "seed": 0}
+        problems = [f"{name} = {getattr(self, name)}" for name, low in least.items() if getattr(self, name) < low]
+        if not self.rows or not _ascend_from_one(self.rows):
+            problems.append(f"rows = {self.rows}")
+        if not _ascend_from_one(self.lengths):
+            problems.append(f"lengths = {self.lengths}")
+        if problems:
+            raise OptionError(
+                ", ".join(problems),
+                expected="counts from 1 up, ascending where there are several, at least one of rows, a seed from 0 up",
+                remedy="Correct the options.",
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """What is measured: the bundle's name, and the `threads`, `workers` and `spin` that its translator is loaded with
+    (None: the default).
+    """
+
+    bundle: str
+    threads: int | None = None
+    workers: int | None = None
+    spin: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """What it was measured on: the CPU's model, the cores available, and the versions of what ran."""
+
+    cpu: str
+    cores: int
+    kvx: str
+    onnxruntime: str
+    numpy: str
+
+    @classmethod
+    def here(cls) -> Self:
+        """This machine and this process."""
+        import onnxruntime as ort
+
+        return cls(
+            cpu=cpu_model(),
+            cores=available_threads(),
+            kvx=kvx.__version__,
+            onnxruntime=ort.__version__,
+            numpy=np.__version__,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartCost:
+    """Seconds from the start of loading until the translator was there, and until its first translation was;
+    `peak_mib` of resident memory by then, None where the system does not say.
+    """
+
+    load_seconds: float
+    first_translation_seconds: float
+    peak_mib: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextSpeed:
+    """The fastest of several runs over the texts. `occupancy` of the planned rows, 0 to 1; `peak_mib` of resident
+    memory since the start of loading, None where the system does not say.
+    """
+
+    sentences: int
+    tokens: int
+    seconds: float
+    sentences_per_second: float
+    tokens_per_second: float
+    occupancy: float
+    peak_mib: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowCost:
+    """A decode of so many rows, in milliseconds: median and least of its steps, and encoding with all steps divided by
+    the rows, the median of the repeats.
+    """
+
+    rows: int
+    step_ms: float
+    least_step_ms: float
+    sentence_ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LengthCost:
+    """All steps up to a target length, in milliseconds, and their mean for one token of every row."""
+
+    length: int
+    total_ms: float
+    token_ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LengthCurve:
+    """The cost of target lengths with so many `rows`. `left_out` are the lengths beyond the model's target positions;
+    `ratio` is a token's mean cost at the longest length over that at the shortest, None without lengths.
+    """
+
+    rows: int
+    costs: tuple[LengthCost, ...]
+    left_out: tuple[int, ...]
+    ratio: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchResult:
+    """What a bundle cost on a machine. `model` is its configuration, `texts` None where none were given."""
+
+    subject: Subject
+    machine: Host
+    backend: str
+    precision: str
+    lowering: str
+    model: Mapping[str, int]
+    options: BenchOptions
+    start: StartCost
+    texts: TextSpeed | None
+    rows: tuple[RowCost, ...]
+    lengths: LengthCurve
+    peak_mib: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        form: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return form
+
+
+@dataclass(frozen=True, slots=True)
+class Unending(Greedy):
+    """Greedy, but a row that would end goes on with another token: every decode is as long as its limit."""
+
+    def choose(self, output: StepOutput, logits: FloatArray, rows: Rows) -> Choice:
+        """logits [n, V] → argmax [n], the lowest other id instead of eos."""
+        ids = Greedy.choose(self, output, logits, rows).ids
+        return Choice(np.where(ids == rows.eos, int(rows.eos == 0), ids), np.zeros(len(ids), bool))
+
+
+class DecodeTimes(NamedTuple):
+    """Seconds of encoding and seating all sources, and of each step [steps]."""
+
+    encode: float
+    steps: NDArray[np.float64]
+
+
+def bench(
+    make_translator: Callable[[], Translator],
+    subject: Subject,
+    texts: Sequence[str] | None = None,
+    options: BenchOptions | None = None,
+    *,
+    make_bulk: Callable[[], Translator] | None = None,
+) -> BenchResult:
+    """Loads the subject and measures it; `texts` are translated as `translate_iter` does by default, by a translator
+    of their own where `make_bulk` gives one.
+
+    Raises OptionError for what the model has no positions for, CapacityError for rows that cannot fit, InputError for
+    texts that cannot be translated.
+    """
+    options = options or BenchOptions()
+    reset_peak()
+    start, translator = _start(make_translator, next((text for text in texts or () if text.strip()), FIRST_TEXT))
+    manifest = translator.manifest
+    if isinstance(translator.backend, LoopBackend) and translator.backend.loops:
+        raise OptionError(
+            "a device whose steps feed themselves",
+            expected="a backend whose cache is on the host, which is what is measured here",
+            remedy="Measure it with benchmarks/gpu.py.",
+        )
+    _check_positions(options, manifest.model)
+    plans = [_plan(translator, options, rows=rows, tokens=options.tokens) for rows in options.rows]
+    return BenchResult(
+        subject=subject,
+        machine=Host.here(),
+        backend=translator.backend.name,
+        precision=manifest.precision,
+        lowering=manifest.lowering,
+        model=manifest.model,
+        options=options,
+        start=start,
+        texts=_text_speed(make_bulk() if make_bulk else translator, texts, subject.workers) if texts else None,
+        rows=tuple(_row_cost(translator, plan, options) for plan in plans),
+        lengths=_length_curve(translator, options),
+        peak_mib=_peak_mib(),
+    )
+
+
+def decode_times(backend: Backend, plan: Plan, sources: Sequence[Source]) -> DecodeTimes:
+    """Decodes as many sources as the plan has rows, each to the plan's limit, as `decode` does, repacking included."""
+    search, started = Unending(), time.perf_counter()
+    schedule = Schedule(backend, iter(sources), plan, search, DecodeStats())
+    step, rows = backend.bind(schedule.cache), schedule.rows
+    schedule.fill()
+    ends = [time.perf_counter()]
+    while schedule.fill():
+        output = step(rows.next_ids())
+        for _ in schedule.record(search.choose(output, output.logits, rows)):
+            pass
+        ends.append(time.perf_counter())
+    return DecodeTimes(ends[0] - started, np.diff(ends))
+
+
+def table(result: BenchResult) -> Iterator[str]:
+    """The result as lines to read, its curves as Markdown tables."""
+    yield from headline(result.to_dict())
+    start, options = result.start, result.options
+    yield (
+        f"loaded in {start.load_seconds:.2f} s, first translation after {start.first_translation_seconds:.2f} s, "
+        f"peak {_mebibytes(start.peak_mib)}"
+    )
+    yield ""
+    yield from _row_lines(result.rows)
+    yield f"{options.source_tokens} source tokens, {options.tokens} steps, repeat {options.repeat}"
+    yield ""
+    yield from _length_lines(result.lengths)
+    yield ""
+    if result.texts is not None:
+        yield _text_line(result.texts)
+    yield f"peak of all {_mebibytes(result.peak_mib)}"
+
+
+def headline(result: Mapping[str, Any]) -> tuple[str, str]:
+    """Of a result in its JSON form, a line on the bundle and one on the machine."""
+    model, machine, subject = result["model"], result["machine"], result["subject"]
+    threads, workers = (subject[name] or "default" for name in ("threads", "workers"))
+    return (
+        f"{subject['bundle']} on {result['backend']}: {model['encoder_layers']} + {model['decoder_layers']} layers, "
+        f"d_model {model['d_model']}, {result['precision']}, lowering {result['lowering']}",
+        f"{machine['cpu']}, {machine['cores']} cores; threads {threads}, workers {workers}"
+        f"{', spinning' if subject['spin'] else ''}; kvx {machine['kvx']}, ONNX Runtime {machine['onnxruntime']}, "
+        f"numpy {machine['numpy']}",
+    )
+
+
+def cpu_model(cpuinfo: Path = CPUINFO) -> str:
+    """What the CPU calls itself, as far as the system tells."""
+    try:
+        found = re.search(r"^model name\s*:\s*(\S.*?)\s*$", cpuinfo.read_text(encoding="utf-8"), re.MULTILINE)
+    except (OSError, UnicodeDecodeError):
+        found = None
+    return found[1] if found else platform.processor() or platform.machine() or "unknown CPU"
+
+
+def _ascend_from_one(counts: Sequence[int]) -> bool:
+    return all(low < high for low, high in zip((0, *counts), counts, strict=False))
+
+
+def _check_positions(options: BenchOptions, model: Mapping[str, int]) -> None:
+    """Raises OptionError unless the model has the positions for the steps by row count."""
+    needs = (("source_tokens", "source_positions"), ("tokens", "target_positions"))
+    beyond = [(name, positions) for name, positions in needs if getattr(options, name) > model[positions]]
+    if beyond:
+        raise OptionError(
+            ", ".join(f"{name} = {getattr(options, name)}" for name, _ in beyond),
+            expected=", ".join(f"at most the model's {model[name]} {name.replace('_', ' ')}" for _, name in beyond),
+            remedy="Measure fewer tokens.",
+        )
+
+
+def _start(make_translator: Callable[[], Translator], text: str) -> tuple[StartCost, Translator]:
+    started = time.perf_counter()
+    translator = make_translator()
+    loaded = time.perf_counter()
+    translator.translate([text])
+    seconds = time.perf_counter() - started
+    cost = StartCost(load_seconds=loaded - started, first_translation_seconds=seconds, peak_mib=_peak_mib())
+    return cost, translator
+
+
+def _text_speed(translator: Translator, texts: Sequence[str], workers: int | None) -> TextSpeed:
+    runs = [_translate_all(translator, texts, TranslateOptions(workers=workers)) for _ in range(RUNS_OVER_TEXTS)]
+    seconds, stats = min(runs, key=lambda run: run[0])
+    return TextSpeed(
+        sentences=len(texts),
+        tokens=stats.tokens,
+        seconds=seconds,
+        sentences_per_second=len(texts) / seconds,
+        tokens_per_second=stats.tokens / seconds,
+        occupancy=stats.occupancy,
+        peak_mib=_peak_mib(),
+    )
+
+
+def _translate_all(
+    translator: Translator, texts: Sequence[str], options: TranslateOptions
+) -> tuple[float, DecodeStats]:
+    stats, started = DecodeStats(), time.perf_counter()
+    for _ in translator.translate_iter(texts, options, stats):
+        pass
+    return time.perf_counter() - started, stats
+
+
+def _row_cost(translator: Translator, plan: Plan, options: BenchOptions) -> RowCost:
+    """The first decode, which allocates, is not counted."""
+    sources = _sources(options, translator.manifest.model, plan.rows)
+    _, *runs = (decode_times(translator.backend, plan, sources) for _ in range(options.repeat + 1))
+    steps = np.concatenate([run.steps for run in runs])
+    sentences = [(run.encode + run.steps.sum()) / plan.rows for run in runs]
+    return RowCost(
+        rows=plan.rows,
+        step_ms=1000 * float(np.median(steps)),
+        least_step_ms=1000 * float(steps.min()),
+        sentence_ms=1000 * float(np.median(sentences)),
+    )
+
+
+def _length_curve(translator: Translator, options: BenchOptions) -> LengthCurve:
+    """One decode to the longest length passes all others; a step's cost is the median of its repeats."""
+    model = translator.manifest.model
+    lengths = [length for length in options.lengths if length <= model["target_positions"]]
+    left_out = options.lengths[len(lengths) :]
+    if not lengths:
+        return LengthCurve(rows=options.length_rows, costs=(), left_out=left_out, ratio=None)
+    rows = max(1, min(options.length_rows, _rows_that_fit(translator, options, lengths[-1])))
+    plan = _plan(translator, options, rows=rows, tokens=lengths[-1])
+    sources = _sources(options, model, rows)
+    runs = [decode_times(translator.backend, plan, sources).steps for _ in range(options.length_repeat)]
+    totals = 1000 * np.median(runs, axis=0).cumsum()
+    costs = tuple(_length_cost(length, float(totals[length - 1])) for length in lengths)
+    return LengthCurve(rows=rows, costs=costs, left_out=left_out, ratio=costs[-1].token_ms / costs[0].token_ms)
+
+
+def _length_cost(length: int, total_ms: float) -> LengthCost:
+    return LengthCost(length=length, total_ms=total_ms, token_ms=total_ms / length)
+
+
+def _plan(translator: Translator, options: BenchOptions, *, rows: int, tokens: int) -> Plan:
+    """A plan in which all rows run side by side. Raises CapacityError where they do not fit."""
+    fit = _rows_that_fit(translator, options, tokens)
+    if rows > fit:
+        raise CapacityError(
+            f"{rows} rows of {tokens} target and {options.source_tokens} source positions",
+            expected=f"at most {fit} such rows, which fill the default cache",
+            remedy="Measure fewer rows or fewer tokens.",
+        )
+    return Plan.of(translator.manifest, translator.backend.cache_specs, rows=rows, max_new_tokens=tokens)
+
+
+def _rows_that_fit(translator: Translator, options: BenchOptions, tokens: int) -> int:
+    plan = Plan.of(translator.manifest, translator.backend.cache_specs, rows=1, max_new_tokens=tokens)
+    source = max(options.source_tokens, plan.capacity(target=1, source=options.source_tokens).source)
+    return plan.cache_bytes // plan.seat_bytes(source)
+
+
+def _sources(options: BenchOptions, model: Mapping[str, int], count: int) -> list[Source]:
+    """Sentences of drawn ids; any id is valid, as padding is by length."""
+    drawn = np.random.default_rng(options.seed).integers(
+        model["source_vocab_size"], size=(count, options.source_tokens)
+    )
+    return [Source(index, tuple(ids)) for index, ids in enumerate(drawn.tolist())]
+
+
+def _peak_mib() -> float | None:
+    peak = peak_bytes()
+    return None if peak is None else peak / 2**20
+
+
+def _row_lines(costs: Sequence[RowCost]) -> Iterator[str]:
+    header = ("rows", "ms/step", "least", "ms/sentence", "tokens/s")
+    rows = (
+        (
+            str(cost.rows),
+            f"{cost.step_ms:.2f}",
+            f"{cost.least_step_ms:.2f}",
+            f"{cost.sentence_ms:.2f}",
+            f"{1000 * cost.rows / cost.step_ms:.0f}",
+        )
+        for cost in costs
+    )
+    return _aligned([header, *rows])
+
+
+def _length_lines(curve: LengthCurve) -> Iterator[str]:
+    if curve.costs:
+        rows = ((str(cost.length), f"{cost.total_ms:.1f}", f"{cost.token_ms:.3f}") for cost in curve.costs)
+        yield from _aligned([("target length", "ms in all", "ms/token"), *rows])
+        first, last = curve.costs[0].length, curve.costs[-1].length
+        yield f"{curve.rows} rows; a token of {last} costs {curve.ratio:.2f} × one of {first}"
+    if curve.left_out:
+        yield f"beyond the model's target positions: {', '.join(map(str, curve.left_out))}"
+
+
+def _text_line(speed: TextSpeed) -> str:
+    return (
+        f"{speed.sentences} texts in {speed.seconds:.2f} s: {speed.sentences_per_second:.1f} sentences/s, "
+        f"{speed.tokens_per_second:.0f} tokens/s, {speed.occupancy:.0%} of rows in use, "
+        f"peak {_mebibytes(speed.peak_mib)}"
+    )
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Cells as a Markdown table of columns aligned to the right, the first row its header."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["| " + " | ".join(map(str.rjust, row, widths)) + " |" for row in rows]
+    rule = "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|"
+    yield from (lines[0], rule, *lines[1:])
+
+
+def _mebibytes(count: float | None) -> str:
+    return "?" if count is None else f"{count:.0f} MiB"

@@ -1,0 +1,1 @@
+"""Which target pieces a sentence may become: the file of candidates, and how it is learnt."""

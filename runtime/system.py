@@ -1,0 +1,48 @@
+"""What the machine has to offer, and how much memory this process takes of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import re
+from pathlib import Path
+
+STATUS = Path("/proc/self/status")
+CLEAR_REFS = Path("/proc/self/clear_refs")
+WIDE_PRODUCTS = {"avx512_vnni", "avx_vnni", "amx_int8"}  # add products of bytes in 32 bits
+RESET_PEAK = "5"  # proc(5): resets the peak to what is resident now
+
+
+def reset_peak() -> None:
+    """Makes `peak_bytes` count from here on, where the system can (Linux)."""
+    with contextlib.suppress(OSError):
+        CLEAR_REFS.write_text(RESET_PEAK, encoding="ascii")
+
+
+def peak_bytes() -> int | None:
+    """The largest resident set, in bytes, since the start or the last reset; None where the system does not say."""
+    try:
+        found = re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
+
+
+def available_threads() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def bytes_saturate(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether pairs of products of an unsigned and a signed byte may overflow here, in 16 bits: on x86 without VNNI,
+    and where nothing tells.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return True
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
+    return WIDE_PRODUCTS.isdisjoint(flags)

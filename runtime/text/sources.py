@@ -1,0 +1,92 @@
+"""Texts → what the encoder takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from kvx.runtime.bundle.folder import SOURCE_TOKENIZER_FILE, TARGET_TOKENIZER_FILE, Bundle
+from kvx.runtime.errors import InputError, TokenizerError
+from kvx.runtime.text.tokenizers.sentencepiece import Tokenizer
+
+OnLong = Literal["error", "truncate"]
+
+
+@dataclass(frozen=True, slots=True)
+class SourceText:
+    """A text's ids with bos and eos, or none where it has no pieces; `truncated` tells that it was cut; `pieces` are
+    as they stand in the text, where they were asked for.
+    """
+
+    ids: tuple[int, ...]
+    truncated: bool
+    pieces: tuple[str, ...] = ()
+
+
+class SourceReader:
+    """The source side of a bundle: its tokenizer, special ids and positions."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._tokenizer = load_tokenizer(bundle, "source")
+        self._special = bundle.manifest.source_ids
+        self._positions = bundle.manifest.model["source_positions"]
+
+    def read(
+        self, texts: Iterable[str], on_long: OnLong = "error", *, with_pieces: bool = False
+    ) -> Iterator[SourceText]:
+        """The ids of each text. A text longer than the model's positions, bos and eos counted, is an InputError or
+        is cut, keeping both.
+        """
+        for number, text in enumerate(texts, 1):
+            pieces = encode_text(self._tokenizer, text, number)
+            long = len(pieces) + 2 > self._positions
+            if long and on_long == "error":
+                raise InputError(
+                    f"{len(pieces) + 2} tokens, bos and eos counted",
+                    expected=f"at most {self._positions}, the model's source positions",
+                    remedy="Split the text, or cut it with --on-long truncate (on_long='truncate').",
+                    line=number,
+                )
+            kept = slice(self._positions - 2)
+            yield SourceText(
+                (self._special.bos, *pieces[kept], self._special.eos) if pieces else (),
+                long,
+                self._tokenizer.surfaces(text)[kept] if with_pieces else (),
+            )
+
+
+def encode_text(tokenizer: Tokenizer, text: str, number: int) -> list[int]:
+    """The ids of a text's pieces; none for white space. Raises InputError for what is no text."""
+    try:
+        if isinstance(text, str):
+            text.encode()  # what no UTF-8 can say, sentencepiece cannot read
+            return tokenizer.encode(text) if text.strip() else []
+    except UnicodeEncodeError:
+        pass
+    raise InputError(
+        f"{text!r:.60}, which is no text", expected="a str of valid Unicode", remedy="Decode it first.", line=number
+    )
+
+
+def refuse_string(texts: Iterable[object]) -> None:
+    """One text where many are expected would be taken for its characters. Raises InputError."""
+    if isinstance(texts, str):
+        raise InputError("one str", expected="a sequence of texts", remedy="Pass [text].")
+
+
+def load_tokenizer(bundle: Bundle, side: Literal["source", "target"]) -> Tokenizer:
+    """The bundle's tokenizer of one side, which must be the one its manifest describes. Raises TokenizerError."""
+    source = side == "source"
+    file = SOURCE_TOKENIZER_FILE if source else TARGET_TOKENIZER_FILE
+    bundle.require(file)
+    tokenizer = Tokenizer(bundle.folder / file)
+    ids = bundle.manifest.source_ids if source else bundle.manifest.target_ids
+    size = bundle.manifest.model[f"{side}_vocab_size"]
+    if len(tokenizer) != size or tokenizer.special_ids != ids:
+        raise TokenizerError(
+            f"{side}.model with {len(tokenizer)} pieces and {tokenizer.special_ids}",
+            expected=f"{size} pieces and {ids}",
+            remedy="Use the bundle as it was exported.",
+        )
+    return tokenizer

@@ -1,0 +1,101 @@
+"""What is given of translations: whole ones, beginnings, pieces that must not come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from numbers import Integral
+
+from kvx.runtime.bundle.folder import Bundle
+from kvx.runtime.errors import InputError, OptionError
+from kvx.runtime.text.sources import encode_text, load_tokenizer
+
+Target = str | Sequence[int]
+
+NAMED_PIECES = 5
+
+
+class TargetReader:
+    """The target side of a bundle: its tokenizer, special ids, vocabulary and positions."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.tokenizer = load_tokenizer(bundle, "target")
+        self._eos = bundle.manifest.target_ids.eos
+        self._vocabulary = bundle.manifest.model["target_vocab_size"]
+        self._positions = bundle.manifest.model["target_positions"]
+
+    def whole(self, target: Target, number: int) -> tuple[int, ...]:
+        """The ids of a target that is complete: a text, which eos follows, or ids as they are.
+
+        Raises InputError for ids that are none, and for none or more than the model has positions.
+        """
+        if isinstance(target, str):
+            return self._within((*encode_text(self.tokenizer, target, number), self._eos), self._positions, number)
+        return self._within(tuple(target), self._positions, number)
+
+    def prefix(self, prefix: Target, limit: int, number: int | None) -> tuple[int, ...]:
+        """The ids of a target's beginning, a text or ids, which must leave room below `limit` for another token.
+
+        Raises InputError also for pieces of a text that the vocabulary does not have, and for eos.
+        """
+        if isinstance(prefix, str):
+            ids = encode_text(self.tokenizer, prefix, number or 1)
+            unknown = self.tokenizer.unknown_surfaces(prefix)
+            if unknown:
+                raise InputError(
+                    f"a prefix with the unknown pieces {', '.join(map(repr, unknown[:NAMED_PIECES]))}",
+                    expected="pieces of the target vocabulary",
+                    remedy="Spell it as the model's training data does, or give ids.",
+                    line=number,
+                )
+        elif isinstance(prefix, Sequence) and not isinstance(prefix, (str, bytes, bytearray)):
+            ids = list(prefix)
+        else:
+            raise InputError(
+                f"a prefix {prefix!r:.60}",
+                expected="a text or a sequence of ids",
+                remedy="Give one, or None where nothing is given.",
+                line=number,
+            )
+        if not ids:
+            return ()
+        found = self._within(tuple(ids), self._positions, number)
+        if self._eos in found or len(found) >= limit:
+            raise InputError(
+                "a prefix that holds eos" if self._eos in found else f"a prefix of {len(found)} tokens",
+                expected=f"fewer than {limit} tokens, the limit of new ones, and no eos among them",
+                remedy="Shorten it, or allow more new tokens (--max-new-tokens).",
+                line=number,
+            )
+        return found
+
+    def prefixes(self, prefixes: Iterable[Target | None], limit: int) -> Iterator[tuple[int, ...] | None]:
+        """The ids of each prefix, None where there is none."""
+        for number, prefix in enumerate(prefixes, 1):
+            yield None if prefix is None else self.prefix(prefix, limit, number)
+
+    def suppressed(self, tokens: Iterable[str | int]) -> tuple[int, ...]:
+        """The ids of pieces, or of ids. Raises OptionError naming all that are none, and for eos."""
+        tokens = tuple(tokens)
+        ids = [self.tokenizer.piece_id(token) if isinstance(token, str) else token for token in tokens]
+        wrong = [token for token, one in zip(tokens, ids, strict=True) if not self._is_id(one) or one == self._eos]
+        if wrong:
+            raise OptionError(
+                f"suppress = {', '.join(map(repr, wrong))}",
+                expected=f"pieces of the target vocabulary or ids from 0 to {self._vocabulary - 1}, but not eos",
+                remedy="Correct them; to put off the end use min_new_tokens or end_penalty.",
+            )
+        return tuple(int(one) for one in ids if one is not None)
+
+    def _within(self, ids: tuple[int, ...], most: int, number: int | None) -> tuple[int, ...]:
+        odd = [one for one in ids if not self._is_id(one)]
+        if odd or not 1 <= len(ids) <= most:
+            raise InputError(
+                f"a target with the id {odd[0]!r}" if odd else f"a target of {len(ids)} ids",
+                expected=f"1 to {most} ids, eos counted, each from 0 to {self._vocabulary - 1}",
+                remedy="Shorten or correct it.",
+                line=number,
+            )
+        return tuple(int(one) for one in ids)
+
+    def _is_id(self, one: object) -> bool:
+        return isinstance(one, Integral) and not isinstance(one, bool) and 0 <= int(one) < self._vocabulary

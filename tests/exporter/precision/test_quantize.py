@@ -1,0 +1,290 @@
+"""Weights in fewer bits: the codes, the graphs, and that a sentence keeps its translation whoever is beside it."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from kvx import OptionError, ParityError, Translator
+from kvx.exporter.export import ExportOptions, export
+from kvx.exporter.precision.quantize import BLOCK, blocks, int8_channels
+from kvx.exporter.proof.bundle import verify
+from kvx.exporter.proof.trial import LIMITS, ParityOptions
+from kvx.runtime.backends import onnx as onnx_backend
+from kvx.runtime.bundle.manifest import Manifest, Precision
+
+TEXTS = ["one", "two hundred", "nine hundred and ninety-nine", "twelve thousand three hundred and four", "seventy"]
+QUANTIZED: list[Precision] = ["int8", "int4"]
+
+
+def weights(rows: int, columns: int, seed: int) -> NDArray[np.float32]:
+    return np.random.default_rng(seed).standard_normal((rows, columns)).astype(np.float32)
+
+
+def unpacked(codes: NDArray[np.uint8], bits: int) -> NDArray[np.float32]:
+    """[rows, blocks, bytes] → numbers around zero [rows, blocks, BLOCK]."""
+    if bits == 8:
+        return codes.astype(np.float32) - 128
+    pairs = np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:-1], -1)
+    return pairs.astype(np.float32) - 8
+
+
+@pytest.fixture(scope="module")
+def checkpoint(numbers_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    for name in ("model.pt", "source.model", "target.model"):
+        shutil.copyfile(numbers_bundle / name, folder / name)
+    return folder / "model.pt"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "numbers.txt"
+    path.write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def bundles(checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The demo model as int8, int8 calibrated and int4, each with its proof."""
+    folder = tmp_path_factory.mktemp("quantized")
+    options = ExportOptions(checkpoint=checkpoint, output=folder / "int8", precision="int8", verify_text=text)
+    export(options)
+    export(dataclasses.replace(options, output=folder / "calibrated", calibration=text))
+    export(dataclasses.replace(options, output=folder / "int4", precision="int4"))
+    return {path.name: path for path in folder.iterdir()}
+
+
+@given(st.integers(1, 9), st.integers(1, 70), st.integers(0, 99))
+def test_a_channel_is_off_by_half_a_step_at_the_most(rows: int, columns: int, seed: int) -> None:
+    matrix = weights(rows, columns, seed)
+    codes, scales = int8_channels(matrix)
+    assert codes.shape == (columns, rows)
+    assert np.abs(codes.T * scales[:, None] - matrix).max() <= scales.max() / 2 * 1.001
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@given(rows=st.integers(1, 5), columns=st.integers(1, 300), seed=st.integers(0, 99))
+def test_blocks_are_near_and_padded_with_zeros(bits: int, rows: int, columns: int, seed: int) -> None:
+    matrix = weights(rows, columns, seed)
+    packed = blocks(matrix, bits)
+    count = -(-columns // BLOCK)
+    assert packed.codes.shape == (rows, count, BLOCK * bits // 8)
+    restored = (unpacked(packed.codes, bits) * packed.scales[..., None]).reshape(rows, -1)
+    reach = np.abs(packed.scales).repeat(BLOCK, axis=1)[:, :columns]
+    assert (np.abs(restored[:, :columns] - matrix) <= (1 if bits == 8 else 4) * reach * 1.001).all()
+    assert (restored[:, columns:] == 0).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_zeros_stay_zeros(bits: int) -> None:
+    packed = blocks(np.zeros((2, BLOCK), np.float32), bits)
+    assert not (unpacked(packed.codes, bits) * packed.scales[..., None]).any()
+    assert not int8_channels(np.zeros((2, 3), np.float32))[0].any()
+
+
+def test_a_searched_scale_is_never_worse_than_the_one_that_reaches_the_extreme() -> None:
+    matrix = weights(64, BLOCK, 1)
+    packed = blocks(matrix, 4)
+    found = np.square(unpacked(packed.codes, 4)[:, 0] * packed.scales - matrix).sum(axis=1)
+    extreme = np.take_along_axis(matrix, np.abs(matrix).argmax(axis=1)[:, None], axis=1) / -8
+    plain = np.square(np.rint(matrix / extreme).clip(-8, 7) * extreme - matrix).sum(axis=1)
+    assert (found <= plain * 1.0001).all()
+    assert (found < plain * 0.999).any()
+
+
+@pytest.mark.parametrize(
+    ("name", "product"),
+    [("int8", "MatMulIntegerToFloat"), ("calibrated", "MatMulIntegerToFloat"), ("int4", "MatMulNBits")],
+)
+def test_no_product_or_lookup_of_a_weight_stays_in_float(bundles: dict[str, Path], name: str, product: str) -> None:
+    for file in ("decoder_step.onnx", "decoder_chunk.onnx", "decoder_beams.onnx"):
+        used = collections.Counter(node.op_type for node in onnx.load(bundles[name] / file).graph.node)
+        assert used[product] > 0
+        assert used["Gemm"] == used["MatMul"] == 0
+        assert used["GatherBlockQuantized"] == 1
+    encoder = collections.Counter(node.op_type for node in onnx.load(bundles[name] / "encoder.onnx").graph.node)
+    assert encoder["MatMulIntegerToFloat"] > 0
+    assert encoder["Gemm"] == 0
+
+
+@pytest.mark.parametrize("file", ["encoder.onnx", "decoder_step.onnx", "decoder_chunk.onnx", "decoder_beams.onnx"])
+def test_what_relu_gives_uses_all_256_levels(bundles: dict[str, Path], file: str) -> None:
+    nodes = onnx.load(bundles["int8"] / file).graph.node
+    layers = sum(node.op_type == "Relu" for node in nodes)
+    assert sum(node.op_type == "QuantizeLinear" and "zero_at_0" in node.input for node in nodes) == layers > 0
+
+
+def test_calibrated_scales_need_no_pass_over_the_rows(bundles: dict[str, Path]) -> None:
+    def maxima(name: str) -> int:
+        nodes = onnx.load(bundles[name] / "decoder_step.onnx").graph.node
+        return sum(node.op_type == "ReduceMax" for node in nodes)
+
+    assert maxima("calibrated") == 0 < maxima("int8")
+
+
+@pytest.mark.parametrize("name", ["int8", "calibrated"])
+def test_a_sentence_keeps_its_translation_whoever_is_beside_it(bundles: dict[str, Path], name: str) -> None:
+    translator = Translator.load(bundles[name], threads=1)
+    alone = [translator.translate([text])[0].ids for text in TEXTS]
+    for rows in (1, 2, 5):
+        assert [found.ids for found in translator.translate(TEXTS, rows=rows)] == alone
+    assert [found.ids for found in translator.translate(TEXTS[::-1])] == alone[::-1]
+
+
+@pytest.mark.parametrize("name", ["int8", "calibrated", "int4"])
+def test_several_tokens_at_once_score_as_one_after_the_other(bundles: dict[str, Path], name: str) -> None:
+    translator = Translator.load(bundles[name], threads=1)
+    found = translator.translate(TEXTS, scores=True)
+    scores = translator.score(TEXTS, [translation.ids for translation in found])
+    for translation, score in zip(found, scores, strict=True):
+        assert score.sum == pytest.approx(translation.score, abs=1e-2)  # a byte may round the other way
+
+
+@pytest.mark.parametrize("name", ["int8", "calibrated"])
+def test_unsigned_weights_for_processors_without_wide_products_give_the_same(
+    bundles: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signed = Translator.load(bundles[name], threads=1).translate(TEXTS, scores=True)
+    monkeypatch.setattr(onnx_backend, "bytes_saturate", lambda: True)
+    assert Translator.load(bundles[name], threads=1).translate(TEXTS, scores=True) == signed
+
+
+def test_the_proof_states_what_was_lost(bundles: dict[str, Path]) -> None:
+    for name, path in bundles.items():
+        manifest = Manifest.read(path)
+        assert manifest.precision == ("int4" if name == "int4" else "int8")
+        assert manifest.formats == ("onnx",)
+        assert manifest.parity is not None
+        details = {check["name"]: check["detail"] for check in manifest.parity["checks"]}
+        alone = details["rows alone against rows among others"]
+        assert name == "int4" or alone == "largest difference 0 in logits"
+        assert "of 5 lines equal" in details["greedy lines of the verification text"]
+
+
+def test_a_bundle_shrinks_with_its_bits(bundles: dict[str, Path], numbers_bundle: Path) -> None:
+    def size(folder: Path) -> int:
+        return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".onnx", ".data"))
+
+    assert size(bundles["int4"]) < size(bundles["int8"]) < size(numbers_bundle) / 2
+
+
+@pytest.mark.parametrize(
+    "limits", [ParityOptions(tolerance=1e-6), ParityOptions(tolerance=0.9, equal_lines=1.0)], ids=["tensors", "lines"]
+)
+def test_an_export_over_its_limits_fails_and_leaves_nothing(
+    checkpoint: Path, tmp_path: Path, limits: ParityOptions
+) -> None:
+    lines = tmp_path / "lines.txt"
+    lines.write_text("\n".join(f"{word} thousand and {text}" for word in TEXTS for text in TEXTS) + "\n" * 2)
+    options = ExportOptions(
+        checkpoint=checkpoint,
+        output=tmp_path / "bundle",
+        precision="int4",
+        verify_text=lines,
+        parity=limits,
+    )
+    with pytest.raises(ParityError):
+        export(options)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_references_show_what_bleu_loses(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    reference = tmp_path / "reference.txt"
+    reference.write_text("eins\nzweihundert\nneunhundertneunundneunzig\nzwölftausenddreihundertvier\nsiebzig\n")
+    options = ExportOptions(
+        checkpoint=checkpoint,
+        output=tmp_path / "bundle",
+        precision="int8",
+        verify_text=text,
+        verify_reference=reference,
+        parity=ParityOptions(bleu_lost=100.0, equal_lines=0.0),
+    )
+    manifest = export(options)
+    assert manifest.parity is not None
+    [check] = [check for check in manifest.parity["checks"] if check["name"].startswith("BLEU")]
+    assert check["detail"].endswith("chrF 100.00 and 100.00; at most 100 of BLEU may be lost")
+
+
+TEXT, REFERENCE = {"verify_text": Path("text")}, {"verify_reference": Path("references")}
+LINES_WANTED, BLEU_LOST = {"parity": ParityOptions(equal_lines=0.9)}, {"parity": ParityOptions(bleu_lost=1.0)}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "got", "expected"),
+    [
+        (
+            {"precision": "int8", "lowering": "standard"},
+            "--precision int8 with --lowering standard",
+            "int8 and int4 with ort alone",
+        ),
+        ({"precision": "int4", "format": "both"}, "--precision int4 with --format both", "fewer bits with the onnx"),
+        ({"precision": "int8", "format": "torchscript"}, "--precision int8 with --format torchscript", "fewer bits"),
+        ({"calibration": Path("text")}, "--calibration with --precision fp32", "only with int8 or int4"),
+        (REFERENCE, "--verify-reference without --verify-text and with --precision fp32", "only with fewer bits"),
+        (REFERENCE | TEXT, "--verify-reference with --precision fp32", "only with fewer bits and --verify-text"),
+        (LINES_WANTED | TEXT, "--equal-lines with --precision fp32", "only with fewer bits and --verify-text"),
+        (LINES_WANTED | {"precision": "int8"}, "--equal-lines without --verify-text", "only with fewer bits"),
+        (BLEU_LOST | TEXT | {"precision": "int8"}, "--bleu-lost without --verify-reference", "only with --verify-ref"),
+        ({"precision": "float32"}, "--precision float32", "--precision fp32, "),
+        ({"attention_layer": 1}, "--attention-layer 1 without --with-attention", "only with --with-attention"),
+        ({"attention_layer": -1, "attention": True}, "--attention-layer -1", "a layer from 0 up"),
+        ({"lowering": "ORT"}, "--lowering ORT", "--lowering ort, standard or cuda"),
+        ({"format": "ONNX"}, "--format ONNX", "--format onnx, torchscript or both"),
+        (
+            {"lowering": "standard", "format": "torchscript"},
+            "--lowering standard with --format torchscript",
+            "--lowering with the onnx format",
+        ),
+        ({"loop": True, "format": "torchscript"}, "loop with --format torchscript", "loop with the onnx format"),
+        (TEXT | {"verify": False}, "--verify-text with --no-verify", "only of a proof"),
+        (
+            {"verify": False, "parity": ParityOptions(tolerance=0.1, equal_lines=0.5, bleu_lost=1.0)},
+            "--tolerance with --no-verify, --equal-lines with --no-verify, --bleu-lost with --no-verify",
+            "only of a proof",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused_with_what_would(wrong: dict[str, Any], got: str, expected: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        ExportOptions(checkpoint=Path("model.pt"), **wrong)
+    assert caught.value.got.startswith(got)
+    assert expected in caught.value.expected
+
+
+@pytest.mark.parametrize(
+    ("limits", "files"),
+    [
+        (ParityOptions(equal_lines=0.9), (Path("text"), None)),
+        (ParityOptions(bleu_lost=1.0), (Path("text"), None)),
+        (ParityOptions(), (Path("text"), Path("references"))),
+        (ParityOptions(), (None, Path("references"))),
+    ],
+)
+def test_a_proof_refuses_limits_and_files_that_would_judge_nothing(
+    tiny_bundle: Path, limits: ParityOptions, files: tuple[Path | None, Path | None]
+) -> None:
+    with pytest.raises(OptionError, match="only with"):
+        verify(tiny_bundle, tiny_bundle / "model.pt", limits, *files)
+
+
+def test_all_that_does_not_go_together_is_named_at_once() -> None:
+    with pytest.raises(OptionError) as caught:
+        ExportOptions(checkpoint=Path("model.pt"), precision="int8", lowering="standard", format="both")
+    assert "--lowering standard" in caught.value.got
+    assert "--format both" in caught.value.got
+
+
+def test_every_precision_has_limits() -> None:
+    assert LIMITS.keys() == set(get_args(Precision))
+    assert ParityOptions(tolerance=0.5).limits("int8") == LIMITS["int8"]._replace(tolerance=0.5)

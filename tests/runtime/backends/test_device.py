@@ -1,0 +1,79 @@
+"""Devices by name, and errors that say what is missing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kvx import DeviceError, Translator
+from kvx.runtime.backends.device import Device, missing_library, not_to_be_had
+from kvx.runtime.backends.onnx import CUDA_LIBRARY
+
+TEXTS = ["one", "twelve thousand and four", "ninety-nine", "seven"] * 10
+
+
+def without_cuda() -> None:
+    if missing_library(CUDA_LIBRARY) is None:
+        pytest.skip("the CUDA libraries are here")
+
+
+@pytest.mark.parametrize(
+    ("name", "device"), [("cpu", Device()), ("cuda", Device("cuda", 0)), ("cuda:3", Device("cuda", 3))]
+)
+def test_a_device_is_called_by_its_kind_and_index(name: str, device: Device) -> None:
+    assert Device.parse(name) == device
+    assert Device.parse(str(device)) == device
+
+
+@pytest.mark.parametrize("name", ["", "tpu", "cpu:0", "cuda:", "cuda:-1", "cuda:x", "CUDA", "cuda:0:1"])
+def test_what_is_no_device_is_refused(name: str) -> None:
+    with pytest.raises(DeviceError, match="expected cpu, cuda or cuda:<index>"):
+        Device.parse(name)
+
+
+def test_several_devices_are_named_with_commas_each_once() -> None:
+    assert Device.parse_list("cuda:0, cuda:1") == (Device("cuda", 0), Device("cuda", 1))
+    with pytest.raises(DeviceError, match="each device once"):
+        Device.parse_list("cuda,cuda:0")
+
+
+def test_a_missing_library_is_named(tmp_path: Path) -> None:
+    without_cuda()
+    missing = missing_library(CUDA_LIBRARY)
+    assert missing is not None
+    assert ".so" in missing
+    assert missing_library(tmp_path / "libnothing.so") == "libnothing.so"
+
+
+@pytest.mark.parametrize(
+    ("library", "remedy"),
+    [("libcublasLt.so.13", r"pip install 'kvx\[cuda\]'"), ("libcuda.so.1", "driver"), (None, "index exists")],
+)
+def test_the_error_names_what_brings_the_missing_library(library: str | None, remedy: str) -> None:
+    error = not_to_be_had(Device("cuda", 1), "a session on CPU", library)
+    with pytest.raises(DeviceError, match=remedy) as raised:
+        raise error
+    assert "cuda:1" in str(raised.value)
+    assert (library or "") in str(raised.value)
+
+
+def test_cuda_that_is_not_to_be_had_names_the_library_and_leaves_the_process_usable(numbers_bundle: Path) -> None:
+    without_cuda()
+    with pytest.raises(DeviceError, match=r"lib\S+\.so\S* is missing"):
+        Translator.load(numbers_bundle, device="cuda:0,cuda:1")
+    assert Translator.load(numbers_bundle).translate(["one"])[0].text == "eins"
+
+
+@pytest.mark.gpu
+def test_a_device_translates_as_the_cpu_does(tmp_path: Path) -> None:
+    if missing_library(CUDA_LIBRARY) is not None:
+        pytest.skip("no CUDA here")
+    from kvx.exporter.export import ExportOptions, export
+    from kvx.tests.conftest import NUMBERS
+
+    folder = tmp_path / "cuda"
+    export(ExportOptions(checkpoint=NUMBERS / "model.pt", output=folder, lowering="cuda"))
+    on_cpu = Translator.load(folder).translate(TEXTS)
+    on_device = Translator.load(folder, device="cuda").translate(TEXTS)
+    assert [found.ids for found in on_device] == [found.ids for found in on_cpu]

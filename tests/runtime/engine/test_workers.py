@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import gc
+import itertools
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+
+import pytest
+
+from kvx import Translator
+from kvx.runtime.decoding import schedule
+from kvx.runtime.decoding.cache import KVCache
+from kvx.runtime.decoding.decode import Cancelled
+from kvx.runtime.decoding.rows import Hypothesis, Source
+from kvx.runtime.decoding.schedule import DecodeStats, Outcome
+from kvx.runtime.engine.workers import decode_in_parallel
+from kvx.runtime.options import TranslateOptions
+
+TEXTS = ["one", "", "forty-two", "nine hundred and ninety-nine", "seven thousand and eight"] * 60
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_results_are_in_order_and_the_same_for_any_number_of_workers(
+    numbers_translator: Translator, workers: int
+) -> None:
+    stats = DecodeStats()
+    options = TranslateOptions(rows=4, workers=workers)
+    found = [result.text for result in numbers_translator.translate_iter(TEXTS, options, stats)]
+    alone = {text: numbers_translator.translate([text])[0].text for text in set(TEXTS)}
+    assert found == [alone[text] for text in TEXTS]
+    assert stats.sentences == sum(text != "" for text in TEXTS)
+    assert stats.row_steps == stats.tokens
+
+
+def test_all_workers_take_part() -> None:
+    seen = set()
+    together = threading.Barrier(3, timeout=10)
+
+    def decode(sources: Iterator[Source], stats: DecodeStats, stopped: Cancelled) -> Iterator[Outcome]:
+        for source in sources:
+            if threading.current_thread() not in seen:
+                seen.add(threading.current_thread())
+                together.wait()
+            yield Outcome(source.index, 0, (Hypothesis((), True),))
+
+    sources = [Source(index, (1,)) for index in range(300)]
+    found = decode_in_parallel([decode] * 3, sources, DecodeStats())
+    assert sorted(outcome.index for outcome in found) == list(range(300))
+    assert len(seen) == 3
+
+
+def test_an_error_in_one_worker_ends_all_and_reaches_the_consumer() -> None:
+    def decode(sources: Iterator[Source], stats: DecodeStats, stopped: Cancelled) -> Iterator[Outcome]:
+        for source in sources:
+            if source.index == 5:
+                raise OSError("broken")
+            yield Outcome(source.index, 0, (Hypothesis((), True),))
+
+    endless = (Source(index, (1,)) for index in itertools.count())
+    before = threading.active_count()
+    with pytest.raises(OSError, match="broken"):
+        list(decode_in_parallel([decode] * 2, endless, DecodeStats()))
+    assert threading.active_count() == before
+
+
+def test_an_error_in_the_sources_reaches_the_consumer(numbers_translator: Translator) -> None:
+    def texts() -> Iterator[str]:
+        yield from ["one"] * 100
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        list(numbers_translator.translate_iter(texts(), TranslateOptions(rows=2, workers=2)))
+
+
+def test_a_slow_consumer_is_not_run_away_from(numbers_translator: Translator) -> None:
+    drawn = 0
+
+    def texts() -> Iterator[str]:
+        nonlocal drawn
+        for drawn in itertools.count(1):  # noqa: B007
+            yield "one"
+
+    results = numbers_translator.translate_iter(texts(), TranslateOptions(rows=2, workers=2, window=8))
+    for _ in range(10):
+        next(results)
+    time.sleep(0.3)
+    assert drawn <= 10 + 2 * 8 + 2 * 2 * 16
+    results.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("end", ["exhausted", "closed", "error"])
+def test_the_cache_is_released_however_a_stream_ends(
+    numbers_translator: Translator, monkeypatch: pytest.MonkeyPatch, workers: int, end: str
+) -> None:
+    caches: list[weakref.ref[KVCache]] = []
+
+    class Remembered(KVCache):
+        def __init__(self, *arguments: object) -> None:
+            super().__init__(*arguments)  # type: ignore[arg-type]
+            caches.append(weakref.ref(self))
+
+    monkeypatch.setattr(schedule, "KVCache", Remembered)
+    before = threading.active_count()
+
+    def texts() -> Iterator[str]:
+        yield from ["one", "forty-two"] * 50
+        if end == "error":
+            raise OSError
+
+    results = numbers_translator.translate_iter(texts(), TranslateOptions(rows=4, workers=workers, window=20))
+    if end == "closed":
+        next(results)
+        results.close()  # type: ignore[attr-defined]
+    elif end == "error":
+        with pytest.raises(OSError, match=r"^$"):
+            list(results)
+    else:
+        list(results)
+    del results
+    gc.collect()
+    assert len(caches) >= workers
+    assert [cache() for cache in caches] == [None] * len(caches)
+    assert threading.active_count() == before

@@ -1,0 +1,46 @@
+"""What the processor is found to offer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kvx.runtime.system import available_threads, bytes_saturate
+
+
+@pytest.fixture(autouse=True)
+def on_x86(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+
+
+def cpuinfo(folder: Path, flags: str) -> Path:
+    path = folder / "cpuinfo"
+    path.write_text(f"processor\t: 0\nflags\t\t: fpu {flags} avx2\n\nprocessor\t: 1\nflags\t\t: fpu\n")
+    return path
+
+
+@pytest.mark.parametrize("flag", ["avx512_vnni", "avx_vnni", "amx_int8"])
+def test_wide_products_do_not_saturate(tmp_path: Path, flag: str) -> None:
+    assert not bytes_saturate(cpuinfo(tmp_path, flag))
+
+
+def test_without_wide_products_bytes_saturate(tmp_path: Path) -> None:
+    assert bytes_saturate(cpuinfo(tmp_path, "avx512f avx512bw"))
+
+
+@pytest.mark.parametrize("content", [None, "", "model name : nothing\n"])
+def test_where_nothing_tells_bytes_are_taken_to_saturate(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "cpuinfo"
+    if content is not None:
+        path.write_text(content)
+    assert bytes_saturate(path)
+
+
+def test_other_processors_have_no_such_products(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert not bytes_saturate(cpuinfo(tmp_path, ""))
+
+
+def test_there_is_a_thread() -> None:
+    assert available_threads() >= 1
