@@ -1,20 +1,32 @@
-"""The one error tree. Every error says what was got, what was expected and what to do."""
+"""The one error tree. Every error says what is wrong, what was expected and what to do."""
+
+from __future__ import annotations
+
+from typing import Any, Self
 
 
 class KvxError(Exception):
     """Root of all errors that kvx raises on purpose.
 
-    `got` describes what was found, `expected` what should have been there, `remedy` what to do about it.
+    `got` is a sentence that says what is wrong, without its full stop; `expected` completes "Expected …"; `remedy` is a
+    sentence that says what to do. Options are named in backticks, as the library spells them: the command line shows
+    its own spelling. `option` is the option at fault, where there is one. Errors can be pickled and copied.
     """
 
-    def __init__(self, got: str, *, expected: str, remedy: str) -> None:
-        super().__init__(got, expected, remedy)
+    def __init__(self, got: str, *, expected: str, remedy: str, option: str | None = None) -> None:
+        super().__init__(got)
         self.got = got
         self.expected = expected
         self.remedy = remedy
+        self.option = option
 
     def __str__(self) -> str:
-        return f"{self.got}; expected {self.expected}. {self.remedy}"
+        """The three parts as sentences."""
+        return f"{self.got}. Expected {self.expected}. {self.remedy}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Its type and what it holds."""
+        return _restore, (type(self), self.args, self.__dict__)
 
 
 class OptionError(KvxError):
@@ -34,7 +46,7 @@ class BundleError(KvxError):
 
 
 class DeviceError(KvxError):
-    """The device or backend asked for is not to be had here."""
+    """The device or backend that was asked for is not available."""
 
 
 class CapacityError(KvxError):
@@ -44,15 +56,27 @@ class CapacityError(KvxError):
 class InputError(KvxError):
     """A text cannot be translated as it is. `line` counts from 1 where the text came from lines."""
 
-    def __init__(self, got: str, *, expected: str, remedy: str, line: int | None = None) -> None:
-        super().__init__(got if line is None else f"line {line}: {got}", expected=expected, remedy=remedy)
+    def __init__(
+        self, got: str, *, expected: str, remedy: str, option: str | None = None, line: int | None = None
+    ) -> None:
+        super().__init__(got, expected=expected, remedy=remedy, option=option)
         self.line = line
-        self._of_one_line = got
 
-    def at(self, line: int | None) -> "InputError":
+    def __str__(self) -> str:
+        """The line before the sentences."""
+        return super().__str__() if self.line is None else f"Line {self.line}: {super().__str__()}"
+
+    def at(self, line: int | None) -> Self:
         """The same error for another line, or for a text that is none."""
-        return InputError(self._of_one_line, expected=self.expected, remedy=self.remedy, line=line)
+        return type(self)(self.got, expected=self.expected, remedy=self.remedy, option=self.option, line=line)
 
 
 class ParityError(KvxError):
     """An export differs from eager PyTorch by more than the tolerance."""
+
+
+def _restore(kind: type[KvxError], args: tuple[Any, ...], state: dict[str, Any]) -> KvxError:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(state)
+    return error

@@ -93,7 +93,7 @@ def refused(found: Outcome, *mentions: str) -> None:
     assert (found.code, found.out) == (2, "")
     lines = [line for line in found.err.splitlines() if line.startswith("kvx: error: ")]
     assert len(lines) == 1, found.err
-    assert "; expected " in lines[0]
+    assert ". Expected " in lines[0]
     for mention in mentions:
         assert mention in lines[0]
 
@@ -174,7 +174,7 @@ class TestTranslate:
 
     def test_an_output_file_stays_as_it_was_after_an_error(self, translate: Run, tmp_path: Path) -> None:
         (tmp_path / "out").write_text("older")
-        refused(translate("-o", "out", stdin=b"one\n\xff\n"), "line 2")
+        refused(translate("-o", "out", stdin=b"one\n\xff\n"), "Line 2")
         assert (tmp_path / "out").read_text() == "older"
         assert names_in(tmp_path) == ["out"]
 
@@ -229,17 +229,17 @@ class TestTranslate:
     def test_input_that_is_not_utf8_is_refused_by_its_line_after_those_before(self, translate: Run) -> None:
         found = translate(stdin=b"one\n\ntwelve\n\xe9t\xe9\nthree\n")
         assert found.out == "eins\n\nzwölf\n"
-        refused(replace(found, out=""), "line 4", "0xe9", "UTF-8")
+        refused(replace(found, out=""), "Line 4", "0xe9", "UTF-8")
 
     def test_an_argument_that_is_no_text_is_refused(self, translate: Run) -> None:
         found = translate("one", os.fsdecode(b"\xff"))
         assert found.out == "eins\n"
-        refused(replace(found, out=""), "line 2")
+        refused(replace(found, out=""), "Line 2")
 
     def test_a_line_too_long_is_refused_by_its_number(self, translate: Run) -> None:
         found = translate(stdin=f"one\n{LONG}\ntwelve\n".encode())
         assert found.out == "eins\n"
-        refused(replace(found, out=""), "line 2", "102 tokens", "at most 64", "--on-long truncate")
+        refused(replace(found, out=""), "Line 2", "102 tokens", "at most 64", "--on-long truncate")
 
     def test_a_line_too_long_is_cut_where_asked_for_and_told(self, translate: Run) -> None:
         found = translate("--on-long", "truncate", stdin=f"one\n{LONG}\ntwelve\n".encode())

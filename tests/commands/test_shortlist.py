@@ -82,7 +82,7 @@ def refused(result: Result, output: Path, *mentions: str) -> None:
     assert result.exit_code == 2
     [line] = result.stderr.splitlines()
     assert line.startswith("kvx: error: ")
-    assert "; expected " in line
+    assert ". Expected " in line
     for mention in mentions:
         assert mention in line
     assert not output.exists()
@@ -166,7 +166,7 @@ def test_training_that_cannot_work_is_refused(
         (b"", b"eins\n", ["0 sources and 1 targets"]),
         (b"", b"", ["sources and targets without a word"]),
         (b"\n \n", b"eins\nzwei\n", ["sources without a word"]),
-        (b"one\n\xff\n", b"eins\nzwei\n", ["line 2", "UTF-8"]),
+        (b"one\n\xff\n", b"eins\nzwei\n", ["Line 2", "UTF-8"]),
     ],
 )
 def test_text_that_cannot_be_learnt_from_is_refused(
@@ -213,8 +213,8 @@ def test_entries_with_unknown_pieces_are_told(import_: list[str], tmp_path: Path
     ("content", "mentions"),
     [
         ("", ["0 of 0 entries"]),
-        ("sieben ▁seven 0.5\nund ▁seven\n", ["line 2", "target source probability"]),
-        ("Haus house 0.5\n", ["line 1", "1 of 1 entries"]),
+        ("sieben ▁seven 0.5\nund ▁seven\n", ["Line 2", "target source probability"]),
+        ("Haus house 0.5\n", ["Line 1", "1 of 1 entries"]),
     ],
 )
 def test_a_table_that_cannot_be_used_is_refused(

@@ -349,7 +349,7 @@ def test_an_output_that_cannot_be_made_is_an_option_error(options: ExportOptions
 
 @pytest.mark.parametrize("limit", [0, -1, 21])
 def test_a_limit_beyond_the_positions_is_refused(options: ExportOptions, limit: int) -> None:
-    with pytest.raises(OptionError, match=f"max_new_tokens {limit}; expected 1 to 20"):
+    with pytest.raises(OptionError, match=f"max_new_tokens {limit}. Expected 1 to 20"):
         export(dataclasses.replace(options, max_new_tokens=limit))
     assert not options.folder.exists()
 
@@ -594,7 +594,7 @@ def test_a_folder_that_only_looks_like_a_bundle_is_never_replaced(options: Expor
 
 
 def test_heads_that_contradict_the_checkpoint_are_refused(options: ExportOptions) -> None:
-    with pytest.raises(OptionError, match="--heads 1; expected the checkpoint's own 2"):
+    with pytest.raises(OptionError, match="--heads 1. Expected the checkpoint's own 2"):
         export(dataclasses.replace(options, heads=1))
 
 

@@ -175,13 +175,13 @@ def test_extreme_options_are_refused_or_work(beams_translator: Translator, optio
 
 
 IMPOSSIBLE: list[tuple[Mapping[str, Any], str]] = [
-    ({"beam_size": 10_000}, "beam_size = 10000; expected beam_size up to the vocabulary's"),
-    ({"samples": 1, "top_k": 10_000}, "top_k = 10000; expected top_k up to the vocabulary's"),
+    ({"beam_size": 10_000}, "beam_size = 10000. Expected beam_size up to the vocabulary's"),
+    ({"samples": 1, "top_k": 10_000}, "top_k = 10000. Expected top_k up to the vocabulary's"),
     ({"align": True}, "a bundle that gives attention"),
     ({"replace_unknown": True}, "a bundle that gives attention"),
-    ({"min_new_tokens": 33}, "min_new_tokens = 33; expected at most 32"),
-    ({"max_new_tokens": 65}, "max_new_tokens 65; expected 1 to 64"),
-    ({"suppress": ("漢", "</s>")}, "suppress = '漢', '</s>'; expected pieces"),
+    ({"min_new_tokens": 33}, "min_new_tokens = 33. Expected at most 32"),
+    ({"max_new_tokens": 65}, "max_new_tokens 65. Expected 1 to 64"),
+    ({"suppress": ("漢", "</s>")}, "suppress = '漢', '</s>'. Expected pieces"),
 ]
 
 

@@ -141,7 +141,7 @@ def test_nothing_but_empty_texts_runs_no_step(recording: tuple[Translator, Recor
 
 @pytest.mark.parametrize("method", ["translate", "translate_iter"])
 def test_one_str_is_refused_at_once(numbers_translator: Translator, method: str) -> None:
-    with pytest.raises(InputError, match=r"one str; expected a sequence of texts"):
+    with pytest.raises(InputError, match=r"one str. Expected a sequence of texts"):
         getattr(numbers_translator, method)("one")
 
 
@@ -150,7 +150,7 @@ def test_what_is_no_text_is_refused_with_its_position_before_anything_is_decoded
     recording: tuple[Translator, RecordingBackend], bad: object
 ) -> None:
     translator, backend = recording
-    with pytest.raises(InputError, match="line 3: ") as raised:
+    with pytest.raises(InputError, match="Line 3: ") as raised:
         translator.translate(["one", "", bad, "twelve"])  # type: ignore[list-item]
     assert raised.value.line == 3
     assert backend.encoded == []
@@ -161,7 +161,7 @@ def test_iterating_gives_what_came_before_a_bad_text_and_then_raises(numbers_tra
     texts: list[Any] = [*(list(NUMBERS) * 2)[:at], None, "one"]
     translations = numbers_translator.translate_iter(texts, TranslateOptions(rows=2, window=4))
     assert [next(translations).text for _ in range(at)] == [NUMBERS[text] for text in texts[:at]]
-    with pytest.raises(InputError, match=f"line {at + 1}: "):
+    with pytest.raises(InputError, match=f"Line {at + 1}: "):
         next(translations)
 
 
@@ -231,7 +231,7 @@ def test_scores_come_only_where_asked_for_and_change_nothing_else(numbers_transl
 
 def test_a_source_too_long_is_refused_with_its_line(recording: tuple[Translator, RecordingBackend]) -> None:
     translator, backend = recording
-    with pytest.raises(InputError, match="line 2: 102 tokens, bos and eos counted; expected at most 64") as raised:
+    with pytest.raises(InputError, match="Line 2: 102 tokens, bos and eos counted. Expected at most 64") as raised:
         translator.translate(["one", LONG, "twelve"])
     assert raised.value.line == 2
     assert backend.encoded == []

@@ -305,7 +305,7 @@ def test_prefixes_that_nothing_could_follow_are_refused(
     assert beams_translator.manifest.target_ids.eos == 3
     with pytest.raises(InputError, match=says):
         beams_translator.translate(["one"], prefix=prefix, max_new_tokens=6)
-    with pytest.raises(InputError, match=f"line 2: .*{says}"):
+    with pytest.raises(InputError, match=f"Line 2: .*{says}"):
         beams_translator.translate(["one", "two"], prefixes=[None, prefix], max_new_tokens=6)
 
 

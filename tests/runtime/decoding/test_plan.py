@@ -49,7 +49,7 @@ def test_a_budget_below_one_row_is_refused(numbers_translator: Translator) -> No
 
 @pytest.mark.parametrize("limit", [0, 65, -1])
 def test_more_new_tokens_than_positions_are_refused(numbers_translator: Translator, limit: int) -> None:
-    with pytest.raises(OptionError, match=f"max_new_tokens {limit}; expected 1 to 64"):
+    with pytest.raises(OptionError, match=f"max_new_tokens {limit}. Expected 1 to 64"):
         _plan(numbers_translator, max_new_tokens=limit)
 
 
@@ -60,7 +60,7 @@ def test_a_sentence_that_the_budget_cannot_hold_is_named_with_what_it_needs(numb
     results = numbers_translator.translate_iter(texts, options)
     assert next(results).text == "eins"
     with pytest.raises(
-        InputError, match=rf"line 2: 52 tokens, which need a cache of [\d,]+ bytes; .* {budget:,} bytes"
+        InputError, match=rf"Line 2: 52 tokens, which need a cache of [\d,]+ bytes; .* {budget:,} bytes"
     ):
         list(results)
 
@@ -69,7 +69,7 @@ def test_workers_share_the_bytes_and_take_no_rows_away(numbers_translator: Trans
     smallest = _plan(numbers_translator).seat_bytes(SMALLEST_CAPACITY)
     options = TranslateOptions(cache_bytes=2 * 8 * smallest, rows=8, workers=2)
     assert numbers_translator.plan(options)[0].rows == 8
-    with pytest.raises(CapacityError, match=r"for 2 workers, which hold 7 rows for each; expected 8 ×"):
+    with pytest.raises(CapacityError, match=r"for 2 workers, which hold 7 rows for each. Expected 8 ×"):
         numbers_translator.plan(TranslateOptions(cache_bytes=2 * 8 * smallest - 2, rows=8, workers=2))
     with pytest.raises(CapacityError, match="hold 0 rows for each"):
         numbers_translator.plan(TranslateOptions(cache_bytes=3 * smallest, workers=4))
@@ -128,7 +128,7 @@ def test_rows_are_rounded_down_to_whole_sentences(numbers_translator: Translator
     for rows, seats in ((4, 1), (7, 1), (8, 2), (11, 2)):
         plan = Plan.of(numbers_translator.manifest, specs, rows=rows, beams=4)
         assert (plan.seats, plan.rows) == (seats, 4 * seats)
-    with pytest.raises(OptionError, match="4 beams in 3 rows; expected at least a row for every beam"):
+    with pytest.raises(OptionError, match="4 beams in 3 rows. Expected at least a row for every beam"):
         Plan.of(numbers_translator.manifest, specs, rows=3, beams=4)
 
 
@@ -139,7 +139,7 @@ def test_sentences_with_beams_that_cannot_fit_are_refused_with_the_numbers(numbe
         Plan.of(numbers_translator.manifest, specs, rows=12, beams=4, cache_bytes=3 * smallest - 1)
     plan = Plan.of(numbers_translator.manifest, specs, rows=12, beams=4, cache_bytes=3 * smallest)
     assert plan.share_of(1, least_rows=12).rows == 12
-    with pytest.raises(CapacityError, match="for 2 workers, which hold 4 rows for each; expected 3 ×"):
+    with pytest.raises(CapacityError, match="for 2 workers, which hold 4 rows for each. Expected 3 ×"):
         plan.share_of(2, least_rows=12)
 
 

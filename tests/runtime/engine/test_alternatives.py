@@ -146,6 +146,6 @@ def test_the_token_that_differs_keeps_the_constraints_too(numbers_translator: Tr
 
 def test_an_error_names_the_text_only_where_it_has_a_number(numbers_translator: Translator) -> None:
     text = " ".join(["one"] * 3000)
-    for number, said in ((None, r"^\d+ tokens"), (7, r"^line 7: \d+ tokens")):
+    for number, said in ((None, r"^\d+ tokens"), (7, r"^Line 7: \d+ tokens")):
         with pytest.raises(InputError, match=said):
             numbers_translator.alternatives(text, "ein", 2, number=number)

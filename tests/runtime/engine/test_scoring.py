@@ -119,12 +119,12 @@ def test_a_target_with_eos_in_its_middle_is_scored_to_its_end(numbers_translator
     ("sources", "candidates", "says"),
     [
         (["one"], [["eins"], ["zwei"]], "1 sources and 2 targets"),
-        (["one", "two"], [["eins"], []], "line 2: no candidates"),
-        (["one"], ["eins"], "line 1: one str"),
-        (["one"], [[[]]], "line 1: a target of 0 ids"),
-        (["one"], [[[1] * 65]], "line 1: a target of 65 ids"),
-        (["one"], [[[10_000]]], "line 1: a target with the id 10000"),
-        (["one two " * 40], [["eins"]], "line 1: "),
+        (["one", "two"], [["eins"], []], "Line 2: no candidates"),
+        (["one"], ["eins"], "Line 1: one str"),
+        (["one"], [[[]]], "Line 1: a target of 0 ids"),
+        (["one"], [[[1] * 65]], "Line 1: a target of 65 ids"),
+        (["one"], [[[10_000]]], "Line 1: a target with the id 10000"),
+        (["one two " * 40], [["eins"]], "Line 1: "),
     ],
 )
 def test_what_cannot_be_scored_is_refused(
@@ -153,7 +153,7 @@ def test_scores_of_references_equal_the_oracles(
 
 @pytest.mark.parametrize("target", [[3.5], ["a"], [True], [-1], "\ud800"])
 def test_a_target_that_is_neither_text_nor_ids_is_refused(numbers_translator: Translator, target: object) -> None:
-    with pytest.raises(InputError, match="line 2: "):
+    with pytest.raises(InputError, match="Line 2: "):
         numbers_translator.score(["one", "two"], ["eins", target])  # type: ignore[list-item]
 
 

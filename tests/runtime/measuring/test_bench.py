@@ -187,7 +187,7 @@ def test_texts_are_counted_whole(result: BenchResult, tiny_bundle: Path) -> None
 
 
 def test_a_text_that_is_too_long_is_refused(tiny_bundle: Path) -> None:
-    with pytest.raises(InputError, match="line 2"):
+    with pytest.raises(InputError, match="Line 2"):
         measure(tiny_bundle, texts=("one", "one " * 50))
 
 

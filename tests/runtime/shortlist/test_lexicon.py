@@ -287,7 +287,7 @@ class TestTable:
 
     def test_a_table_of_other_pieces_is_refused(self, tokenizers: tuple[Tokenizer, Tokenizer]) -> None:
         lines = ["sieben ▁seven 0.5", "Haus house 0.5", "Buch book 0.5"]
-        with pytest.raises(InputError, match=r"line 2: .* 2 of 3 entries .* do not know"):
+        with pytest.raises(InputError, match=r"Line 2: .* 2 of 3 entries .* do not know"):
             read_table(lines, *tokenizers)
 
     @pytest.mark.parametrize("lines", [[], ["NULL NULL 1"]])
@@ -308,7 +308,7 @@ class TestTable:
         ],
     )
     def test_any_other_line_is_refused_by_its_number(self, tokenizers: tuple[Tokenizer, Tokenizer], line: str) -> None:
-        with pytest.raises(InputError, match=r"line 2: .*target source probability"):
+        with pytest.raises(InputError, match=r"Line 2: .*target source probability"):
             read_table(["sieben ▁seven 0.5", line], *tokenizers)
 
     def test_a_table_over_the_limit_is_refused(
@@ -316,7 +316,7 @@ class TestTable:
     ) -> None:
         monkeypatch.setattr(module, "MOST_ENTRIES", 2)
         assert read_table(["und ▁seven 0.5"] * 2, *tokenizers).entries == 2
-        with pytest.raises(InputError, match=r"line 3: .* at most 2 lines"):
+        with pytest.raises(InputError, match=r"Line 3: .* at most 2 lines"):
             read_table(["und ▁seven 0.5"] * 3, *tokenizers)
 
     def test_a_piece_may_hold_white_space_that_is_not_ascii(self) -> None:
