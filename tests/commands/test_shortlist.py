@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
 
-from kvx.cli import app
 from kvx.runtime.bundle.manifest import FileEntry, Manifest, SpecialIds
 from kvx.runtime.shortlist.candidates import Shortlist, Vocabulary
 from kvx.runtime.text.tokenizers.sentencepiece import Tokenizer
+from kvx.tests.commands.running import Outcome
+from kvx.tests.commands.running import invoke as kvx
 
 CHECKPOINT = Path(__file__).resolve().parents[2] / "artifacts" / "numbers-checkpoint"
 SOURCES = ["seven", "seven hundred", "one hundred", "twelve", "twelve hundred", "seven thousand"]
@@ -69,18 +69,17 @@ def import_(bundle: Path, tmp_path: Path) -> list[str]:
     return ["shortlist", "import", "--bundle", str(bundle), *map(str, files)]
 
 
-def invoke(arguments: list[str], *more: str | Path) -> Result:
-    """The command in this process. No traceback may ever reach a user."""
-    result = CliRunner().invoke(app, [*arguments, *map(str, more)])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    assert result.stdout == ""
-    return result
+def invoke(arguments: list[str], *more: str | Path) -> Outcome:
+    """A command that prints nothing on stdout."""
+    found = kvx(*arguments, *more)
+    assert found.out == ""
+    return found
 
 
-def refused(result: Result, output: Path, *mentions: str) -> None:
+def refused(result: Outcome, output: Path, *mentions: str) -> None:
     """Exit code 2, one sentence of our own, and no file."""
-    assert result.exit_code == 2
-    [line] = result.stderr.splitlines()
+    assert result.code == 2
+    [line] = result.err.splitlines()
     assert line.startswith("kvx: error: ")
     assert ". Expected " in line
     for mention in mentions:
@@ -103,11 +102,11 @@ def test_training_writes_a_shortlist_for_the_bundle_and_says_what_it_is(
     train: list[str], bundle: Path, tmp_path: Path
 ) -> None:
     found = invoke(train, "--per-source", "3", "--frequent", "1")
-    assert found.exit_code == 0
+    assert found.code == 0
     assert re.fullmatch(
         r"kvx: \S+list\.npz, [1-9]\d* KiB: 5 of 64 source pieces, [\d.]+ targets each, 1 frequent ones; "
         r"\d+ candidates a sentence, which hold [\d.]+% of this text's target tokens\n",
-        found.stderr,
+        found.err,
     )
     assert "sieben" in candidates(tmp_path / "list.npz", bundle, "seven")
     assert "sieben" not in candidates(tmp_path / "list.npz", bundle, "twelve")
@@ -128,7 +127,7 @@ def test_training_loads_no_torch_and_no_onnxruntime(train: list[str], tmp_path: 
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_sizes_reach_the_shortlist(train: list[str], bundle: Path, tmp_path: Path, number: int) -> None:
-    assert invoke(train, "--per-source", str(number), "--frequent", str(number)).exit_code == 0
+    assert invoke(train, "--per-source", str(number), "--frequent", str(number)).code == 0
     found = read(tmp_path / "list.npz", bundle)
     assert (max(found.targets_per_source), len(found.frequent)) == (number, number)
 
@@ -136,7 +135,7 @@ def test_sizes_reach_the_shortlist(train: list[str], bundle: Path, tmp_path: Pat
 def test_more_iterations_are_surer(train: list[str], bundle: Path, tmp_path: Path) -> None:
     lists = []
     for iterations in ("1", "300"):
-        assert invoke(train, "--iterations", iterations).exit_code == 0
+        assert invoke(train, "--iterations", iterations).code == 0
         lists.append(read(tmp_path / "list.npz", bundle))
     assert len(lists[1].targets) < len(lists[0].targets)
 
@@ -193,9 +192,9 @@ def test_importing_writes_a_shortlist_for_the_bundle_and_says_what_it_is(
     import_: list[str], bundle: Path, tmp_path: Path
 ) -> None:
     found = invoke(import_, "--per-source", "1", "--frequent", "1")
-    assert found.exit_code == 0
+    assert found.code == 0
     assert re.fullmatch(
-        r"kvx: \S+list\.npz, [1-9]\d* KiB: 2 of 64 source pieces, 1\.0 targets each, 1 frequent ones\n", found.stderr
+        r"kvx: \S+list\.npz, [1-9]\d* KiB: 2 of 64 source pieces, 1\.0 targets each, 1 frequent ones\n", found.err
     )
     assert candidates(tmp_path / "list.npz", bundle, "hundred") == {"</s>", "hundert", "sieben"}
 
@@ -203,8 +202,8 @@ def test_importing_writes_a_shortlist_for_the_bundle_and_says_what_it_is(
 def test_entries_with_unknown_pieces_are_told(import_: list[str], tmp_path: Path) -> None:
     (tmp_path / "table").write_text("\n".join([*TABLE, "Haus house 0.5"]))
     found = invoke(import_)
-    assert found.exit_code == 0
-    unknown, summary = found.stderr.splitlines()
+    assert found.code == 0
+    unknown, summary = found.err.splitlines()
     assert unknown == "kvx: 1 of 4 entries have pieces that the tokenizers do not know (the first on line 4)"
     assert "2 of 64 source pieces" in summary
 
@@ -256,8 +255,8 @@ class TestTranslating:
         return tmp_path / "list.npz"
 
     @staticmethod
-    def translate(*arguments: str | Path) -> Result:
-        return CliRunner().invoke(app, ["translate", "--device", "cpu", *map(str, arguments)])
+    def translate(*arguments: str | Path) -> Outcome:
+        return kvx("translate", "--device", "cpu", *arguments)
 
     @pytest.mark.parametrize("more", [[], ["--samples", "1", "--top-k", "1"], ["--workers", "2", "--rows", "2"]])
     def test_translate_says_how_many_candidates_there_were(
@@ -266,20 +265,20 @@ class TestTranslating:
         found = self.translate(
             "--model", shortlist_bundle, "--shortlist", listed, "--stats", *more, "twelve", "nine", "seven hundred"
         )
-        assert (found.exit_code, found.stdout) == (0, "zwölf\nneun\nsiebenhundert\n")
-        assert re.search(r", \d+ candidates a step, 1 sentences that the shortlist does not know\n$", found.stderr)
+        assert (found.code, found.out) == (0, "zwölf\nneun\nsiebenhundert\n")
+        assert re.search(r", \d+ candidates a step, 1 sentences that the shortlist does not know\n$", found.err)
 
     def test_without_a_list_no_candidates_are_spoken_of(self, shortlist_bundle: Path) -> None:
         found = self.translate("--model", shortlist_bundle, "--stats", "twelve")
-        assert (found.exit_code, found.stdout) == (0, "zwölf\n")
-        assert "candidates" not in found.stderr
+        assert (found.code, found.out) == (0, "zwölf\n")
+        assert "candidates" not in found.err
 
     def test_evaluate_takes_one(self, shortlist_bundle: Path, listed: Path) -> None:
         files = ("--source", listed.parent / "source", "--reference", listed.parent / "target")
         line = ["evaluate", shortlist_bundle, *files, "--shortlist", listed]
-        found = CliRunner().invoke(app, [*map(str, line)])
-        assert found.exit_code == 0
-        assert "| onnx" in found.stdout
+        found = kvx(*line)
+        assert found.code == 0
+        assert "| onnx" in found.out
 
     def test_evaluate_refuses_backends_that_have_no_such_steps(self, shortlist_bundle: Path, listed: Path) -> None:
         files = ("--source", listed.parent / "source", "--reference", listed.parent / "target")

@@ -1,0 +1,84 @@
+"""What commands say while they run, always on stderr, and what they need to be installed."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import typer
+
+from kvx.runtime.errors import OptionError
+
+if TYPE_CHECKING:
+    from kvx.exporter.progress import Report
+
+
+def say(text: str) -> None:
+    """A line of kvx's own on stderr."""
+    typer.echo(f"kvx: {text}", err=True)
+
+
+@contextlib.contextmanager
+def spinner(text: str) -> Iterator[None]:
+    """Says on stderr what is being waited for, where that is a terminal."""
+    from rich.console import Console
+
+    with Console(stderr=True).status(text):
+        yield
+
+
+@contextlib.contextmanager
+def reporting() -> Iterator[Report]:
+    """What an export says: notes as lines on stderr, the phase that runs as a spinner where that is a terminal."""
+    from rich.console import Console
+
+    from kvx.exporter.progress import Report
+
+    with Console(stderr=True).status("starting") as status:
+
+        class Spinner(Report):
+            def phase(self, text: str) -> None:
+                status.update(text)
+
+            def note(self, text: str) -> None:
+                say(text)
+
+        yield Spinner()
+
+
+@contextlib.contextmanager
+def counting(text: str, total: int | None, *, to_terminal: bool) -> Iterator[Callable[[int], None]]:
+    """Takes how much is done and shows it as a line on stderr, where that is a terminal and results do not go
+    `to_terminal` too.
+    """
+    if not sys.stderr.isatty() or to_terminal:
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = SpinnerColumn(), TextColumn(text), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(text, total=total)
+        yield lambda done: progress.update(task, completed=done)
+
+
+def require(*modules: str, extra: str) -> None:
+    """Raises OptionError where a module of an extra is not installed."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise OptionError(
+            f"This command needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed",
+            expected=f"the packages of the extra {extra}",
+            remedy=f"Install them with: pip install 'kvx[{extra}]'",
+        )
+
+
+def drop_output() -> None:
+    """Sends what is still buffered for a standard output that takes no more to nowhere."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

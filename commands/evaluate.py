@@ -1,0 +1,123 @@
+"""`kvx evaluate`: backends side by side on a test set."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvx.commands.console import require, say, spinner
+from kvx.commands.machine import BACKENDS, BackendName, Machine, MachineOptions
+from kvx.commands.options import BundleArgument, Described, with_described_options
+from kvx.commands.translation import options_of_a_translation
+from kvx.runtime.bundle.folder import Bundle
+from kvx.runtime.errors import OptionError
+from kvx.runtime.options import TranslateOptions
+from kvx.runtime.text.lines import read_file, write_lines
+
+if TYPE_CHECKING:
+    from kvx.runtime.measuring.evaluation import Evaluation, ParallelText
+
+OPTIONS_OF_AN_EVALUATION = options_of_a_translation(
+    "beam_size", "length_penalty", "max_new_tokens", "shortlist", "on_long", "rows", "workers", "cache_bytes"
+)
+
+
+@with_described_options
+def evaluate(
+    *,
+    bundle: BundleArgument,
+    source: Annotated[Path, typer.Option(help="The test set, a sentence per line.")],
+    reference: Annotated[Path, typer.Option(help="Its reference translations, line by line.")],
+    limit: Annotated[int | None, typer.Option(help="Take only this many lines from the beginning.")] = None,
+    tokenize: Annotated[
+        str | None, typer.Option(help="The tokenizer for BLEU: 13a, zh, …  [default: the one that sacrebleu chooses]")
+    ] = None,
+    backend: Annotated[
+        str, typer.Option(help="The backend that runs the model, or several with commas between to compare them.")
+    ] = "onnx",
+    machine: Annotated[MachineOptions, Described(MachineOptions, but=("backend",))],
+    given: Annotated[dict[str, Any], OPTIONS_OF_AN_EVALUATION],
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    hypotheses: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the translations to this file, or to NAME.<backend>.EXT for each of several backends."
+        ),
+    ] = None,
+) -> None:
+    """Compare backends on a test set: BLEU, chrF, speed and memory in one table."""
+    require("sacrebleu", extra="evaluate")
+    from kvx.runtime.measuring.evaluation import ParallelText
+
+    names = _backends(backend)
+    if "shortlist" in given and set(names) != {"onnx"}:
+        raise OptionError(
+            f"`shortlist` is given with the backends {backend}",
+            expected="onnx alone",
+            remedy="Leave out the other backends.",
+            option="shortlist",
+        )
+    test_set = ParallelText(read_file(source, limit), read_file(reference, limit))
+    options = TranslateOptions(**given)
+    opened = Bundle.open(bundle)
+    machines = [Machine.of(opened, replace(machine, backend=name)) for name in names]
+    for one in machines:
+        one.check()
+    found: list[Evaluation] = []
+    try:
+        for one in machines:
+            path = hypotheses and (_named_for(hypotheses, one) if len(machines) > 1 else hypotheses)
+            found.append(_evaluate(one, test_set, options, tokenize, path))
+            if not found[-1].complete:
+                say(f"interrupted: {found[-1].name} covers the first {found[-1].sentences} sentences")
+                raise typer.Exit(130)
+    finally:
+        _show(found, json_file)
+
+
+def _evaluate(
+    machine: Machine, test_set: ParallelText, options: TranslateOptions, tokenize: str | None, path: Path | None
+) -> Evaluation:
+    """One backend's figures; its translations go to the file."""
+    from kvx.runtime.measuring.evaluation import evaluate as run
+
+    translator = machine.load(bulk=True)
+    with spinner(f"{machine.options.backend}: {len(test_set.sources)} sentences"):
+        result, lines = run(translator, test_set, options, tokenize=tokenize)
+    if path:
+        write_lines(path, lines)
+    return result
+
+
+def _show(found: list[Evaluation], json_file: Path | None) -> None:
+    from kvx.runtime.measuring.evaluation import comparison
+
+    if not found:
+        return
+    for line in comparison(found):
+        typer.echo(line)
+    for signature in (found[0].bleu.signature, found[0].chrf.signature):
+        typer.echo(signature)
+    if json_file:
+        write_lines(json_file, json.dumps({"backends": [asdict(result) for result in found]}, indent=1).split("\n"))
+
+
+def _backends(given: str) -> list[BackendName]:
+    names = [name.strip() for name in given.split(",")]
+    known: list[BackendName] = [one for name in names for one in BACKENDS if one == name]
+    if len(known) < len(names):
+        raise OptionError(
+            f"`backend` is {given}",
+            expected=f"some of {', '.join(BACKENDS)}, with commas between them",
+            remedy="Correct `backend`.",
+            option="backend",
+        )
+    return known
+
+
+def _named_for(path: Path, machine: Machine) -> Path:
+    return path.with_name(f"{path.stem}.{machine.options.backend}{path.suffix}")

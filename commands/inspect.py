@@ -1,0 +1,24 @@
+"""`kvx inspect`: what is in a bundle."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from kvx.commands.options import BundleArgument
+from kvx.runtime.bundle.folder import Bundle
+
+
+def inspect(
+    bundle: BundleArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as it is.")] = False,
+) -> None:
+    """Show a bundle's graphs, sizes, limits, cache needs and parity report."""
+    from kvx.runtime.bundle.description import describe
+
+    opened = Bundle.open(bundle)
+    lines = [json.dumps(opened.manifest.to_dict(), indent=1)] if as_json else describe(opened)
+    for line in lines:
+        typer.echo(line)

@@ -1,0 +1,147 @@
+"""What runs a model: the options that say so, and a bundle loaded as they say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, Self, get_args
+
+from kvx import Translator
+from kvx.commands.console import require, say
+from kvx.runtime.backends.device import Device
+from kvx.runtime.bundle.folder import CHECKPOINT_FILE, Bundle, newest_bundle
+from kvx.runtime.bundle.manifest import GRAPH_FILES
+from kvx.runtime.engine.loaded import LoadedModel
+from kvx.runtime.errors import DeviceError
+from kvx.runtime.options import OPTIONS
+from kvx.runtime.rules import Option, Problem, choice, count, flag, refuse, text, wrong_values
+from kvx.runtime.system import available_threads
+
+BackendName = Literal["onnx", "torchscript", "torch", "torch-no-cache"]
+BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
+EAGER = ("torch", "torch-no-cache")
+ARTIFACTS = Path("artifacts")
+EXPORT_NEEDS = ("torch", "onnx", "onnx_ir", "onnxscript")
+MOST_THREADS = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineOptions:
+    """What runs a model. Raises OptionError."""
+
+    backend: Annotated[BackendName, Option(choice(BACKENDS), "The backend that runs the model.")] = "onnx"
+    device: Annotated[
+        str,
+        Option(
+            text(),
+            "Where the model runs: auto, cpu, cuda, cuda:<index>, or several of them with commas between. With auto, a "
+            "bundle that was exported for CUDA runs on the GPU where there is one, and all else on the CPU.",
+        ),
+    ] = "auto"
+    threads: Annotated[
+        int | None, Option(count(MOST_THREADS), "The number of compute threads.", unset="the cores available")
+    ] = None
+    workers: Annotated[int | None, OPTIONS["workers"]] = None
+    spin: Annotated[
+        bool,
+        Option(
+            flag(),
+            "Let threads wait busily within a step. A single text is faster if its cores have nothing else to do.",
+        ),
+    ] = False
+
+    def __post_init__(self) -> None:
+        refuse([*wrong_values(self), *self._contradictions()])
+
+    def _contradictions(self) -> Iterator[Problem]:
+        if self.spin and self.backend != "onnx":
+            yield Problem("spin", f"`spin` has no effect on the backend {self.backend}", "`spin` only with onnx")
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """An open bundle with what runs it: the options, and the device that "auto" stands for."""
+
+    bundle: Bundle
+    options: MachineOptions
+    device: str
+
+    @classmethod
+    def of(cls, bundle: Bundle, options: MachineOptions) -> Self:
+        """The device is chosen once, here."""
+        return cls(bundle, options, _place(bundle, options))
+
+    def check(self) -> None:
+        """Raises BundleError where the bundle lacks what the backend needs."""
+        self.bundle.require(*GRAPH_FILES.get(self.options.backend, (CHECKPOINT_FILE,)))
+
+    def load(self, *, bulk: bool) -> Translator:
+        """A translator of the bundle; for `bulk` work on the CPU every worker has one thread."""
+        if self.options.backend in EAGER:
+            return self._load_eager()
+        threads, workers = self.options.threads, self.options.workers
+        if workers is None and bulk and self.options.backend == "onnx" and self.device == "cpu":
+            workers = threads or available_threads()
+        loaded = LoadedModel.load(
+            self.bundle,
+            backend=self.options.backend,
+            threads=threads,
+            workers=workers,
+            spin=self.options.spin,
+            devices=Device.parse_list(self.device),
+        )
+        return Translator(loaded)
+
+    def _load_eager(self) -> Translator:
+        """The bundle's own checkpoint on eager PyTorch, which only the command line offers."""
+        require("torch", extra="export")
+        if self.device != "cpu":
+            raise DeviceError(
+                f"The backend {self.options.backend} does not run on {self.device}",
+                expected="the device cpu",
+                remedy="Set `device` to cpu.",
+                option="device",
+            )
+        import torch
+
+        from kvx.models.eager import NoCacheBackend, TorchBackend
+        from kvx.models.importers.reference import load_checkpoint
+
+        self.check()
+        self.bundle.check_hashes()
+        if self.options.threads is not None:
+            torch.set_num_threads(self.options.threads)
+        model = load_checkpoint(self.bundle.folder / CHECKPOINT_FILE).model
+        backend = TorchBackend if self.options.backend == "torch" else NoCacheBackend
+        eager = backend(model, attention_layer=self.bundle.manifest.features.attention)
+        return Translator(LoadedModel(self.bundle, eager))
+
+
+def load_and_say(model: Path | None, options: MachineOptions, *, bulk: bool) -> Translator:
+    """Loads the bundle, or the newest, and says what was chosen where the user left it open."""
+    path = model or newest_bundle(ARTIFACTS)
+    machine = Machine.of(Bundle.open(path), options)
+    loaded = machine.load(bulk=bulk)
+    if model is None or options.device == "auto":
+        say(f"{path} on {options.backend}, {machine.device}")
+    return loaded
+
+
+def ready_torch() -> None:
+    """What a proof needs. One thread for torch takes no longer: on busy cores several wait for each other."""
+    require(*EXPORT_NEEDS, extra="export")
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _place(bundle: Bundle, options: MachineOptions) -> str:
+    """The device: auto is CUDA for a bundle exported for it where its libraries are found, else the CPU."""
+    if options.device != "auto":
+        return options.device
+    if options.backend != "onnx" or bundle.manifest.lowering != "cuda":
+        return "cpu"
+    from kvx.runtime.backends.onnx import cuda_lacks
+
+    return "cuda" if cuda_lacks() is None else "cpu"

@@ -1,0 +1,52 @@
+"""`kvx score`: how probable given translations are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvx.commands.console import spinner
+from kvx.commands.machine import MachineOptions, load_and_say
+from kvx.commands.options import Described, ModelOption, OutputOption, with_described_options
+from kvx.commands.output import format_ranking
+from kvx.commands.translation import options_of_a_translation
+from kvx.runtime.engine.scoring import RankBy
+from kvx.runtime.options import TranslateOptions
+from kvx.runtime.text.lines import output_file, read_file
+
+
+@with_described_options
+def score(
+    *,
+    source: Annotated[Path, typer.Option(help="The sources, one per line.")],
+    target: Annotated[Path, typer.Option(help="Their translations, line by line.")],
+    choices: Annotated[
+        bool,
+        typer.Option(
+            "--choices", help="Rank candidates: each line of --target holds those of one source, with tabs between."
+        ),
+    ] = False,
+    by: Annotated[RankBy, typer.Option(help="Rank candidates by their sums or by their means per token.")] = "sum",
+    model: ModelOption = None,
+    machine: Annotated[MachineOptions, Described(MachineOptions)],
+    given: Annotated[dict[str, Any], options_of_a_translation("rows", "workers", "cache_bytes")],
+    output: OutputOption = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a JSON object per line, with every token and candidate.")
+    ] = False,
+) -> None:
+    """Print natural log-probabilities of given translations: sum, mean per token and number of tokens, tab-separated.
+
+    With --choices: the best candidate, its lead over the next one and its sum.
+    """
+    sources, lines = read_file(source), read_file(target)
+    candidates = [line.split("\t") if choices else [line] for line in lines]
+    options = TranslateOptions(**given)
+    translator = load_and_say(model, machine, bulk=True)
+    with spinner(f"scoring {len(lines)} lines"):
+        rankings = translator.rank(sources, candidates, by=by, options=options)
+    with output_file(output) as out:
+        for texts, ranking in zip(candidates, rankings, strict=True):
+            out.write(format_ranking(texts, ranking, choices=choices, as_json=as_json) + "\n")

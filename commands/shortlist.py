@@ -1,0 +1,79 @@
+"""`kvx shortlist train` and `kvx shortlist import`: shortlists from parallel text or a lexical table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvx.commands.console import say, spinner
+from kvx.runtime.bundle.folder import Bundle
+from kvx.runtime.text.lines import open_lines, read_file, read_lines
+
+if TYPE_CHECKING:
+    from kvx.runtime.shortlist.candidates import Shortlist
+
+BundleOption = Annotated[Path, typer.Option("--bundle", help="The bundle whose tokenizers the shortlist is for.")]
+OutputOption = Annotated[
+    Path, typer.Option("-o", "--output", help="The shortlist (.npz), which appears once it is complete.")
+]
+PerSourceOption = Annotated[int, typer.Option(help="The most target pieces for each source piece.")]
+FrequentOption = Annotated[int, typer.Option(help="The number of frequent target pieces that every sentence may use.")]
+
+
+def train(
+    bundle: BundleOption,
+    source: Annotated[Path, typer.Option(help="The sources, one per line.")],
+    target: Annotated[Path, typer.Option(help="Their translations, line by line.")],
+    output: OutputOption,
+    per_source: PerSourceOption = 50,
+    frequent: FrequentOption = 100,
+    iterations: Annotated[int, typer.Option(help="Iterations of IBM Model 1.")] = 5,
+) -> None:
+    """Learn a shortlist from parallel text."""
+    from kvx.runtime.shortlist import lexicon
+
+    options = lexicon.LexiconOptions(iterations=iterations, per_source=per_source, frequent=frequent)
+    opened, sources, targets = Bundle.open(bundle), read_file(source), read_file(target)
+    with spinner(f"learning from {len(sources)} lines"):
+        shortlist, coverage = lexicon.train_shortlist(opened, sources, targets, options)
+        shortlist.write(output)
+    say(
+        f"{_describe(shortlist, output)}; {coverage.candidates:.0f} candidates a sentence, "
+        f"which hold {coverage.share:.2%} of this text's target tokens"
+    )
+
+
+def import_(
+    table: Annotated[
+        Path, typer.Argument(help='Lines of "target source probability", in the pieces of the bundle\'s tokenizers.')
+    ],
+    bundle: BundleOption,
+    output: OutputOption,
+    per_source: PerSourceOption = 50,
+    frequent: FrequentOption = 100,
+) -> None:
+    """Make a shortlist from a lexical table (lex.s2t)."""
+    from kvx.runtime.shortlist import lexicon
+
+    options = lexicon.LexiconOptions(per_source=per_source, frequent=frequent)
+    opened = Bundle.open(bundle)
+    with open_lines(table) as stream, spinner(f"reading {table}"):
+        shortlist, read = lexicon.import_shortlist(opened, read_lines(stream), options)
+        shortlist.write(output)
+    if read.unknown:
+        say(
+            f"{read.unknown} of {read.entries} entries have pieces that the tokenizers do not know "
+            f"(the first on line {read.first_unknown})"
+        )
+    say(_describe(shortlist, output))
+
+
+def _describe(shortlist: Shortlist, path: Path) -> str:
+    targets = shortlist.targets_per_source
+    pieces = sum(map(bool, targets))
+    return (
+        f"{path}, {path.stat().st_size / 1024:.0f} KiB: {pieces} of {len(targets)} source pieces, "
+        f"{sum(targets) / max(pieces, 1):.1f} targets each, {len(shortlist.frequent)} frequent ones"
+    )

@@ -1,0 +1,226 @@
+"""`kvx translate`: texts in, translations out, in order."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
+
+import typer
+
+from kvx.commands.console import counting, say
+from kvx.commands.machine import MachineOptions, load_and_say
+from kvx.commands.options import Described, ModelOption, OutputOption, with_described_options
+from kvx.commands.output import format_stats, translation_json, translation_lines
+from kvx.commands.translation import OPTIONS_OF_A_TRANSLATION
+from kvx.runtime.errors import InputError, OptionError
+from kvx.runtime.options import TranslateOptions
+from kvx.runtime.text.lines import open_lines, output_file, read_file, read_lines, write_lines
+
+if TYPE_CHECKING:
+    from kvx import Translation, Translator
+    from kvx.runtime.decoding.results import DecodeStats
+
+NAMED_LINES = 10
+
+
+@with_described_options
+def translate(
+    *,
+    text: Annotated[
+        list[str] | None,
+        typer.Argument(help="The texts.  [default: the lines of standard input]", show_default=False),
+    ] = None,
+    input_: Annotated[
+        Path | None, typer.Option("-i", "--input", help="Read the texts from this file, one per line.")
+    ] = None,
+    output: OutputOption = None,
+    model: ModelOption = None,
+    machine: Annotated[MachineOptions, Described(MachineOptions)],
+    given: Annotated[dict[str, Any], OPTIONS_OF_A_TRANSLATION],
+    prefix_file: Annotated[
+        Path | None, typer.Option(help="Begin each translation with the line of this file that belongs to its text.")
+    ] = None,
+    alternatives: Annotated[
+        int | None, typer.Option(help="Give this many translations that differ in the token after --prefix.")
+    ] = None,
+    plot_attention: Annotated[
+        Path | None, typer.Option(help="Draw the attention of one text's translation in this HTML file.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object per line.")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Print speed and cache size to stderr.")] = False,
+) -> None:
+    """Translate texts, one per line, in order.
+
+    With --n-best, --samples or --alternatives there is a line for each translation, which begins with the number of
+    its text.
+    """
+    task = Task(
+        texts=tuple(text or ()),
+        input=input_,
+        output=output,
+        prefix=given.get("prefix"),
+        prefix_file=prefix_file,
+        hypotheses=max(given.get("n_best") or 1, given.get("samples") or 1),
+        alternatives=alternatives,
+        plot_attention=plot_attention,
+        align=given.get("align", False),
+        as_json=as_json,
+        stats=stats,
+    )
+    given |= {
+        "window": 1 if task.interactive else len(task.texts) or None,
+        "align": task.align or plot_attention is not None,
+    }
+    options = TranslateOptions(**given)
+    translator = load_and_say(model, machine, bulk=not task.texts and not task.interactive)
+    if task.interactive:
+        say("reading standard input, a text a line, until Ctrl-D")
+    _run(translator, task, options)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """Where texts come from, where translations go, and how they are written. Raises OptionError."""
+
+    texts: tuple[str, ...]
+    input: Path | None
+    output: Path | None
+    prefix: str | None
+    prefix_file: Path | None
+    hypotheses: int
+    alternatives: int | None
+    plot_attention: Path | None
+    align: bool
+    as_json: bool
+    stats: bool
+
+    def __post_init__(self) -> None:
+        self._check_sources()
+        if self.alternatives is not None and (self.stats or self.hypotheses > 1):
+            raise OptionError(
+                "`alternatives` is given together with `n_best`, `samples` or `stats`",
+                expected="one translation after each alternative",
+                remedy="Leave one of them out.",
+                option="alternatives",
+            )
+        if self.plot_attention is not None and len(self.texts) != 1:
+            raise OptionError(
+                f"`plot_attention` is given for {len(self.texts) or 'a stream of'} texts",
+                expected="one text, as an argument",
+                remedy="Give the one text whose attention you want to see.",
+                option="plot_attention",
+            )
+        if self.output is None and sys.stdout is None:
+            raise OptionError(
+                "Standard output is closed", expected="a place to write to", remedy="Use `output`.", option="output"
+            )
+
+    def _check_sources(self) -> None:
+        if self.texts and self.input:
+            raise OptionError(
+                "There are texts and `input`", expected="one of the two", remedy="Leave one out.", option="input"
+            )
+        if self.prefix and self.prefix_file is not None:
+            raise OptionError(
+                "There are `prefix` and `prefix_file`",
+                expected="one of the two",
+                remedy="Leave one out.",
+                option="prefix_file",
+            )
+        if not self.texts and self.input is None and sys.stdin is None:
+            raise OptionError(
+                "Standard input is closed", expected="texts", remedy="Give them as arguments or in a file."
+            )
+        if self.prefix_file is not None and self.interactive:
+            raise OptionError(
+                "`prefix_file` is given for texts that are typed",
+                expected="texts from a file or pipe",
+                remedy="Use `prefix`.",
+                option="prefix_file",
+            )
+
+    @property
+    def several(self) -> bool:
+        """Whether a text may have several translations."""
+        return self.hypotheses > 1 or (self.alternatives or 1) > 1
+
+    @property
+    def interactive(self) -> bool:
+        """Whether somebody types the texts, and waits for each answer."""
+        return not self.texts and self.input is None and sys.stdin is not None and sys.stdin.isatty()
+
+
+def _run(translator: Translator, task: Task, options: TranslateOptions) -> None:
+    from kvx.runtime.decoding.results import DecodeStats
+
+    stats, started, at_limit = DecodeStats(), time.perf_counter(), list[int]()
+    counter = counting("translating", len(task.texts) or None, to_terminal=task.output is None and sys.stdout.isatty())
+    with _texts(task) as texts, output_file(task.output) as out, counter as count:
+        for number, translation in enumerate(_translations(translator, task, options, texts, stats), 1):
+            _write(out, translation, number, task)
+            out.flush()
+            if task.plot_attention is not None:
+                _plot_attention(task.plot_attention, translation, task.texts[0])
+            if translation.truncated:
+                say(f"line {number} was cut to the model's {translator.manifest.model['source_positions']} positions")
+            if translation.finish_reason == "length":
+                at_limit.append(number)
+            count(number)
+    if at_limit:
+        shown = ", ".join(map(str, at_limit[:NAMED_LINES])) + (", …" if len(at_limit) > NAMED_LINES else "")
+        say(f"{len(at_limit)} translations stopped at the limit of new tokens (lines {shown})")
+    if task.stats:
+        say(format_stats(stats, time.perf_counter() - started))
+
+
+@contextlib.contextmanager
+def _texts(task: Task) -> Iterator[Iterable[str]]:
+    if task.texts:
+        yield task.texts
+    elif task.input:
+        with open_lines(task.input) as stream:
+            yield read_lines(stream)
+    else:
+        yield read_lines(sys.stdin.buffer)
+
+
+def _translations(
+    translator: Translator, task: Task, options: TranslateOptions, texts: Iterable[str], stats: DecodeStats
+) -> Iterator[Translation]:
+    from kvx.runtime.engine.call import paired
+
+    prefixes = None if task.prefix_file is None else read_file(task.prefix_file)
+    if task.alternatives is None:
+        yield from translator.translate_iter(texts, options, stats, prefixes=prefixes)
+        return
+    pairs = paired(texts, prefixes) if prefixes is not None else ((text, task.prefix or "") for text in texts)
+    for number, (text, prefix) in enumerate(pairs, 1):
+        first, *others = translator.alternatives(text, prefix, task.alternatives, options, number=number)
+        yield replace(first, others=tuple(others))
+
+
+def _write(out: TextIO, translation: Translation, number: int, task: Task) -> None:
+    if not task.align:
+        translation = replace(translation, alignment=None, source_tokens=None)
+    if task.as_json:
+        out.write(translation_json(translation) + "\n")
+    else:
+        out.writelines(f"{line}\n" for line in translation_lines(translation, number, several=task.several))
+
+
+def _plot_attention(path: Path, translation: Translation, text: str) -> None:
+    """A row for each token, eos included where the translation has ended."""
+    from kvx.runtime.measuring.heatmap import attention_html
+
+    if translation.attention is None:
+        raise InputError("An empty text has no attention", expected="a text with a word", remedy="Give another text.")
+    tokens = (*translation.tokens, *(["eos"] if len(translation.ids) > len(translation.tokens) else []))
+    page = attention_html(
+        translation.attention, translation.source_tokens or (), tokens, f"{text} → {translation.text}"
+    )
+    write_lines(path, page.split("\n"))
