@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
+import inspect
 import os
 import re
 import shutil
@@ -11,6 +13,7 @@ import sys
 import sysconfig
 import tomllib
 import types
+import typing
 import venv
 import zipfile
 from collections.abc import Iterator
@@ -209,9 +212,56 @@ def test_the_public_face_is_explicit_and_complete() -> None:
     assert all(hasattr(kvx, name) for name in kvx.__all__)
 
 
+def named_classes(hint: object) -> Iterator[type]:
+    """The classes of kvx in an annotation."""
+    if isinstance(hint, type) and not typing.get_args(hint) and hint.__module__.split(".")[0] == "kvx":
+        yield hint
+    for part in typing.get_args(hint):
+        yield from named_classes(part)
+
+
+def public_hints(owner: type) -> Iterator[object]:
+    """The annotations of what a class shows: its methods, properties and fields."""
+    for name, member in inspect.getmembers(owner):
+        function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+        if not name.startswith("_") and inspect.isfunction(function) and owner not in SEARCHES:
+            yield from typing.get_type_hints(function).values()
+    if dataclasses.is_dataclass(owner):
+        namespace = vars(sys.modules[OWN_MODULES[owner]])
+        yield from (eval(str(field.type), namespace) for field in dataclasses.fields(owner))
+
+
+SEARCHES = {kvx.BeamSearch, kvx.Greedy, kvx.Sampling}  # people make them; what they do with rows is the decoder's
+OWN_MODULES = {
+    value: name
+    for name, module in list(sys.modules.items())
+    if name.startswith("kvx.runtime")
+    for value in vars(module).values()
+    if isinstance(value, type) and value.__module__ == "kvx" and f"class {value.__name__}" in inspect.getsource(module)
+}
+
+
+@pytest.mark.parametrize("name", [name for name in kvx.__all__ if isinstance(getattr(kvx, name), type)])
+def test_what_public_signatures_name_is_public_too(name: str) -> None:
+    shown = {each for hint in public_hints(getattr(kvx, name)) for each in named_classes(hint)}
+    assert {each.__name__ for each in shown} <= set(kvx.__all__)
+    assert {each.__module__ for each in shown} <= {"kvx"}
+
+
+def test_public_classes_say_that_they_are_kvx() -> None:
+    classes = [getattr(kvx, name) for name in kvx.__all__ if isinstance(getattr(kvx, name), type)]
+    assert {one.__module__ for one in classes} == {"kvx"}
+    assert all(getattr(kvx, one.__name__) is one for one in classes)
+
+
+def test_a_translator_shows_nothing_but_what_people_call() -> None:
+    shown = {name for name in dir(kvx.Translator) if not name.startswith("_")}
+    assert shown == {"alternatives", "load", "manifest", "rank", "score", "translate", "translate_iter"}
+
+
 def test_every_error_is_exported() -> None:
-    own = {name: value for name, value in vars(errors).items() if getattr(value, "__module__", "") == errors.__name__}
-    found = {name: value for name, value in own.items() if isinstance(value, type)}
+    kinds = {name: value for name, value in vars(errors).items() if isinstance(value, type)}
+    found = {name: value for name, value in kinds.items() if issubclass(value, Exception)}
     assert found
     for name, error in found.items():
         assert issubclass(error, kvx.KvxError)

@@ -33,7 +33,7 @@ from kvx.runtime.decoding.plan import Plan
 from kvx.runtime.decoding.results import DecodeStats, Hypothesis, Sentence
 from kvx.runtime.decoding.search import BLOCK, BeamSearch, Greedy, Sampling, Search, largest, log_probabilities
 from kvx.runtime.engine.loaded import LoadedModel
-from kvx.runtime.options import TranslateOptions
+from kvx.runtime.options import TranslateOptions, filters_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -329,7 +329,7 @@ def test_without_early_stopping_the_best_are_those_of_a_search_that_never_stops(
         beam_size=size + 1, n_best=size + 1, length_penalty=penalty, early_stopping=False, end_penalty=end_penalty
     )
     size, search = options.search.beams, options.search
-    found = backend.run(sources, search, limit, filters=options.filters_of(NO_READER))
+    found = backend.run(sources, search, limit, filters=filters_of(options, NO_READER))
     oracle = Oracle(backend.logits, vocabulary, limit, end_gain=-(end_penalty or 0.0))
     for source in sources:
         expected = untied(oracle, source.ids, size, penalty, math.inf)
