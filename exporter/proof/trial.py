@@ -24,7 +24,7 @@ from kvx.runtime.decoding.backend import Backend, Shortlisting, Step, shortlisti
 from kvx.runtime.decoding.cache import Capacity, EncodedSource, KVCache
 from kvx.runtime.decoding.decode import decode
 from kvx.runtime.decoding.plan import Plan
-from kvx.runtime.decoding.rows import Source
+from kvx.runtime.decoding.results import Sentence
 from kvx.runtime.decoding.search import Greedy
 from kvx.runtime.decoding.shortlisted import LEAST_COLUMNS
 from kvx.runtime.errors import OptionError
@@ -295,7 +295,7 @@ class Trial:
         """
         found = Differences()
         truth, tried = self.cache(), self.cache(backend.cache_specs)
-        eager_step, step = self.eager.bind(truth), backend.bind(tried)
+        eager_step, step = self.eager.bind(truth), backend.bind_chunk(tried)
         for number, most in enumerate(CHUNKS):
             size = min(most, self.model.config.target_positions)
             self._make_room(truth, tried, size)
@@ -467,8 +467,8 @@ class Divergence:
 
 def translations(backend: Backend, sources: Sequence[tuple[int, ...]], plan: Plan) -> dict[int, tuple[int, ...]]:
     """The greedy ids of each source, by its number."""
-    numbered = (Source(index, ids) for index, ids in enumerate(sources))
-    return {outcome.index: outcome.best.ids for outcome in decode(backend, numbered, Greedy(), plan)}
+    numbered = (Sentence(index, ids) for index, ids in enumerate(sources))
+    return {outcome.sentence.number: outcome.best.ids for outcome in decode(backend, numbered, Greedy(), plan)}
 
 
 def _bind_projection(shortlisting: Shortlisting, projection: FloatArray, cache: KVCache) -> Step:

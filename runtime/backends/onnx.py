@@ -115,16 +115,13 @@ class OnnxBackend:
 
     def bind(self, cache: KVCache) -> Step:
         """The step with the cache's buffers as its inputs and outputs: that for several rows a sentence where they
-        share its source, which takes one token of each.
+        share its source.
         """
-        if cache.shared_sources:
-            return BoundStep(self._beams, cache)
-        one = BoundStep(self._step, cache)
+        return BoundStep(self._beams if cache.shared_sources else self._step, cache)
 
-        def step(input_ids: IntArray) -> StepOutput:
-            return one(input_ids) if input_ids.ndim == 1 else _run_chunk(self._chunk, cache, input_ids)
-
-        return step
+    def bind_chunk(self, cache: KVCache) -> Step:
+        """The step for several tokens of a row, input_ids [n, Q] → logits [n, Q, V], where `query_tokens` is true."""
+        return lambda input_ids: _run_chunk(self._chunk, cache, input_ids)
 
     def loop_rows(self, capacity: Capacity) -> AbstractContextManager[DeviceRows]:
         """Idle rows of this capacity, for one decode. Raises CapacityError where the device cannot hold them."""

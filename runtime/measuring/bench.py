@@ -19,8 +19,9 @@ from kvx.runtime.arrays import FloatArray
 from kvx.runtime.decoding.backend import Backend, StepOutput
 from kvx.runtime.decoding.device_loop import LoopBackend
 from kvx.runtime.decoding.plan import Plan
-from kvx.runtime.decoding.rows import Choice, Rows, Source
-from kvx.runtime.decoding.schedule import DecodeStats, Schedule
+from kvx.runtime.decoding.results import DecodeStats, Sentence
+from kvx.runtime.decoding.rows import Choice, Rows
+from kvx.runtime.decoding.schedule import Schedule
 from kvx.runtime.decoding.search import Greedy
 from kvx.runtime.errors import CapacityError, OptionError
 from kvx.runtime.options import TranslateOptions
@@ -220,7 +221,7 @@ def bench(
     reset_peak()
     start, translator = _start(make_translator, next((text for text in texts or () if text.strip()), FIRST_TEXT))
     manifest = translator.manifest
-    if isinstance(translator.backend, LoopBackend) and translator.backend.loops:
+    if isinstance(translator._model.backend, LoopBackend) and translator._model.backend.loops:
         raise OptionError(
             "a device whose steps feed themselves",
             expected="a backend whose cache is on the host, which is what is measured here",
@@ -231,7 +232,7 @@ def bench(
     return BenchResult(
         subject=subject,
         machine=Host.here(),
-        backend=translator.backend.name,
+        backend=translator._model.backend.name,
         precision=manifest.precision,
         lowering=manifest.lowering,
         model=manifest.model,
@@ -244,7 +245,7 @@ def bench(
     )
 
 
-def decode_times(backend: Backend, plan: Plan, sources: Sequence[Source]) -> DecodeTimes:
+def decode_times(backend: Backend, plan: Plan, sources: Sequence[Sentence]) -> DecodeTimes:
     """Decodes as many sources as the plan has rows, each to the plan's limit, as `decode` does, repacking included."""
     search, started = Unending(), time.perf_counter()
     schedule = Schedule(backend, iter(sources), plan, search, DecodeStats())
@@ -352,7 +353,7 @@ def _translate_all(
 def _row_cost(translator: Translator, plan: Plan, options: BenchOptions) -> RowCost:
     """The first decode, which allocates, is not counted."""
     sources = _sources(options, translator.manifest.model, plan.rows)
-    _, *runs = (decode_times(translator.backend, plan, sources) for _ in range(options.repeat + 1))
+    _, *runs = (decode_times(translator._model.backend, plan, sources) for _ in range(options.repeat + 1))
     steps = np.concatenate([run.steps for run in runs])
     sentences = [(run.encode + run.steps.sum()) / plan.rows for run in runs]
     return RowCost(
@@ -373,7 +374,7 @@ def _length_curve(translator: Translator, options: BenchOptions) -> LengthCurve:
     rows = max(1, min(options.length_rows, _rows_that_fit(translator, options, lengths[-1])))
     plan = _plan(translator, options, rows=rows, tokens=lengths[-1])
     sources = _sources(options, model, rows)
-    runs = [decode_times(translator.backend, plan, sources).steps for _ in range(options.length_repeat)]
+    runs = [decode_times(translator._model.backend, plan, sources).steps for _ in range(options.length_repeat)]
     totals = 1000 * np.median(runs, axis=0).cumsum()
     costs = tuple(_length_cost(length, float(totals[length - 1])) for length in lengths)
     return LengthCurve(rows=rows, costs=costs, left_out=left_out, ratio=costs[-1].token_ms / costs[0].token_ms)
@@ -392,21 +393,21 @@ def _plan(translator: Translator, options: BenchOptions, *, rows: int, tokens: i
             expected=f"at most {fit} such rows, which fill the default cache",
             remedy="Measure fewer rows or fewer tokens.",
         )
-    return Plan.of(translator.manifest, translator.backend.cache_specs, rows=rows, max_new_tokens=tokens)
+    return Plan.of(translator.manifest, translator._model.backend.cache_specs, rows=rows, max_new_tokens=tokens)
 
 
 def _rows_that_fit(translator: Translator, options: BenchOptions, tokens: int) -> int:
-    plan = Plan.of(translator.manifest, translator.backend.cache_specs, rows=1, max_new_tokens=tokens)
+    plan = Plan.of(translator.manifest, translator._model.backend.cache_specs, rows=1, max_new_tokens=tokens)
     source = max(options.source_tokens, plan.capacity(target=1, source=options.source_tokens).source)
     return plan.cache_bytes // plan.seat_bytes(source)
 
 
-def _sources(options: BenchOptions, model: Mapping[str, int], count: int) -> list[Source]:
+def _sources(options: BenchOptions, model: Mapping[str, int], count: int) -> list[Sentence]:
     """Sentences of drawn ids; any id is valid, as padding is by length."""
     drawn = np.random.default_rng(options.seed).integers(
         model["source_vocab_size"], size=(count, options.source_tokens)
     )
-    return [Source(index, tuple(ids)) for index, ids in enumerate(drawn.tolist())]
+    return [Sentence(index, tuple(ids)) for index, ids in enumerate(drawn.tolist())]
 
 
 def _peak_mib() -> float | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from kvx.runtime.decoding.schedule import DecodeStats
+from kvx.runtime.decoding.results import DecodeStats
 from kvx.runtime.errors import InputError, OptionError
 from kvx.runtime.system import peak_bytes, reset_peak
 from kvx.runtime.translation import Translation
@@ -94,7 +94,7 @@ def evaluate(
     tokens = sum(len(translation.ids) for translation in translations)
     references = list(islice(test_set.references, len(hypotheses)))
     evaluation = Evaluation(
-        name=translator.backend.name,
+        name=translator._model.backend.name,
         bleu=_score(bleu, hypotheses, references),
         chrf=_score(chrf, hypotheses, references),
         sentences=len(hypotheses),

@@ -24,16 +24,15 @@ def test_loading_a_bundle_says_which_command_brings_it(numbers_bundle: Path) -> 
     )
     done = without_onnxruntime(script, numbers_bundle)
     assert done.stderr == ""
-    assert "ONNX Runtime is not installed" in done.stdout
-    assert "pip install 'kvx[cpu]'" in done.stdout
-    assert "pip install 'kvx[gpu]'" in done.stdout
+    for part in ("onnxruntime", "not installed", "pip install", "'kvx[cpu]'", "'kvx[gpu]'"):
+        assert part in done.stdout
 
 
 def test_the_command_says_the_same_and_ends_with_the_code_of_bad_input(numbers_bundle: Path) -> None:
     command = ("translate", "--model", numbers_bundle, "twelve")
     done = without_onnxruntime("from kvx.cli import main; main()", *command)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "pip install 'kvx[cpu]'" in done.stderr
+    assert "'kvx[cpu]'" in done.stderr
 
 
 def test_the_version_and_the_help_need_none() -> None:

@@ -77,10 +77,10 @@ class Counting:
 def counted(tiny_bundle: Path) -> Counting:
     """What the backend saw of the quick measurement, the first translation left out."""
     translator = Translator.load(tiny_bundle)
-    counting = Counting(translator.backend)
+    counting = Counting(translator._model.backend)
 
     def load() -> Translator:
-        translator.backends = (cast(Backend, counting),)
+        translator._model.backends = (cast(Backend, counting),)
         return translator
 
     bench(load, SUBJECT, None, QUICK)
@@ -148,8 +148,8 @@ def test_every_row_takes_every_step(counted: Counting) -> None:
 
 def test_sources_are_as_long_as_asked_for(tiny_bundle: Path) -> None:
     translator = Translator.load(tiny_bundle)
-    counting = Counting(translator.backend)
-    translator.backends = (cast(Backend, counting),)
+    counting = Counting(translator._model.backend)
+    translator._model.backends = (cast(Backend, counting),)
     translator.translate(["Hello."])
     first = counting.encoded
     bench(lambda: translator, SUBJECT, None, QUICK)

@@ -11,7 +11,7 @@ import pytest
 import sacrebleu
 
 from kvx import InputError, OptionError, Translation, Translator
-from kvx.runtime.decoding.schedule import DecodeStats
+from kvx.runtime.decoding.results import DecodeStats
 from kvx.runtime.measuring.evaluation import ParallelText, evaluate
 from kvx.runtime.options import TranslateOptions
 
