@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import kvx
 from kvx.runtime import errors
@@ -71,6 +72,54 @@ def test_the_packages_are_the_folders_that_are_packages() -> None:
         listed = tomllib.load(file)["tool"]["setuptools"]["packages"]
     found = [".".join(["kvx", *path.parent.parts]) for path in SOURCES if path.name == "__init__.py"]
     assert sorted(listed) == sorted(found)
+
+
+def extras() -> dict[str, list[str]]:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        found: dict[str, list[str]] = tomllib.load(file)["project"]["optional-dependencies"]
+    return found
+
+
+def required(extra: str) -> set[str]:
+    """The packages that an extra brings, also those of the extras of kvx that it names, on every platform."""
+    found = set[str]()
+    for line in extras()[extra]:
+        name = re.split(r"[^\w.\[\],-]", line)[0]
+        inner = re.fullmatch(r"kvx\[([\w,]+)\]", name)
+        found |= set().union(*map(required, inner[1].split(","))) if inner else {name}
+    return found
+
+
+def test_the_user_chooses_onnx_runtime_by_an_extra() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        base = tomllib.load(file)["project"]["dependencies"]
+    assert [line for line in base if line.startswith("onnxruntime")] == []
+    assert required("cpu") == {"onnxruntime"}
+    for extra in set(extras()) - {"cpu", "gpu", "cuda", "dev"}:
+        assert not {name for name in required(extra) if name.startswith("onnxruntime")}
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "package"),
+    [
+        ("linux", "x86_64", "onnxruntime-gpu"),
+        ("win32", "AMD64", "onnxruntime-gpu"),
+        ("linux", "aarch64", "onnxruntime"),
+        ("darwin", "arm64", "onnxruntime"),
+        ("darwin", "x86_64", "onnxruntime"),
+    ],
+)
+def test_the_gpu_extra_installs_one_onnx_runtime_on_every_platform(system: str, machine: str, package: str) -> None:
+    platform = {"sys_platform": system, "platform_machine": machine}
+    requirements = [Requirement(line) for line in extras()["gpu"]]
+    chosen = [one.name for one in requirements if one.marker is None or one.marker.evaluate(platform)]
+    assert chosen == [package]
+
+
+def test_cuda_and_dev_bring_the_onnx_runtime_for_gpus() -> None:
+    assert required("gpu") < required("cuda")
+    assert required("gpu") < required("dev")
+    assert {"nvidia-cublas", "nvidia-cudnn-cu13"} <= required("cuda")
 
 
 def test_every_module_lies_in_a_package() -> None:
@@ -307,6 +356,11 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     [metadata] = [name for name in names if name.name == "METADATA"]
     content = zipfile.ZipFile(wheel).read(str(metadata)).decode()
     assert f"\nVersion: {kvx.__version__}\n" in content
+    needed = [
+        Requirement(line.removeprefix("Requires-Dist: ")) for line in content.splitlines() if "Requires-Dist" in line
+    ]
+    assert {one.name for one in needed if one.marker is None} == {"numpy", "sentencepiece", "typer", "rich"}
+    assert set(re.findall(r"(?m)^Provides-Extra: (.+)$", content)) == set(extras())
 
 
 def test_the_wheel_runs_in_a_clean_environment(wheel: Path, numbers_bundle: Path, tmp_path: Path) -> None:

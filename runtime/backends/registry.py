@@ -35,6 +35,12 @@ def _make_backend(
 ) -> Backend:
     arguments = (bundle.folder, bundle.manifest.dimensions, bundle.manifest.features)
     if name == "onnx":
+        if importlib.util.find_spec("onnxruntime") is None:
+            raise DeviceError(
+                "ONNX Runtime is not installed",
+                expected="the package onnxruntime or onnxruntime-gpu",
+                remedy="Install one of them: pip install 'kvx[cpu]' for a CPU, pip install 'kvx[gpu]' for a GPU.",
+            )
         from kvx.runtime.backends import onnx
 
         bundle.require(*GRAPH_FILES[name])

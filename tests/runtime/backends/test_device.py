@@ -69,6 +69,7 @@ def test_cuda_that_is_not_to_be_had_names_the_library_and_leaves_the_process_usa
 def test_a_device_translates_as_the_cpu_does(tmp_path: Path) -> None:
     if missing_library(CUDA_LIBRARY) is not None:
         pytest.skip("no CUDA here")
+    pytest.importorskip("torch", reason="exporting a bundle needs torch")
     from kvx.exporter.export import ExportOptions, export
     from kvx.tests.conftest import NUMBERS
 

@@ -13,6 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+pytest.importorskip("torch", reason="the oracle is eager PyTorch")
+
 from kvx import BundleError, InputError, OptionError, TranslateOptions, Translation, Translator
 from kvx.models.eager import TorchBackend
 from kvx.models.importers.reference import load_checkpoint
