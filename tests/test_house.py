@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib
 import inspect
 import os
 import re
@@ -332,6 +333,17 @@ def test_no_file_names_a_folder_of_this_machine() -> None:
     pattern = re.compile(rb"(?<![\w.~-])" + re.escape(os.fsencode(root)) + rb"/")
     naming = [path.relative_to(ROOT) for path in listed_files() if pattern.search(path.read_bytes())]
     assert naming == []
+
+
+def test_the_way_of_a_sentence_leads_past_functions_that_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    stations = re.findall(r"^\d+\. \[`([\w.]+)`\]\(([\w/]+\.py)\)", text, re.MULTILINE)
+    assert 15 <= len(stations) <= 25
+    for name, file in stations:
+        station: object = importlib.import_module(module_name(Path(file)))
+        for part in name.split("."):
+            station = getattr(station, part)
+        assert callable(station)
 
 
 @pytest.fixture(scope="module")
