@@ -53,9 +53,13 @@ class TorchBackend:
             past, cross = self._keys_values(cache, "decoder"), self._keys_values(cache, "encoder")
             ids, layer = torch.from_numpy(input_ids), self._attention_layer if input_ids.ndim == 1 else None
             stepped = self.model.step(ids, *_lengths(cache), past, cross, self._ops, attention_layer=layer)
-            return StepOutput(_array(stepped.logits), None, _array(stepped.attention))
+            return StepOutput(logits=_array(stepped.logits), attention=_array(stepped.attention))
 
         return step
+
+    def bind_chunk(self, cache: KVCache) -> Step:
+        """The step for several tokens of a row, input_ids [n, Q] → logits [n, Q, V], where `query_tokens` is true."""
+        return self.bind(cache)
 
     def _keys_values(self, cache: KVCache, side: str) -> list[KeyValue]:
         n, layers = cache.active, self.model.config.decoder_layers
@@ -87,7 +91,7 @@ class NoCacheBackend(TorchBackend):
             hidden, weights = self.model.decode_weighed(ids, self._keys_values(cache, "encoder"), source_lengths)
             rows, layer = torch.arange(n), self._attention_layer
             attention = None if layer is None else weights[layer][rows, :, lengths].mean(dim=1)
-            return StepOutput(_array(self.model.head(hidden[rows, lengths])), None, _array(attention))
+            return StepOutput(logits=_array(self.model.head(hidden[rows, lengths])), attention=_array(attention))
 
         return step
 

@@ -295,7 +295,7 @@ class Trial:
         """
         found = Differences()
         truth, tried = self.cache(), self.cache(backend.cache_specs)
-        eager_step, step = self.eager.bind(truth), backend.bind(tried)
+        eager_step, step = self.eager.bind(truth), backend.bind_chunk(tried)
         for number, most in enumerate(CHUNKS):
             size = min(most, self.model.config.target_positions)
             self._make_room(truth, tried, size)

@@ -91,9 +91,10 @@ def score(
     """
     at_once = TOKENS_AT_ONCE if backend.query_tokens else 1
     schedule = Schedule(backend, iter(sources), plan, None, stats or DecodeStats(), at_once=at_once)
-    step = backend.bind(schedule.cache)
+    one = backend.bind(schedule.cache)
+    several = backend.bind_chunk(schedule.cache) if backend.query_tokens else one
     while schedule.fill() and not stopped():
         input_ids, following = schedule.next_given()
-        logits = step(input_ids if input_ids.shape[1] > 1 else input_ids[:, 0]).logits
-        scores = log_probabilities(logits.reshape(following.size, -1), following.reshape(-1))
+        output = one(input_ids[:, 0]) if input_ids.shape[1] == 1 else several(input_ids)
+        scores = log_probabilities(output.logits.reshape(following.size, -1), following.reshape(-1))
         yield from schedule.record_given(scores.reshape(following.shape))
