@@ -324,7 +324,7 @@ class Machine:
 
         if Manifest.read(path).lowering != "cuda":
             return "cpu"
-        from kvx.runtime.backends.onnx import cuda_lacks
+        from kvx.runtime.backends.sessions import cuda_lacks
 
         return "cuda" if cuda_lacks() is None else "cpu"
 

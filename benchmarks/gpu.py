@@ -53,6 +53,7 @@ from kvx.runtime.bundle.manifest import ELEMENTS, LOOP_FILE, Precision, SpecialI
 from kvx.runtime.bundle.signature import Dimensions, StepFeatures
 from kvx.runtime.decoding.cache import Capacity
 from kvx.runtime.decoding.device_loop import LoopRows, LoopState
+from kvx.runtime.measuring.tables import markdown_table
 
 IDS = SpecialIds(pad=0, bos=2, eos=3)
 SOURCE = 20
@@ -60,6 +61,14 @@ SOURCE_CAPACITY = 32
 TARGET_UNIT = 64
 PROOF_ROWS, PROOF_IDLE = 24, 2
 COPIES = 10
+PROOF_COLUMNS = (
+    *("proof", "tokens", "best of eager", "largest margin"),
+    *("allowed", "captured as launched", "passed"),
+)
+TIME_COLUMNS = (
+    *("precision", "rows", "", "ms a step"),
+    *("lowest to highest", "tokens/s", "GB/s read", "of a copy"),
+)
 NO_CACHE_ROWS = 128  # beyond, the earlier positions of all rows fill the device for minutes
 MODELS = {
     "base": dataclasses.replace(BASE, source_positions=256, target_positions=256),
@@ -463,23 +472,25 @@ def table(found: dict[str, Any]) -> Iterator[str]:
     bandwidth = found["copy_bytes_per_second"]
     yield f"A copy on {found['device']} reads and writes {bandwidth / 1e9:,.0f} GB/s."
     yield ""
-    yield "| proof | tokens | best of eager | largest margin | allowed | captured as launched | passed |"
-    yield "|---|---:|---:|---:|---:|---|---|"
-    for proof in found["proofs"]:
-        cells = [proof["precision"], proof["tokens"], f"{proof['best_of_eager']:.2%}", f"{proof['largest_margin']:.2g}"]
-        cells += [f"{proof['allowed_margin']:.2g}", proof["alike"], proof["passed"]]
-        yield f"| {' | '.join(map(str, cells))} |"
+    yield from markdown_table(PROOF_COLUMNS, map(_proof_cells, found["proofs"]), text={0, 5, 6})
     yield ""
-    yield "| precision | rows | | ms a step | lowest to highest | tokens/s | GB/s read | of a copy |"
-    yield "|---|---:|---|---:|---|---:|---:|---:|"
-    for row in sorted(found["rows"], key=lambda row: row.rows):
-        spread = f"{row.lowest / row.steps * 1e3:.3f} to {row.highest / row.steps * 1e3:.3f}"
-        speed = (
-            f"{row.tokens_per_second:,.0f} | {row.bytes_per_second / 1e9:.1f} | {row.bytes_per_second / bandwidth:.0%}"
-        )
-        yield f"| {row.precision} | {row.rows} | {row.name} | {row.step_milliseconds:.3f} | {spread} | {speed} |"
+    rows = sorted(found["rows"], key=lambda row: row.rows)
+    yield from markdown_table(TIME_COLUMNS, (_time_cells(row, bandwidth) for row in rows), text={0, 2, 4})
     for missing in found["left_out"]:
         yield f"\nLeft out: {missing}."
+
+
+def _proof_cells(proof: dict[str, Any]) -> tuple[object, ...]:
+    best, margin, allowed = proof["best_of_eager"], proof["largest_margin"], proof["allowed_margin"]
+    figures = proof["tokens"], f"{best:.2%}", f"{margin:.2g}", f"{allowed:.2g}"
+    return proof["precision"], *figures, proof["alike"], proof["passed"]
+
+
+def _time_cells(row: Row, bandwidth: float) -> tuple[object, ...]:
+    spread = f"{row.lowest / row.steps * 1e3:.3f} to {row.highest / row.steps * 1e3:.3f}"
+    read = f"{row.bytes_per_second / 1e9:.1f}", f"{row.bytes_per_second / bandwidth:.0%}"
+    speed = f"{row.tokens_per_second:,.0f}", *read
+    return row.precision, row.rows, row.name, f"{row.step_milliseconds:.3f}", spread, *speed
 
 
 def as_json(found: dict[str, Any]) -> str:

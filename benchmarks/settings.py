@@ -19,6 +19,7 @@ from kvx.runtime.decoding.decode import SearchLoop
 from kvx.runtime.decoding.results import DecodeStats, Sentence
 from kvx.runtime.decoding.search import Greedy
 from kvx.runtime.engine.workers import side_by_side
+from kvx.runtime.measuring.tables import markdown_table
 from kvx.runtime.options import TranslateOptions
 from kvx.runtime.text.lines import open_lines, read_lines
 
@@ -76,13 +77,15 @@ def main() -> None:
         for setting, times in measured.items():
             times.append(seconds(translators[setting.threads], sources, setting))
     print(f"{len(sources)} sentences, {arguments.repeat} interleaved runs\n")
-    print("| threads | workers | rows | group | minimum s | median s | sentences/s |")
-    print("|---:|---:|---:|---:|---:|---:|---:|")
-    for setting, times in measured.items():
-        print(
-            f"| {setting.threads} | {setting.workers} | {setting.rows} | {setting.group} | {min(times):.2f} | "
-            f"{statistics.median(times):.2f} | {len(sources) / min(times):.0f} |"
+    header = ("threads", "workers", "rows", "group", "minimum s", "median s", "sentences/s")
+    rows = (
+        (
+            *(setting.threads, setting.workers, setting.rows, setting.group),
+            *(f"{min(times):.2f}", f"{statistics.median(times):.2f}", f"{len(sources) / min(times):.0f}"),
         )
+        for setting, times in measured.items()
+    )
+    print("\n".join(markdown_table(header, rows)))
 
 
 if __name__ == "__main__":

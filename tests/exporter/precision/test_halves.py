@@ -123,7 +123,7 @@ def test_bfloat16_is_proven_as_float32_where_it_has_no_kernels(tiny_checkpoint_f
     assert found["greedy on drawn ids"]["passed"]  # though there is no text
     weights = {tensor.data_type for tensor in onnx.load(folder / LOOP_FILE).graph.initializer}
     assert onnx.TensorProto.BFLOAT16 in weights
-    with pytest.raises(DeviceError, match=r"bfloat16 on cpu.*--device cuda"):
+    with pytest.raises(DeviceError, match=r"bfloat16 bundle on cpu.*`device` cuda"):
         OnnxBackend(folder, manifest.dimensions, manifest.features)
 
 

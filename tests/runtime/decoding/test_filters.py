@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvx import InputError, OptionError
+from kvx import InputError, OptionError, Target
 from kvx.runtime.arrays import FloatArray
 from kvx.runtime.bundle.signature import TensorSpec
 from kvx.runtime.decoding.cache import Capacity, EncodedSource, KVCache
@@ -425,7 +425,7 @@ def test_a_banned_sequence_never_comes_and_nothing_else_is_forbidden(
 def test_a_banned_text_never_comes(beams_translator: Translator, search: str) -> None:
     plain = everything(beams_translator.translate(TEXTS, SEARCHES[search], rows=8))
     (greedy,) = beams_translator.translate(TEXTS[:1])
-    banned = greedy.text, *sorted({one.ids[1:3] for one in plain if len(one.ids) > 4})[:3]
+    banned: list[Target] = [greedy.text, *sorted({one.ids[1:3] for one in plain if len(one.ids) > 4})[:3]]
     sequences = [beams_translator._model.targets.sequence(one, "banned") for one in banned]
     assert sequences[0] == greedy.ids[:-1]
     found = everything(beams_translator.translate(TEXTS, SEARCHES[search], banned=banned, rows=8))

@@ -21,8 +21,9 @@ from kvx.runtime.arrays import IntArray, Tensors
 from kvx.runtime.decoding.backend import Backend, Step, StepOutput
 from kvx.runtime.decoding.cache import KVCache
 from kvx.runtime.decoding.rows import Rows
-from kvx.runtime.measuring.bench import BenchOptions, BenchResult, Subject, Unending, bench, cpu_model, table
-from kvx.runtime.measuring.curves import SVG_NAMESPACE, curves_html
+from kvx.runtime.measuring.bench import BenchOptions, BenchResult, Subject, Unending, bench, table
+from kvx.runtime.measuring.curves import curves_html
+from kvx.runtime.measuring.page import SVG_NAMESPACE
 
 TEXTS = ("one", "", "forty-two", "nine hundred")
 SVG = f"{{{SVG_NAMESPACE}}}"
@@ -163,7 +164,7 @@ def test_fewer_rows_take_the_lengths_where_the_cache_is_too_small(
     row = manifest.cache_bytes(target=20, source=24)
     monkeypatch.setattr("kvx.runtime.decoding.plan.DEFAULT_CACHE_BYTES", 3 * row)
     assert measure(tiny_bundle, replace(QUICK, length_rows=64)).lengths.rows == 3
-    with pytest.raises(CapacityError, match="500 rows of 4 target and 5 source"):
+    with pytest.raises(CapacityError, match="no room for 500 rows of 4 target and 5 source"):
         measure(tiny_bundle, replace(QUICK, rows=(1, 500)))
 
 
@@ -197,20 +198,22 @@ def test_bad_options_are_refused_all_at_once() -> None:
             rows=(), source_tokens=0, tokens=-1, lengths=(9, 3), length_rows=0, repeat=0, length_repeat=0, seed=-1
         )
     for problem in (
-        *("rows = ()", "source_tokens = 0", "tokens = -1", "lengths = (9, 3)"),
-        *("length_rows = 0", "repeat = 0", "length_repeat = 0", "seed = -1"),
+        *("`rows` is ()", "`source_tokens` is 0", "`tokens` is -1", "`lengths` is (9, 3)"),
+        *("`length_rows` is 0", "`repeat` is 0", "`length_repeat` is 0", "`seed` is -1"),
     ):
         assert problem in caught.value.got
 
 
-@pytest.mark.parametrize("counts", [(0, 1), (-1,), (2, 2), (3, 1)])
+@pytest.mark.parametrize("counts", [(0, 1), (-1,), (2, 2), (3, 1), (1, 2**16 + 1), (True, 2)])
 def test_lists_must_ascend_from_one(counts: tuple[int, ...]) -> None:
     with pytest.raises(OptionError, match=r"rows.*lengths"):
         BenchOptions(rows=counts, lengths=counts)
 
 
 def test_more_tokens_than_the_model_has_positions_are_refused_together(tiny_bundle: Path) -> None:
-    with pytest.raises(OptionError, match=r"source_tokens = 25, tokens = 21.*24 source positions.*20 target positions"):
+    with pytest.raises(
+        OptionError, match=r"`source_tokens` is 25\. `tokens` is 21\..* 24 .*source positions.* 20 .*target positions"
+    ):
         measure(tiny_bundle, replace(QUICK, source_tokens=25, tokens=21))
 
 
@@ -236,13 +239,6 @@ def test_the_tables_columns_are_aligned(result: BenchResult) -> None:
     lines = [line for line in table(result) if line.startswith("|")]
     assert len({len(line) for line in lines[:4]}) == len({len(line) for line in lines[4:]}) == 1
     assert len(lines) == 4 + 5
-
-
-def test_the_cpus_name_is_the_systems(tmp_path: Path) -> None:
-    cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text("processor\t: 0\nmodel\t\t: 85\nmodel name\t: Fast (R) 9000 \nstepping\t: 1\n", encoding="utf-8")
-    assert cpu_model(cpuinfo) == "Fast (R) 9000"
-    assert cpu_model(tmp_path / "none")
 
 
 class Page(HTMLParser):

@@ -66,7 +66,7 @@ def test_an_interrupted_run_says_what_it_had(numbers_translator: Translator, mon
 
 @pytest.mark.parametrize(("sources", "references"), [(("a", "b"), ("a",)), ((), ())])
 def test_files_that_do_not_belong_together_are_refused(sources: tuple[str, ...], references: tuple[str, ...]) -> None:
-    with pytest.raises(InputError, match=f"{len(sources)} sources and {len(references)} references"):
+    with pytest.raises(InputError, match=f"are {len(sources)} sources and {len(references)} references"):
         ParallelText(sources, references)
 
 
