@@ -28,7 +28,7 @@ from kvx.runtime.text.lines import open_lines, output_file, read_file, read_line
 if TYPE_CHECKING:
     from kvx import Translation, Translator
     from kvx.exporter.progress import Report
-    from kvx.runtime.decoding.schedule import DecodeStats
+    from kvx.runtime.decoding.results import DecodeStats
     from kvx.runtime.measuring.evaluation import Evaluation
     from kvx.runtime.options import TranslateOptions
     from kvx.runtime.shortlist.candidates import Shortlist
@@ -624,7 +624,7 @@ def evaluate(
         for machine in machines:
             translator = machine.load(bundle, bulk=True)
             with _spinner(f"{machine.backend}: {len(test_set.sources)} sentences"):
-                result, lines = evaluation.evaluate(translator, test_set, options, tokenize=tokenize)
+                result, lines = evaluation.evaluate(translator._model, test_set, options, tokenize=tokenize)
             found.append(result)
             if hypotheses:
                 write_lines(_named_for(hypotheses, machine.backend) if len(names) > 1 else hypotheses, lines)
@@ -721,11 +721,11 @@ def bench(
         raise InputError(f"{text} without a line", expected="at least one text", remedy="Check the file.")
     with _spinner(f"measuring {bundle}"):
         result = measuring.bench(
-            lambda: machine.load(bundle, bulk=False),
+            lambda: machine.load(bundle, bulk=False)._model,
             subject,
             texts,
             options,
-            make_bulk=lambda: machine.load(bundle, bulk=True),
+            make_bulk=lambda: machine.load(bundle, bulk=True)._model,
         )
     for line in measuring.table(result):
         typer.echo(line)
@@ -832,7 +832,7 @@ def _describe(shortlist: Shortlist, path: Path) -> str:
 
 
 def _translate(translator: Translator, command: TranslateCommand, options: TranslateOptions) -> None:
-    from kvx.runtime.decoding.schedule import DecodeStats
+    from kvx.runtime.decoding.results import DecodeStats
 
     stats, started, at_limit = DecodeStats(), time.perf_counter(), list[int]()
     with _input_texts(command) as texts, output_file(command.output) as out, _counter(command) as count:
@@ -882,7 +882,7 @@ def _translations(
     texts: Iterable[str],
     stats: DecodeStats,
 ) -> Iterator[Translation]:
-    from kvx.runtime.engine.queue import paired
+    from kvx.runtime.engine.call import paired
 
     prefixes = None if command.prefix_file is None else read_file(command.prefix_file)
     if command.alternatives is None:
@@ -914,6 +914,7 @@ def _eager_translator(path: Path, machine: Machine) -> Translator:
     from kvx.models.eager import NoCacheBackend, TorchBackend
     from kvx.models.importers.reference import load_checkpoint
     from kvx.runtime.bundle.folder import CHECKPOINT_FILE, Bundle
+    from kvx.runtime.engine.loaded import LoadedModel
 
     if machine.place(path) != "cpu":
         raise DeviceError(f"device {machine.device} for {machine.backend}", expected="cpu", remedy="Use --device cpu.")
@@ -924,7 +925,8 @@ def _eager_translator(path: Path, machine: Machine) -> Translator:
         torch.set_num_threads(machine.threads)
     model = load_checkpoint(bundle.folder / CHECKPOINT_FILE).model
     backend = TorchBackend if machine.backend is BackendName.TORCH else NoCacheBackend
-    return Translator(bundle, backend(model, attention_layer=bundle.manifest.features.attention))
+    eager = backend(model, attention_layer=bundle.manifest.features.attention)
+    return Translator(LoadedModel(bundle, eager))
 
 
 def _backend(name: str) -> BackendName:

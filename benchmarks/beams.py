@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from kvx import TranslateOptions, Translator
-from kvx.runtime.decoding.schedule import DecodeStats
+from kvx.runtime.decoding.results import DecodeStats
 from kvx.runtime.measuring.tables import markdown_table
 from kvx.runtime.text.lines import open_lines, read_lines
 

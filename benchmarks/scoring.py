@@ -28,7 +28,7 @@ from kvx.runtime.bundle.signature import CHUNK_FEATURES, Dimensions, StepFeature
 from kvx.runtime.decoding.cache import Capacity
 from kvx.runtime.decoding.decode import score
 from kvx.runtime.decoding.plan import Plan
-from kvx.runtime.decoding.rows import Source
+from kvx.runtime.decoding.results import Sentence
 from kvx.runtime.measuring.tables import markdown_table
 
 BASE = ModelConfig(
@@ -73,7 +73,7 @@ def by_steps(backend: OnnxBackend, targets: int, *, several: bool) -> list[float
         target_bytes=Capacity(1, 1, 0).bytes(backend.cache_specs),
         source_bytes=Capacity(1, 0, 1).bytes(backend.cache_specs),
     )
-    source = Source(0, tuple(range(10, 10 + SOURCE_TOKENS)), (target,) * targets)
+    source = Sentence(0, tuple(range(10, 10 + SOURCE_TOKENS)), (target,) * targets)
     return [found.best.score or 0.0 for found in score(backend, plan, [source])]
 
 

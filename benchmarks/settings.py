@@ -11,15 +11,14 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kvx import Translator
-from kvx.runtime.decoding.decode import Cancelled, decode
-from kvx.runtime.decoding.rows import Source
-from kvx.runtime.decoding.schedule import DecodeStats, Outcome
+from kvx.runtime.bundle.folder import Bundle
+from kvx.runtime.decoding.decode import SearchLoop
+from kvx.runtime.decoding.results import DecodeStats, Sentence
 from kvx.runtime.decoding.search import Greedy
+from kvx.runtime.engine.loaded import LoadedModel
 from kvx.runtime.engine.workers import side_by_side
 from kvx.runtime.measuring.tables import markdown_table
 from kvx.runtime.options import TranslateOptions
@@ -49,17 +48,14 @@ def settings(threads: int) -> list[Setting]:
     ]
 
 
-def seconds(translator: Translator, sources: list[Source], setting: Setting) -> float:
+def seconds(model: LoadedModel, sources: list[Sentence], setting: Setting) -> float:
     """Wall time to decode all sources, longest first."""
     options = TranslateOptions(rows=setting.rows, workers=setting.workers)
-    plan, workers = translator.plan(options)
+    plan, workers = model.plan(options)
     plan = replace(plan, group=setting.group)
-
-    def greedy(shared: Iterator[Source], stats: DecodeStats, stopped: Cancelled) -> Iterator[Outcome]:
-        return decode(translator.backend, shared, Greedy(), plan, stats, cancelled=stopped)
-
+    loop = SearchLoop(model.backend, plan, Greedy())
     started = time.perf_counter()
-    count = sum(1 for _ in side_by_side([greedy] * workers, sources, DecodeStats()))
+    count = sum(1 for _ in side_by_side([loop] * workers, sources, DecodeStats()))
     assert count == len(sources)
     return time.perf_counter() - started
 
@@ -72,16 +68,16 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
-    translators = {n: Translator.load(arguments.bundle, threads=n) for n in {1, arguments.threads}}
-    plan, _ = translators[1].plan(TranslateOptions())
+    bundle = Bundle.open(arguments.bundle)
+    models = {n: LoadedModel.load(bundle, threads=n) for n in {1, arguments.threads}}
     with open_lines(arguments.text) as stream:
-        texts = translators[1].read_sources(read_lines(stream), plan, "error")
-        sources = [Source(index, text.ids) for index, text in enumerate(texts) if text.ids]
+        texts = models[1].sources.read(read_lines(stream))
+        sources = [Sentence(index, text.ids) for index, text in enumerate(texts) if text.ids]
     sources.sort(key=lambda source: len(source.ids), reverse=True)
     measured: dict[Setting, list[float]] = {setting: [] for setting in settings(arguments.threads)}
     for _ in range(arguments.repeat):
         for setting, times in measured.items():
-            times.append(seconds(translators[setting.threads], sources, setting))
+            times.append(seconds(models[setting.threads], sources, setting))
     print(f"{len(sources)} sentences, {arguments.repeat} interleaved runs\n")
     header = ("threads", "workers", "rows", "group", "minimum s", "median s", "sentences/s")
     rows = (

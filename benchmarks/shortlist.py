@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from kvx import TranslateOptions, Translation, Translator
-from kvx.runtime.decoding.schedule import DecodeStats
+from kvx.runtime.decoding.results import DecodeStats
 from kvx.runtime.measuring.evaluation import ParallelText, corpus_scores
 from kvx.runtime.measuring.tables import markdown_table
 from kvx.runtime.text.lines import open_lines, read_lines

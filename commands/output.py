@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
-from kvx.runtime.decoding.schedule import DecodeStats
+from kvx.runtime.decoding.results import DecodeStats
 from kvx.runtime.engine.scoring import Ranking
 from kvx.runtime.text.lines import one_line
 from kvx.runtime.translation import Translation

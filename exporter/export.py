@@ -48,7 +48,7 @@ from kvx.runtime.bundle.manifest import (
 from kvx.runtime.bundle.signature import CHUNK_FEATURES, StepFeatures, cache_specs
 from kvx.runtime.decoding.plan import Plan, check_limit
 from kvx.runtime.errors import BundleError, OptionError, ParityError, TokenizerError
-from kvx.runtime.options import Problem, refuse
+from kvx.runtime.rules import Problem, refuse
 from kvx.runtime.text.tokenizers.sentencepiece import Tokenizer
 
 Format = Literal["onnx", "torchscript", "both"]
@@ -94,16 +94,16 @@ class ExportOptions:
     shortlist: bool = False
 
     def __post_init__(self) -> None:
-        refuse([*self._unknown(), *self._contradictions(), *self._without_effect()])
+        refuse(Problem("", *one) for one in [*self._unknown(), *self._contradictions(), *self._without_effect()])
 
-    def _unknown(self) -> Iterator[Problem]:
+    def _unknown(self) -> Iterator[tuple[str, str]]:
         known = {"lowering": get_args(Lowering), "precision": get_args(Precision), "format": get_args(Format)}
         for name, choices in known.items():
             value = getattr(self, name)
             if value not in choices and (value is not None or name == "precision"):
                 yield f"--{name} {value}", f"--{name} {', '.join(choices[:-1])} or {choices[-1]}"
 
-    def _contradictions(self) -> Iterator[Problem]:
+    def _contradictions(self) -> Iterator[tuple[str, str]]:
         if self.quantized and self.operators != "ort":
             yield f"--precision {self.precision} with --lowering {self.operators}", "int8 and int4 with ort alone"
         if self.precision == "bf16" and self.operators != "cuda":
@@ -117,7 +117,7 @@ class ExportOptions:
         if self.attention and self.attention_layer is not None and self.attention_layer < 0:
             yield f"--attention-layer {self.attention_layer}", "a layer from 0 up"
 
-    def _without_effect(self) -> Iterator[Problem]:
+    def _without_effect(self) -> Iterator[tuple[str, str]]:
         if self.calibration is not None and not self.quantized:
             yield f"--calibration with --precision {self.precision}", "--calibration only with int8 or int4"
         if self.attention_layer is not None and not self.attention:

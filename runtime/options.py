@@ -2,204 +2,65 @@
 
 from __future__ import annotations
 
-import math
-import secrets
-from collections.abc import Iterator
-from dataclasses import dataclass
-from numbers import Integral
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TypedDict, get_args
+from typing import Annotated, Any, TypedDict, Unpack, get_args
 
 from kvx.runtime.decoding.filters import (
-    Constraints,
+    Ban,
     EndPenalty,
     Filter,
+    Filters,
     LeastTokens,
     NoRepeatedNgrams,
     RepetitionPenalty,
     Suppress,
 )
-from kvx.runtime.decoding.search import BeamSearch, Greedy, Sampling, Search
+from kvx.runtime.decoding.search import BeamSearch, Greedy, Sampling
 from kvx.runtime.errors import OptionError
+from kvx.runtime.rules import (
+    Option,
+    Problem,
+    Rule,
+    choice,
+    count,
+    described,
+    flag,
+    number,
+    path,
+    refuse,
+    wrong_value,
+    wrong_values,
+)
 from kvx.runtime.text.sources import OnLong
+from kvx.runtime.text.targets import Target, TargetReader
 
-Given = str | tuple[int, ...]
-Problem = tuple[str, str]
+Search = Greedy | BeamSearch | Sampling
 
-LARGEST_SEED = 2**64 - 1
-RANGES = {  # beyond these nothing changes but that numbers overflow
-    "length_penalty": (-50, 50),
-    "end_penalty": (-1_000_000, 1_000_000),
-    "repetition_penalty": (0.001, 1000),
-}
-BEAM_OPTIONS = ("n_best", "length_penalty", "early_stopping", "patience")
-SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "seed")
+GREEDY = Greedy()
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TranslateOptions:
-    """How to translate. Raises one OptionError that names everything unknown or contradictory.
-
-    The texts. `on_long`: what happens to a source of more positions than the model has, bos and eos counted. `window`:
-    texts read ahead and sorted by length together.
-
-    The machine. `rows`: rows of the cache that a worker decodes at a time, of which a sentence takes one, or one for
-    each beam (default: as many as fit, up to 64). `workers`: decode loops side by side (default: what the backend is
-    fastest with, where there are sentences enough). `cache_bytes`: the most that all their caches together may hold
-    (default: 1 GiB).
-
-    The search, greedy by default. `beam_size` above 1: a beam search, with `n_best` translations of each text (1), a
-    `length_penalty` (1.0), `early_stopping` (true) and `patience` (1.0) as BeamSearch describes them. `samples`: so
-    many translations of each text drawn at random instead, after `temperature` (1.0), among the `top_k` most probable
-    tokens (all) and the fewest with together the probability `top_p` (1.0); with a `seed` a text's samples are the same
-    whenever and beside whatever they are drawn.
-
-    Constraints. `max_new_tokens`, `min_new_tokens`: tokens after bos, eos counted (default: the bundle's limit, 1).
-    `prefix`: what every translation begins with, a text or target ids. `suppress`: pieces or ids that never come.
-    `no_repeated_ngrams`: no so many tokens come twice in the same order. `repetition_penalty`: above 1, tokens that
-    have come get less probable; `end_penalty`: nats that ending costs. `shortlist`: a file that says which target
-    pieces those of a source may become; a translation is made of these and its prefix, and log-probabilities are those
-    among them. A source with a piece that the file does not know has the whole vocabulary, as scored targets have.
-
-    The results. `scores`: also log-probabilities. `align`: also the source piece that each target token attends to
-    most. `replace_unknown`: the aligned source word in place of an unknown token.
-    """
-
-    on_long: OnLong = "error"
-    window: int | None = None
-    rows: int | None = None
-    workers: int | None = None
-    cache_bytes: int | None = None
-    beam_size: int = 1
-    n_best: int | None = None
-    length_penalty: float | None = None
-    early_stopping: bool | None = None
-    patience: float | None = None
-    samples: int | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int | None = None
-    max_new_tokens: int | None = None
-    min_new_tokens: int | None = None
-    prefix: Given | None = None
-    suppress: tuple[str | int, ...] = ()
-    no_repeated_ngrams: int | None = None
-    repetition_penalty: float | None = None
-    end_penalty: float | None = None
-    shortlist: str | Path | None = None
-    scores: bool = False
-    align: bool = False
-    replace_unknown: bool = False
-
-    def __post_init__(self) -> None:
-        refuse([*self._out_of_range(), *self._contradictions()])
-
-    @property
-    def targets(self) -> int:
-        """How many targets of each source are searched for."""
-        return self.samples or 1
-
-    @property
-    def with_attention(self) -> bool:
-        """Whether the weights of the cross-attention are needed."""
-        return self.align or self.replace_unknown
-
-    def search(self) -> Search:
-        """The search that these describe. Without a seed, every call draws one."""
-        if self.samples is not None:
-            return Sampling(
-                seed=secrets.randbelow(LARGEST_SEED) if self.seed is None else self.seed,
-                temperature=1.0 if self.temperature is None else self.temperature,
-                top_k=self.top_k,
-                top_p=1.0 if self.top_p is None else self.top_p,
-                scored=self.scores,
-            )
-        if self.beam_size == 1:
-            return Greedy(scored=self.scores)
-        return BeamSearch(
-            size=self.beam_size,
-            length_penalty=1.0 if self.length_penalty is None else self.length_penalty,
-            early_stopping=self.early_stopping is not False,
-            n_best=self.n_best or 1,
-            patience=1.0 if self.patience is None else self.patience,
-            gain=math.inf if (self.repetition_penalty or 1.0) < 1 else max(0.0, -(self.end_penalty or 0.0)),
-            scored=self.scores,
-        )
-
-    def constraints(self, suppressed: tuple[int, ...]) -> Constraints:
-        """The filters that these describe, with the ids of what is suppressed. The least length comes last: it gives
-        way where the others leave nothing but eos.
-        """
-        filters: list[Filter] = []
-        if self.repetition_penalty not in (None, 1.0):
-            filters.append(RepetitionPenalty(self.repetition_penalty))
-        if self.end_penalty:
-            filters.append(EndPenalty(self.end_penalty))
-        if suppressed:
-            filters.append(Suppress(suppressed))
-        if self.no_repeated_ngrams is not None:
-            filters.append(NoRepeatedNgrams(self.no_repeated_ngrams))
-        if self.min_new_tokens is not None and self.min_new_tokens > 1:
-            filters.append(LeastTokens(self.min_new_tokens))
-        return Constraints(tuple(filters))
-
-    def _out_of_range(self) -> Iterator[Problem]:
-        counts = ("max_new_tokens", "min_new_tokens", "rows", "workers", "cache_bytes", "window", "beam_size", "n_best")
-        for name in (*counts, "samples", "top_k", "no_repeated_ngrams"):
-            value = getattr(self, name)
-            if value is not None and (not _is_whole(value) or value < 1):
-                yield f"{name} = {value!r}", f"{name} from 1 up"
-        for name in ("temperature", "patience"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                yield f"{name} = {value}", f"{name} above 0"
-        for name, (least, most) in RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not least <= value <= most:
-                yield f"{name} = {value}", f"{name} from {least} to {most}"
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            yield f"top_p = {self.top_p}", "top_p above 0 and up to 1"
-        if self.seed is not None and (not _is_whole(self.seed) or not 0 <= self.seed <= LARGEST_SEED):
-            yield f"seed = {self.seed!r}", f"a seed from 0 to {LARGEST_SEED}"
-        if isinstance(self.suppress, str):
-            yield f"suppress = {self.suppress!r}", "a tuple of pieces or ids to suppress"
-        if self.on_long not in get_args(OnLong):
-            yield f"on_long = {self.on_long!r}", f"on_long {' or '.join(get_args(OnLong))}"
-
-    def _contradictions(self) -> Iterator[Problem]:
-        for name in SAMPLING_OPTIONS:
-            if getattr(self, name) is not None and self.samples is None:
-                yield f"{name} = {getattr(self, name)} with a deterministic search", f"{name} only with samples"
-        for name in BEAM_OPTIONS:
-            if getattr(self, name) is not None and self.beam_size == 1:
-                yield f"{name} = {getattr(self, name)} without beams", f"{name} only with beam_size above 1"
-        if self.samples is not None and self.beam_size > 1:
-            yield f"samples = {self.samples} with beam_size = {self.beam_size}", "one of them"
-        if self.n_best is not None and 1 < self.beam_size < self.n_best:
-            yield f"n_best = {self.n_best} of beam_size = {self.beam_size}", "n_best up to beam_size"
-        if self.rows is not None and self.rows < self.beam_size:
-            yield f"beam_size = {self.beam_size} in rows = {self.rows}", "a row for every beam of a sentence"
-        if self.min_new_tokens is not None and self.min_new_tokens > (self.max_new_tokens or self.min_new_tokens):
-            yield (
-                f"min_new_tokens = {self.min_new_tokens} over max_new_tokens = {self.max_new_tokens}",
-                "min_new_tokens up to max_new_tokens",
-            )
-        if self.patience is not None and self.early_stopping is False:
-            yield f"patience = {self.patience} without early_stopping", "patience only with early_stopping"
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
+MOST_CACHE_BYTES = 2**50
+SEARCHES = Rule("Greedy(), BeamSearch(…) or Sampling(…)", lambda value: isinstance(value, get_args(Search)))
+PREFIX = Rule(
+    "a text or a sequence of ids", lambda value: isinstance(value, str | Sequence) and not isinstance(value, bytes)
+)
+PIECES = Rule(
+    "a tuple of pieces or ids",
+    lambda value: isinstance(value, tuple | list) and all(isinstance(one, str | int) for one in value),
+)
+TARGETS = Rule(
+    "a tuple of texts or of sequences of ids",
+    lambda value: isinstance(value, tuple | list) and all(PREFIX.holds(one) for one in value),
+)
+CALLABLES = Rule("a sequence of callables", lambda value: not isinstance(value, str) and all(map(callable, value)))
 
 
 class TranslateKeywords(TypedDict, total=False):
-    """The fields of TranslateOptions as keyword arguments, but for the window, which is all texts at hand."""
+    """What TranslateOptions takes, for type checkers; what each of them is for stands with its field."""
 
-    on_long: OnLong
-    rows: int | None
-    workers: int | None
-    cache_bytes: int | None
+    search: Search
     beam_size: int
     n_best: int | None
     length_penalty: float | None
@@ -212,21 +73,233 @@ class TranslateKeywords(TypedDict, total=False):
     seed: int | None
     max_new_tokens: int | None
     min_new_tokens: int | None
-    prefix: Given | None
-    suppress: tuple[str | int, ...]
+    prefix: Target | None
+    suppress: Sequence[str | int]
+    banned: Sequence[Target]
     no_repeated_ngrams: int | None
     repetition_penalty: float | None
     end_penalty: float | None
+    filters: Sequence[Filter]
     shortlist: str | Path | None
+    on_long: OnLong
     scores: bool
     align: bool
     replace_unknown: bool
+    rows: int | None
+    workers: int | None
+    cache_bytes: int | None
 
 
-def refuse(problems: list[Problem]) -> None:
-    """Raises OptionError with what was got and expected of all problems, if there are any."""
-    if problems:
-        got, expected = zip(*problems, strict=True)
+class AllKeywords(TranslateKeywords, total=False):
+    """With the window, which a call with all its texts at hand does not have."""
+
+    window: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, init=False)
+class TranslateOptions:
+    """How to translate. Raises one OptionError that names everything unknown or contradictory.
+
+    `search` is Greedy(), BeamSearch(size) or Sampling(). Instead of it, or to change it, its fields may be given as
+    keywords: `beam_size`, `n_best`, `length_penalty`, `early_stopping` and `patience` of beams, `samples`,
+    `temperature`, `top_k`, `top_p` and `seed` of samples.
+
+    `filters` are further constraints, callables that change the logits [n, V] of the active rows in place. They come
+    after those that the other options describe, in their order. docs/options.md has all options with their rules.
+    """
+
+    search: Annotated[Search, Option(SEARCHES, "How targets are searched for.", hidden=True)] = GREEDY
+    max_new_tokens: Annotated[
+        int | None, Option(count(), "Most tokens of a translation, with its end.", unset="the bundle's limit")
+    ] = None
+    min_new_tokens: Annotated[
+        int | None, Option(count(), "Fewest tokens of a translation, with its end.", unset="1")
+    ] = None
+    prefix: Annotated[Target | None, Option(PREFIX, "What every translation begins with.")] = None
+    suppress: Annotated[
+        tuple[str | int, ...], Option(PIECES, "A piece of the target vocabulary that never comes. May be repeated.")
+    ] = ()
+    banned: Annotated[
+        tuple[Target, ...],
+        Option(TARGETS, "A text whose pieces never come in this order. May be repeated.", flags=("--ban",)),
+    ] = ()
+    no_repeated_ngrams: Annotated[int | None, Option(count(), "Never repeat an n-gram of this size.")] = None
+    repetition_penalty: Annotated[
+        float | None, Option(number(0.001, 1000), "Above 1, tokens that have come before become less probable.")
+    ] = None
+    end_penalty: Annotated[
+        float | None,
+        Option(number(-1_000_000, 1_000_000), "What ending costs, in nats. Above 0, translations get longer."),
+    ] = None
+    filters: Annotated[tuple[Filter, ...], Option(CALLABLES, "Further constraints, as callables.", hidden=True)] = ()
+    shortlist: Annotated[
+        str | Path | None,
+        Option(path(), "A file of `kvx shortlist`: use its candidates only. Needs a bundle exported --with-shortlist."),
+    ] = None
+    on_long: Annotated[
+        OnLong,
+        Option(choice(get_args(OnLong)), "What to do with a source of more tokens than the model has positions."),
+    ] = "error"
+    scores: Annotated[bool, Option(flag(), "Also give log-probabilities.")] = False
+    align: Annotated[
+        bool,
+        Option(
+            flag(),
+            "Also give the source piece that each token attends to most. Needs a bundle exported --with-attention.",
+        ),
+    ] = False
+    replace_unknown: Annotated[
+        bool,
+        Option(
+            flag(),
+            "Put the aligned source word in the place of an unknown token. Needs a bundle exported --with-attention.",
+        ),
+    ] = False
+    window: Annotated[
+        int | None,
+        Option(
+            count(), "Texts that are read ahead and sorted by length together.", unset="8 for each row", hidden=True
+        ),
+    ] = None
+    rows: Annotated[
+        int | None,
+        Option(
+            count(),
+            "Rows of the cache of each worker: one for each text, or for each of its beams.",
+            unset="64, or as many as fit",
+        ),
+    ] = None
+    workers: Annotated[
+        int | None,
+        Option(
+            count(),
+            "Decode loops that share the threads.",
+            unset="one per thread on onnx where there are many texts, else 1",
+        ),
+    ] = None
+    cache_bytes: Annotated[
+        int | None,
+        Option(
+            count(MOST_CACHE_BYTES),
+            "The most that all caches together may hold, in MiB.",
+            unset="1024",
+            flags=("--cache-mb",),
+            unit=2**20,
+        ),
+    ] = None
+
+    def __init__(self, **keywords: Unpack[AllKeywords]) -> None:
+        given: dict[str, Any] = dict(keywords)
+        _refuse_unknown(given)
+        flat = {name: given.pop(name) for name in SEARCH_OPTIONS if name in given}
+        for field in fields(self):
+            value = given.get(field.name, field.default)
+            object.__setattr__(self, field.name, tuple(value) if isinstance(value, list) else value)
+        problems = [*wrong_values(self), *_wrong_search_values(flat)]
+        if not problems:
+            search, problems = _searched(self.search, flat)
+            object.__setattr__(self, "search", search)
+        refuse(problems or self._contradictions())
+
+    def changed(self, **changes: Unpack[AllKeywords]) -> TranslateOptions:
+        """These options with some others. Keywords of a search change the search that is there."""
+        own: AllKeywords = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[assignment]
+        own.update(changes)
+        return TranslateOptions(**own) if changes else self
+
+    @property
+    def with_attention(self) -> bool:
+        """Whether the weights of the cross-attention are needed."""
+        return self.align or self.replace_unknown
+
+    def filters_of(self, reader: TargetReader) -> Filters:
+        """The filters that these describe, their texts read as pieces. The least length comes last: it gives way where
+        the others leave nothing but eos. Raises OptionError for what the vocabulary does not have.
+        """
+        filters: list[Filter] = []
+        if self.repetition_penalty not in (None, 1.0):
+            filters.append(RepetitionPenalty(self.repetition_penalty))
+        if self.end_penalty:
+            filters.append(EndPenalty(self.end_penalty))
+        if self.suppress:
+            filters.append(Suppress(reader.pieces(self.suppress, "suppress")))
+        if self.banned:
+            filters.append(Ban(tuple(reader.sequence(one, "banned") for one in self.banned)))
+        if self.no_repeated_ngrams is not None:
+            filters.append(NoRepeatedNgrams(self.no_repeated_ngrams))
+        filters.extend(self.filters)
+        if self.min_new_tokens is not None and self.min_new_tokens > 1:
+            filters.append(LeastTokens(self.min_new_tokens))
+        return Filters(tuple(filters))
+
+    def _contradictions(self) -> Iterator[Problem]:
+        beams = self.search.beams
+        if self.rows is not None and self.rows < beams:
+            yield Problem("rows", f"`beam_size` is {beams}, more than `rows` ({self.rows})", "a row for every beam")
+        if self.min_new_tokens is not None and self.min_new_tokens > (self.max_new_tokens or self.min_new_tokens):
+            got = f"`min_new_tokens` is {self.min_new_tokens}, more than `max_new_tokens` ({self.max_new_tokens})"
+            yield Problem("min_new_tokens", got, "`min_new_tokens` up to `max_new_tokens`")
+
+
+def _search_options(search: type) -> dict[str, Option]:
+    """The described fields of a search, by the keywords that they are as options of a translation."""
+    return {option.keyword or name: option for name, option in described(search).items()}
+
+
+BEAM_OPTIONS, SAMPLING_OPTIONS = _search_options(BeamSearch), _search_options(Sampling)
+SEARCH_OPTIONS = BEAM_OPTIONS | SAMPLING_OPTIONS
+OPTIONS = SEARCH_OPTIONS | described(TranslateOptions)
+
+
+def _refuse_unknown(given: Mapping[str, Any]) -> None:
+    """Raises OptionError for keywords that are no options, with the nearest one."""
+    for name in given.keys() - OPTIONS.keys():
+        near = difflib.get_close_matches(name.replace("num_", "").replace("beams", "beam_size"), OPTIONS, 1)
         raise OptionError(
-            ", ".join(got), expected="; ".join(dict.fromkeys(expected)), remedy="Correct or leave out what is named."
+            f"There is no option `{name}`",
+            expected=f"one like `{near[0]}`" if near else "one of those that TranslateOptions has",
+            remedy="Correct its name or leave it out.",
+            option=name,
         )
+
+
+def _wrong_search_values(flat: Mapping[str, Any]) -> Iterator[Problem]:
+    for name, value in flat.items():
+        if value is not None or name == "beam_size":
+            yield from wrong_value(name, value, SEARCH_OPTIONS[name].rule)
+
+
+def _searched(base: Search, flat: Mapping[str, Any]) -> tuple[Search, list[Problem]]:
+    """The search that keywords make of another, and what contradicts itself in it. None stands for the default."""
+    if not flat:
+        return base, []
+    size = flat.get("beam_size", base.beams)
+    samples = flat.get("samples", base.samples if isinstance(base, Sampling) else None)
+    own = BEAM_OPTIONS if size > 1 else SAMPLING_OPTIONS if samples is not None else {}
+    set_ = {name: value for name, value in flat.items() if value is not None}
+    problems = list(_strays(set_, own, beams=size > 1, sampling=samples is not None))
+    if size > 1 and samples is not None:
+        problems.append(Problem("samples", f"`samples` is {samples} and `beam_size` is {size}", "one of the two"))
+    kind: type[BeamSearch | Sampling] = BeamSearch if size > 1 else Sampling
+    kept = {field.name: getattr(base, field.name) for field in fields(base)} if isinstance(base, kind) else {}
+    kept |= {"size" if name == "beam_size" else name: value for name, value in set_.items() if name in own}
+    reset = {name for name, value in flat.items() if value is None}
+    try:
+        return (
+            kind(**{name: value for name, value in kept.items() if name not in reset}) if own else Greedy()
+        ), problems
+    except OptionError as error:
+        return base, [*problems, Problem(error.option or "", error.got, error.expected)]
+
+
+def _strays(given: Mapping[str, Any], own: Mapping[str, Option], *, beams: bool, sampling: bool) -> Iterator[Problem]:
+    """Options of a search that is not the one asked for."""
+    for name, value in given.items():
+        if name in own or name in ("beam_size", "samples"):
+            continue
+        if name in BEAM_OPTIONS and not beams:
+            yield Problem(
+                name, f"`{name}` is {value}, but there are no beams", f"`{name}` only with `beam_size` above 1"
+            )
+        if name in SAMPLING_OPTIONS and not sampling:
+            yield Problem(name, f"`{name}` is {value}, but nothing is sampled", f"`{name}` only with `samples`")

@@ -67,7 +67,8 @@ def is_whole(value: object) -> bool:
 
 def count(most: int = LARGEST_COUNT, *, least: int = 1) -> Rule:
     """Whole numbers from `least` to `most`."""
-    return Rule(f"a whole number from {least} to {most}", lambda value: is_whole(value) and least <= value <= most)
+    end = "up" if most == LARGEST_COUNT else f"to {most}"
+    return Rule(f"a whole number from {least} {end}", lambda value: is_whole(value) and least <= value <= most)
 
 
 def number(least: float, most: float, *, above: bool = False) -> Rule:

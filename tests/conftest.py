@@ -110,8 +110,8 @@ def numbers_translator(numbers_bundle: Path) -> Translator:
 def beams_translator(numbers_bundle: Path) -> Translator:
     """The numbers model for several rows a sentence: with its own graph, or the plain step where there is none."""
     translator = Translator.load(numbers_bundle, threads=1)
-    if not (numbers_bundle / BEAMS_FILE).is_file() and isinstance(translator.backend, OnnxBackend):
-        translator.backend.beam_cache_specs = translator.backend.cache_specs
+    if not (numbers_bundle / BEAMS_FILE).is_file() and isinstance(translator._model.backend, OnnxBackend):
+        translator._model.backend.beam_cache_specs = translator._model.backend.cache_specs
     return translator
 
 

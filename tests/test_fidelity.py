@@ -23,6 +23,7 @@ from kvx.runtime.backends.torchscript import TorchScriptBackend
 from kvx.runtime.bundle.folder import Bundle
 from kvx.runtime.bundle.signature import key_value_names
 from kvx.runtime.decoding.cache import Capacity, EncodedSource, KVCache
+from kvx.runtime.engine.loaded import LoadedModel
 from kvx.runtime.text.sources import SourceReader
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def translator(request: pytest.FixtureRequest, seed_bundle: Path, seed_checkpoin
     if request.param in ("onnx", "torchscript"):
         return Translator.load(seed_bundle, backend=request.param)
     backend = TorchBackend if request.param == "torch" else NoCacheBackend
-    return Translator(Bundle.open(seed_bundle), backend(seed_checkpoint.model))
+    return Translator(LoadedModel(Bundle.open(seed_bundle), backend(seed_checkpoint.model)))
 
 
 def differing_lines(translations: list[Translation], expected: list[dict[str, object]]) -> list[int]:

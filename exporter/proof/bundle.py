@@ -27,7 +27,7 @@ from kvx.runtime.bundle.signature import cache_specs
 from kvx.runtime.decoding.plan import Plan
 from kvx.runtime.errors import BundleError, InputError
 from kvx.runtime.measuring.evaluation import ParallelText
-from kvx.runtime.options import Problem, refuse
+from kvx.runtime.rules import Problem, refuse
 from kvx.runtime.text.lines import open_lines, read_lines
 from kvx.runtime.text.sources import SourceReader, load_tokenizer
 
@@ -47,7 +47,9 @@ def verify(
     """
     report = report or Report()
     manifest = Manifest.read(folder)
-    refuse(list(without_effect(manifest.precision, options, verify_text, verify_reference)))
+    refuse(
+        Problem("", *one) for one in list(without_effect(manifest.precision, options, verify_text, verify_reference))
+    )
     report.phase("comparing the files with their hashes")
     checks = [_check_files(folder)]
     if checks[-1].passed:
@@ -63,7 +65,7 @@ def verify(
 
 def without_effect(
     precision: Precision, options: ParityOptions, text: Path | None, reference: Path | None
-) -> Iterator[Problem]:
+) -> Iterator[tuple[str, str]]:
     """What of a proof's limits and files there is nothing for, and what they need."""
     need = "only with fewer bits and --verify-text"
     missing = [

@@ -24,7 +24,7 @@ from kvx.runtime.decoding.backend import Backend, Shortlisting, Step, shortlisti
 from kvx.runtime.decoding.cache import Capacity, EncodedSource, KVCache
 from kvx.runtime.decoding.decode import decode
 from kvx.runtime.decoding.plan import Plan
-from kvx.runtime.decoding.rows import Source
+from kvx.runtime.decoding.results import Sentence
 from kvx.runtime.decoding.search import Greedy
 from kvx.runtime.decoding.shortlisted import LEAST_COLUMNS
 from kvx.runtime.errors import OptionError
@@ -467,8 +467,8 @@ class Divergence:
 
 def translations(backend: Backend, sources: Sequence[tuple[int, ...]], plan: Plan) -> dict[int, tuple[int, ...]]:
     """The greedy ids of each source, by its number."""
-    numbered = (Source(index, ids) for index, ids in enumerate(sources))
-    return {outcome.index: outcome.best.ids for outcome in decode(backend, numbered, Greedy(), plan)}
+    numbered = (Sentence(index, ids) for index, ids in enumerate(sources))
+    return {outcome.sentence.number: outcome.best.ids for outcome in decode(backend, numbered, Greedy(), plan)}
 
 
 def _bind_projection(shortlisting: Shortlisting, projection: FloatArray, cache: KVCache) -> Step:

@@ -14,12 +14,11 @@ from kvx.runtime.decoding.cache import KVCache
 
 
 class StepOutput(NamedTuple):
-    """logits [B, V], or [B, Q, V] of Q tokens, valid until the next step; next_ids [B] and attention [B, S], the
-    weights of one layer's cross-attention, where the graph gives them.
+    """logits [B, V], or [B, Q, V] of Q tokens, valid until the next step; attention [B, S], the weights of one layer's
+    cross-attention, where the graph gives them.
     """
 
     logits: FloatArray
-    next_ids: IntArray | None = None
     attention: FloatArray | None = None
 
 
@@ -30,7 +29,7 @@ class Step(Protocol):
         """input_ids [n], one token for each of the cache's n active rows → logits [n, V]; or [n, Q] → [n, Q, V].
 
         Writes the positions from `cache.lengths` on of every active row in place; advancing the lengths is the
-        caller's. Several tokens at once only where the backend takes `query_tokens`.
+        caller's. Which of the two forms it takes is decided when it is bound.
         """
         ...
 
@@ -68,7 +67,7 @@ class Backend(Protocol):
         ...
 
     def bind(self, cache: KVCache) -> Step:
-        """The decoder step over this cache, of one row a sentence or of several."""
+        """The step for one token of a row, input_ids [n], over this cache, of one row a sentence or of several."""
         ...
 
     def bind_chunk(self, cache: KVCache) -> Step:

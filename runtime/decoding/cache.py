@@ -64,9 +64,9 @@ class KVCache:
         self.specs = tuple(specs)
         if any(spec.dtype == "bfloat16" for spec in self.specs):
             raise OptionError(
-                "a cache in bfloat16 on the host, which numpy does not have",
+                "This needs a cache in bfloat16 on the host, but numpy has no bfloat16",
                 expected="float32 or float16, or greedy translations without scores, whose cache is on the device",
-                remedy="Ask for no more than the best translation, or export with --precision fp16.",
+                remedy="Ask for no more than the best translation, or export the model with precision fp16.",
             )
         self.capacity = capacity
         self.shared_sources = any(spec.axes[0] == "G" for spec in self.specs)
@@ -101,7 +101,7 @@ class KVCache:
         last = min(self.seated, self.capacity.seats - 1)
         if not 0 <= seat <= last or source.length > self.capacity.source:
             raise CapacityError(
-                f"a source of {source.length} positions for seat {seat}, {self.seated} taken",
+                f"A source of {source.length} positions cannot take seat {seat}, with {self.seated} seats taken",
                 expected=f"a seat up to {last} and at most {self.capacity.source} positions",
                 remedy="Release a seat or resize the cache first.",
             )
@@ -119,7 +119,9 @@ class KVCache:
         last = self.seated - 1
         if not 0 <= seat <= last:
             raise CapacityError(
-                f"release of seat {seat}", expected=f"one of the {self.seated} taken", remedy="Release a seat once."
+                f"Seat {seat} cannot be released",
+                expected=f"one of the {self.seated} taken",
+                remedy="Release a seat once.",
             )
         self.move(last, seat)
         self.active = self._rows(last).start
@@ -169,8 +171,8 @@ class KVCache:
             or capacity.beams != self.capacity.beams
         ):
             raise CapacityError(
-                f"resize to {capacity.rows} rows of {capacity.target} target and {capacity.source} source positions, "
-                f"{capacity.beams} a seat",
+                f"The cache cannot be resized to {capacity.rows} rows of {capacity.target} target and "
+                f"{capacity.source} source positions, {capacity.beams} a seat",
                 expected=f"at least {self.active} rows, {self.capacity.beams} a seat, and at least the {used_target} "
                 f"and {used_source} positions in use",
                 remedy="Resize to what the active rows need.",

@@ -1,15 +1,17 @@
-"""The decode loop."""
+"""The decode loop, and the loops that a call may ask for, as objects with a `run`."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
 
 from kvx.runtime.decoding.backend import Backend, Candidates, Step, shortlisting_of
-from kvx.runtime.decoding.filters import UNCONSTRAINED, Constraints
+from kvx.runtime.decoding.filters import UNFILTERED, Filters
 from kvx.runtime.decoding.plan import Plan
-from kvx.runtime.decoding.rows import Source
-from kvx.runtime.decoding.schedule import DecodeStats, Outcome, Schedule
+from kvx.runtime.decoding.results import DecodeStats, Outcome, Sentence
+from kvx.runtime.decoding.schedule import Schedule
 from kvx.runtime.decoding.search import Search, log_probabilities
 from kvx.runtime.decoding.shortlisted import ShortlistedStep
 
@@ -25,49 +27,134 @@ def never() -> bool:
 
 def decode(
     backend: Backend,
-    sources: Iterable[Source],
+    sentences: Iterable[Sentence],
     search: Search,
     plan: Plan,
     stats: DecodeStats | None = None,
     *,
-    constraints: Constraints = UNCONSTRAINED,
+    filters: Filters = UNFILTERED,
+    scored: bool = False,
     with_attention: bool = False,
-    shortlist: Candidates | None = None,
+    candidates: Candidates | None = None,
     cancelled: Cancelled = never,
 ) -> Iterator[Outcome]:
-    """Sources, any number and in any order → what becomes of each target, as it is over.
+    """Sentences, any number and in any order → what becomes of each target, as it is over.
 
-    Sources are drawn only as seats fall free. Where `cancelled` answers true, between two steps, every target ends as
-    it is. The cache belongs to this decode and goes with it, also where the consumer stops half-way. By a
-    `shortlist`, which must know all sources and which the backend must have steps for, targets are made of candidates.
+    Sentences are drawn only as seats fall free. `cancelled` is asked once before each step; where it answers true,
+    every target ends as it is. The cache belongs to this decode and goes with it, also where the consumer stops
+    half-way. With `candidates`, which must know all sources and which the backend must have steps for, a target is made
+    of those of its source.
     """
     stats = stats or DecodeStats()
-    schedule = Schedule(backend, iter(sources), plan, search, stats, with_attention=with_attention, shortlist=shortlist)
-    step, rows = _bind(backend, schedule, stats, shortlisted=shortlist is not None), schedule.rows
+    schedule = Schedule(
+        backend,
+        iter(sentences),
+        plan,
+        search,
+        stats,
+        scored=scored,
+        with_attention=with_attention,
+        gain=filters.gain,
+        candidates=candidates,
+    )
+    step, rows = _bind(backend, schedule, stats, shortlisted=candidates is not None), schedule.rows
     while schedule.fill():
         if cancelled():
             yield from schedule.cancel()
             return
         output = step(rows.next_ids())
-        logits = constraints(output.logits, rows)
+        logits = filters(output.logits, rows)
         yield from schedule.record(search.choose(output, logits, rows), output.attention)
 
 
-def decode_known(
-    decode_some: Callable[..., Iterator[Outcome]], sources: Iterable[Source], shortlist: Candidates, stats: DecodeStats
+def score(
+    backend: Backend,
+    plan: Plan,
+    sentences: Iterable[Sentence],
+    stats: DecodeStats | None = None,
+    cancelled: Cancelled = never,
 ) -> Iterator[Outcome]:
-    """What becomes of all sources: of those that the shortlist knows by it, of others by the whole vocabulary, which
-    would cost all those beside them as much. `decode_some` is `decode` with all that is the same for both.
+    """Sentences whose targets are fixed from beginning to end → their log-probabilities, as they finish.
+
+    Ends where `cancelled` answers true. On the rows and cache of `decode`, but several tokens of a row at a time while
+    few rows leave a step half empty.
     """
-    for known, some in itertools.groupby(sources, key=lambda source: shortlist.knows(source.ids)):
-        listed = {"shortlist": shortlist} if known else {}
-        yield from decode_some(_counted(some, stats, unknown=not known), **listed)
+    at_once = TOKENS_AT_ONCE if backend.query_tokens else 1
+    schedule = Schedule(backend, iter(sentences), plan, None, stats or DecodeStats(), at_once=at_once, scored=True)
+    one = backend.bind(schedule.cache)
+    several = backend.bind_chunk(schedule.cache) if backend.query_tokens else one
+    while schedule.fill() and not cancelled():
+        input_ids, following = schedule.next_fixed()
+        output = one(input_ids[:, 0]) if input_ids.shape[1] == 1 else several(input_ids)
+        scores = log_probabilities(output.logits.reshape(following.size, -1), following.reshape(-1))
+        yield from schedule.record_fixed(scores.reshape(following.shape))
 
 
-def _counted(sources: Iterable[Source], stats: DecodeStats, *, unknown: bool) -> Iterator[Source]:
-    for source in sources:
+class Loop(Protocol):
+    """What runs sentences through a backend. It may be run several times, also side by side."""
+
+    def run(self, sentences: Iterable[Sentence], stats: DecodeStats, cancelled: Cancelled) -> Iterator[Outcome]:
+        """The outcomes, as they come."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class SearchLoop:
+    """A decode. With candidates, sources that they do not know have the whole vocabulary, in decodes of their own:
+    beside others they would cost these as much.
+    """
+
+    backend: Backend
+    plan: Plan
+    search: Search
+    filters: Filters = UNFILTERED
+    scored: bool = False
+    with_attention: bool = False
+    candidates: Candidates | None = None
+
+    def run(self, sentences: Iterable[Sentence], stats: DecodeStats, cancelled: Cancelled) -> Iterator[Outcome]:
+        """See Loop."""
+        if self.candidates is None:
+            yield from self._decode(sentences, stats, cancelled, None)
+            return
+        knows = self.candidates.knows
+        for known, some in itertools.groupby(sentences, key=lambda sentence: knows(sentence.ids)):
+            counted = _counted(some, stats, unknown=not known)
+            yield from self._decode(counted, stats, cancelled, self.candidates if known else None)
+
+    def _decode(
+        self, sentences: Iterable[Sentence], stats: DecodeStats, cancelled: Cancelled, candidates: Candidates | None
+    ) -> Iterator[Outcome]:
+        return decode(
+            self.backend,
+            sentences,
+            self.search,
+            self.plan,
+            stats,
+            filters=self.filters,
+            scored=self.scored,
+            with_attention=self.with_attention,
+            candidates=candidates,
+            cancelled=cancelled,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringLoop:
+    """Log-probabilities of fixed targets."""
+
+    backend: Backend
+    plan: Plan
+
+    def run(self, sentences: Iterable[Sentence], stats: DecodeStats, cancelled: Cancelled) -> Iterator[Outcome]:
+        """See Loop."""
+        return score(self.backend, self.plan, sentences, stats, cancelled)
+
+
+def _counted(sentences: Iterable[Sentence], stats: DecodeStats, *, unknown: bool) -> Iterator[Sentence]:
+    for sentence in sentences:
         stats.fallbacks += unknown
-        yield source
+        yield sentence
 
 
 def _bind(backend: Backend, schedule: Schedule, stats: DecodeStats, *, shortlisted: bool) -> Step:
@@ -75,26 +162,3 @@ def _bind(backend: Backend, schedule: Schedule, stats: DecodeStats, *, shortlist
     if shortlisting is None:
         return backend.bind(schedule.cache)
     return ShortlistedStep(shortlisting, schedule.rows, stats)
-
-
-def score(
-    backend: Backend,
-    plan: Plan,
-    sources: Iterable[Source],
-    stats: DecodeStats | None = None,
-    stopped: Cancelled = never,
-) -> Iterator[Outcome]:
-    """Sources whose targets are all given → their log-probabilities, as they finish.
-
-    Ends where `stopped` answers true. On the rows and cache of `decode`, but several tokens of a row at a time while
-    few rows leave a step half empty.
-    """
-    at_once = TOKENS_AT_ONCE if backend.query_tokens else 1
-    schedule = Schedule(backend, iter(sources), plan, None, stats or DecodeStats(), at_once=at_once)
-    one = backend.bind(schedule.cache)
-    several = backend.bind_chunk(schedule.cache) if backend.query_tokens else one
-    while schedule.fill() and not stopped():
-        input_ids, following = schedule.next_given()
-        output = one(input_ids[:, 0]) if input_ids.shape[1] == 1 else several(input_ids)
-        scores = log_probabilities(output.logits.reshape(following.size, -1), following.reshape(-1))
-        yield from schedule.record_given(scores.reshape(following.shape))

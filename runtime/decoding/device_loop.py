@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, Self, runtime_checkable
@@ -22,8 +22,8 @@ from kvx.runtime.arrays import IntArray
 from kvx.runtime.decoding.cache import Capacity
 from kvx.runtime.decoding.decode import Cancelled, never
 from kvx.runtime.decoding.plan import GROUP_POSITIONS, Plan, rung
-from kvx.runtime.decoding.rows import Hypothesis, Source
-from kvx.runtime.decoding.schedule import DecodeStats, Outcome, nothing, padded
+from kvx.runtime.decoding.results import DecodeStats, Hypothesis, Outcome, Sentence
+from kvx.runtime.decoding.schedule import padded
 from kvx.runtime.errors import CapacityError
 
 BLOCK = 8  # steps between two looks
@@ -101,19 +101,19 @@ class LoopBackend(Protocol):
 
 def decode_in_blocks(
     backend: LoopBackend,
-    sources: Iterator[Source],
+    sentences: Iterable[Sentence],
     plan: Plan,
     stats: DecodeStats,
     *,
     block: int = BLOCK,
     cancelled: Cancelled = never,
 ) -> Iterator[Outcome]:
-    """Sources, each with one target of which nothing is given → their greedy translations, as they are over.
+    """Sentences, each with one target of which nothing is fixed → their greedy translations, as they are over.
 
     As `decode` with Greedy, but that the host looks only every `block` steps: a row stops at most so much later than it
-    might. A source too long for the rows waits until they are empty, and gets larger ones.
+    might. A source that is too long for the rows waits until they are empty and gets larger ones.
     """
-    waiting = _Line(sources)
+    waiting = _Line(iter(sentences))
     while ahead := waiting.look(plan.rows):
         capacity = _capacity(backend, plan, ahead)
         stats.cache_bytes = max(stats.cache_bytes, backend.loop_bytes(capacity))
@@ -122,16 +122,16 @@ def decode_in_blocks(
 
 
 class _Line:
-    """Sources that are drawn, at most as many as there are rows for, but have no row yet."""
+    """Sentences that are drawn, at most as many as there are rows for, but have no row yet."""
 
-    def __init__(self, sources: Iterator[Source]) -> None:
-        self.sources = sources
-        self.drawn: deque[Source] = deque()
+    def __init__(self, sentences: Iterator[Sentence]) -> None:
+        self.sentences = sentences
+        self.drawn: deque[Sentence] = deque()
 
-    def look(self, count: int) -> list[Source]:
-        """The next sources, so many where there are as many."""
-        while len(self.drawn) < count and (source := next(self.sources, None)) is not None:
-            self.drawn.append(source)
+    def look(self, count: int) -> list[Sentence]:
+        """The next sentences, up to this many."""
+        while len(self.drawn) < count and (sentence := next(self.sentences, None)) is not None:
+            self.drawn.append(sentence)
         return list(self.drawn)
 
 
@@ -153,7 +153,7 @@ class _Loop:
         self._stats = stats
         self._block = block
         self._cancelled = cancelled
-        self._seated: list[Source | None] = [None] * rows.capacity.rows
+        self._seated: list[Sentence | None] = [None] * rows.capacity.rows
         self._state = LoopState.idle(rows.capacity)
 
     def run(self) -> Iterator[Outcome]:
@@ -167,7 +167,7 @@ class _Loop:
 
     def _fill(self) -> bool:
         """Seats waiting sentences in the free rows; true while any row has one."""
-        free = [row for row, source in enumerate(self._seated) if source is None]
+        free = [row for row, sentence in enumerate(self._seated) if sentence is None]
         admitted: list[int] = []
         for row in free:
             ahead = self._waiting.look(1)
@@ -181,21 +181,21 @@ class _Loop:
                 self._encode(some, min(last, some + at_once - 1))
         if admitted:
             self._rows.write(self._state)
-        return any(source is not None for source in self._seated)
+        return any(sentence is not None for sentence in self._seated)
 
-    def _seat(self, row: int, source: Source) -> None:
+    def _seat(self, row: int, sentence: Sentence) -> None:
         state = self._state
-        self._seated[row] = source
+        self._seated[row] = sentence
         state.input_ids[row] = self._plan.bos
         state.past_lengths[row] = 0
-        state.source_lengths[row] = len(source.ids)
+        state.source_lengths[row] = len(sentence.ids)
         state.limits[row] = self._plan.max_new_tokens
         state.past_finished[row] = False
 
     def _encode(self, first: int, last: int) -> None:
         """The sources of the rows from `first` to `last`, padded to the rows' own source positions."""
-        sources = [source for source in self._seated[first : last + 1] if source is not None]
-        self._rows.encode(first, *padded(sources, self._rows.capacity.source, self._plan.pad))
+        seated = [sentence for sentence in self._seated[first : last + 1] if sentence is not None]
+        self._rows.encode(first, *padded(seated, self._rows.capacity.source, self._plan.pad))
 
     def _advance(self) -> None:
         """A block of steps, or fewer where no row can go on so long."""
@@ -212,28 +212,40 @@ class _Loop:
     def _collect(self) -> Iterator[Outcome]:
         """What became of the rows that are finished; they are free then."""
         for row in np.flatnonzero(self._state.past_finished).tolist():
-            source = self._seated[row]
-            if source is not None:
+            sentence = self._seated[row]
+            if sentence is not None:
                 self._seated[row] = None
-                yield self._outcome(row, source)
+                yield self._outcome(row, sentence)
 
-    def _outcome(self, row: int, source: Source, *, cancelled: bool = False) -> Outcome:
+    def _outcome(self, row: int, sentence: Sentence, *, cancelled: bool = False) -> Outcome:
         ids = tuple(self._state.past_ids[row, : self._state.past_lengths[row]].tolist())
         self._stats.sentences += 1
         self._stats.tokens += len(ids)
-        return Outcome(source.index, 0, (Hypothesis(ids, bool(ids) and ids[-1] == self._plan.eos),), cancelled)
+        return Outcome(sentence, 0, (Hypothesis(ids, bool(ids) and ids[-1] == self._plan.eos),), cancelled)
 
     def _cancel(self) -> Iterator[Outcome]:
-        for row, source in enumerate(self._seated):
-            if source is not None:
-                yield self._outcome(row, source, cancelled=True)
-        for source in itertools.chain(self._waiting.drawn, self._waiting.sources):
-            yield nothing(source, 0, scored=False)
+        for row, sentence in enumerate(self._seated):
+            if sentence is not None:
+                yield self._outcome(row, sentence, cancelled=True)
+        for sentence in itertools.chain(self._waiting.drawn, self._waiting.sentences):
+            yield Outcome.nothing(sentence, 0, scored=False)
         self._waiting.drawn.clear()
 
 
-def _capacity(backend: LoopBackend, plan: Plan, ahead: list[Source]) -> Capacity:
-    """One of few sizes that holds these sources: rows a power of two, or all that the plan has; T above every limit."""
+@dataclass(frozen=True, slots=True)
+class DeviceLoop:
+    """Greedy decoding in blocks of steps on a device."""
+
+    backend: LoopBackend
+    plan: Plan
+
+    def run(self, sentences: Iterable[Sentence], stats: DecodeStats, cancelled: Cancelled) -> Iterator[Outcome]:
+        """See Loop."""
+        return decode_in_blocks(self.backend, sentences, self.plan, stats, cancelled=cancelled)
+
+
+def _capacity(backend: LoopBackend, plan: Plan, ahead: list[Sentence]) -> Capacity:
+    """One of few sizes that hold them: rows a power of two, or all that the plan has; T above every limit."""
     wanted = 1
     while wanted < len(ahead):
         wanted *= 2
@@ -243,9 +255,10 @@ def _capacity(backend: LoopBackend, plan: Plan, ahead: list[Source]) -> Capacity
     rows = min(wanted, plan.rows, plan.cache_bytes // one)
     if rows < 1:
         raise CapacityError(
-            f"rows of {one:,} bytes ({target} target and {source} source positions)",
+            f"A row of {target} target and {source} source positions takes {one:,} bytes",
             expected=f"at most {plan.cache_bytes:,} bytes",
-            remedy="Plan more bytes (--cache-mb) or fewer new tokens (--max-new-tokens).",
+            remedy="Allow more bytes (`cache_bytes`) or fewer new tokens (`max_new_tokens`).",
+            option="cache_bytes",
         )
     return Capacity(rows, target, source)
 

@@ -1,13 +1,14 @@
-"""What a target may not be, as filters over the logits.
+"""Filters: what a target may not be, as changes of the logits.
 
 Letters: n active rows, V target vocabulary.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -16,9 +17,13 @@ from kvx.runtime.decoding.rows import Rows
 
 
 class Filter(Protocol):
-    """One constraint."""
+    """One constraint: any callable of this signature.
 
-    def __call__(self, logits: FloatArray, rows: Rows) -> None:
+    A filter that may raise what the model gives has a `gain`: by how many nats at most a target's score, in all its
+    tokens together. Without one it is taken to be without a limit, so that a beam search never stops too early.
+    """
+
+    def __call__(self, logits: FloatArray, rows: Rows, /) -> None:
         """Changes logits [n, V] in place, −∞ for what may not come next in each of the active rows."""
         ...
 
@@ -28,6 +33,7 @@ class Suppress:
     """These `ids` never come."""
 
     ids: tuple[int, ...]
+    gain: ClassVar[float] = 0.0
 
     def __call__(self, logits: FloatArray, rows: Rows) -> None:
         """The columns of the ids."""
@@ -35,10 +41,27 @@ class Suppress:
 
 
 @dataclass(frozen=True, slots=True)
+class Ban:
+    """These `sequences` of ids never come."""
+
+    sequences: tuple[tuple[int, ...], ...]
+    gain: ClassVar[float] = 0.0
+
+    def __call__(self, logits: FloatArray, rows: Rows) -> None:
+        """The last id of a sequence, where the others are the row's latest."""
+        for *first, last in self.sequences:
+            for row in np.flatnonzero(rows.lengths >= len(first)).tolist():
+                length = int(rows.lengths[row])
+                if rows.tokens[row, length + 1 - len(first) : length + 1].tolist() == first:
+                    logits[row, last] = -np.inf
+
+
+@dataclass(frozen=True, slots=True)
 class NoRepeatedNgrams:
     """No `size` tokens after bos come twice in the same order (Paulus et al. 2018)."""
 
     size: int
+    gain: ClassVar[float] = 0.0
 
     def __call__(self, logits: FloatArray, rows: Rows) -> None:
         """What followed the last size − 1 tokens wherever they stood before."""
@@ -58,6 +81,11 @@ class RepetitionPenalty:
 
     penalty: float
 
+    @property
+    def gain(self) -> float:
+        """Below 1 it raises logits, without a limit."""
+        return math.inf if self.penalty < 1 else 0.0
+
     def __call__(self, logits: FloatArray, rows: Rows) -> None:
         """Each token once, however often it stands there."""
         for row, length in enumerate(rows.lengths.tolist()):
@@ -72,6 +100,11 @@ class EndPenalty:
 
     penalty: float
 
+    @property
+    def gain(self) -> float:
+        """A target ends once."""
+        return max(0.0, -self.penalty)
+
     def __call__(self, logits: FloatArray, rows: Rows) -> None:
         """The column of eos."""
         logits[:, rows.eos] -= np.float32(self.penalty)
@@ -82,6 +115,7 @@ class LeastTokens:
     """A target has at least so many tokens, eos counted, unless nothing but eos may come next."""
 
     tokens: int
+    gain: ClassVar[float] = 0.0
 
     def __call__(self, logits: FloatArray, rows: Rows) -> None:
         """Eos in rows that are shorter."""
@@ -92,26 +126,31 @@ class LeastTokens:
 
 
 @dataclass(frozen=True, slots=True)
-class Constraints:
-    """Filters one after the other; tokens that are given beforehand come whatever these say."""
+class Filters:
+    """Filters one after the other. The tokens of a prefix come even against them."""
 
     filters: Sequence[Filter] = ()
 
+    @property
+    def gain(self) -> float:
+        """By how many nats at most they raise a target's score."""
+        return math.fsum(getattr(one, "gain", math.inf) for one in self.filters)
+
     def __call__(self, logits: FloatArray, rows: Rows) -> FloatArray:
-        """logits [n, V] → the very same where nothing is constrained, else a copy of them with −∞ for what may not
-        come next.
+        """logits [n, V] → the very same where nothing is filtered, else a copy of them with −∞ for what may not come
+        next.
         """
         if not self.filters and not rows.begun:
             return logits
-        given, tokens = rows.given_next()
-        if not self.filters and not given.size:
+        fixed, tokens = rows.fixed_next()
+        if not self.filters and not fixed.size:
             return logits
         allowed = logits.copy()
-        for constrain in self.filters:
-            constrain(allowed, rows)
-        allowed[given] = -np.inf
-        allowed[given, tokens] = logits[given, tokens]
+        for apply in self.filters:
+            apply(allowed, rows)
+        allowed[fixed] = -np.inf
+        allowed[fixed, tokens] = logits[fixed, tokens]
         return allowed
 
 
-UNCONSTRAINED = Constraints()
+UNFILTERED = Filters()

@@ -60,9 +60,10 @@ class Plan:
         check_limit(limit, manifest.model["target_positions"])
         if rows is not None and rows < beams:
             raise OptionError(
-                f"{beams} beams in {rows} rows",
-                expected="at least a row for every beam of a sentence",
-                remedy="Use more rows (--rows) or fewer beams (--beam-size).",
+                f"There are {beams} beams, but only {rows} rows",
+                expected="at least one row for every beam of a sentence",
+                remedy="Use more rows (`rows`) or fewer beams (`beam_size`).",
+                option="rows",
             )
         target_bytes = Capacity(beams, 1, 0, beams).bytes(specs)
         source_bytes = Capacity(beams, 0, 1, beams).bytes(specs)
@@ -72,10 +73,11 @@ class Plan:
         if seats < 1 or seats * smallest > budget:
             unit, more = ("rows", "") if beams == 1 else ("sentences", f" of {beams} rows")
             raise CapacityError(
-                f"a cache of {max(seats, 1)} {unit}{more} × {smallest:,} bytes ({limit} target and "
-                f"{min(SMALLEST_CAPACITY, positions)} source positions) = {max(seats, 1) * smallest:,} bytes",
+                f"A cache of {max(seats, 1)} {unit}{more} × {smallest:,} bytes ({limit} target and "
+                f"{min(SMALLEST_CAPACITY, positions)} source positions) takes {max(seats, 1) * smallest:,} bytes",
                 expected=f"at most {budget:,} bytes, which hold {budget // smallest} such {unit}",
-                remedy="Plan fewer rows (--rows), fewer new tokens (--max-new-tokens) or more bytes (--cache-mb).",
+                remedy="Use fewer rows (`rows`), fewer new tokens (`max_new_tokens`) or more bytes (`cache_bytes`).",
+                option="cache_bytes",
             )
         room = budget - limit * target_bytes
         return cls(
@@ -112,10 +114,11 @@ class Plan:
         least = min(max(1, least_rows // self.beams), self.seats)
         if seats < least:
             raise CapacityError(
-                f"{self.cache_bytes:,} bytes of cache for {workers} workers, which hold {seats * self.beams} rows "
-                "for each",
+                f"The cache has {self.cache_bytes:,} bytes for {workers} workers, which is room for "
+                f"{seats * self.beams} rows each",
                 expected=f"{least} × {self.smallest_seat_bytes:,} bytes for each",
-                remedy="Use fewer workers (--workers), fewer rows (--rows) or more bytes (--cache-mb).",
+                remedy="Use fewer workers (`workers`), fewer rows (`rows`) or more bytes (`cache_bytes`).",
+                option="cache_bytes",
             )
         room = (share - self.max_new_tokens * self.target_bytes) // self.source_bytes
         positions = min(self.source_positions, room)
@@ -144,9 +147,10 @@ def check_limit(limit: int, positions: int) -> None:
     """Raises OptionError unless so many new tokens fit the model's target positions."""
     if not 1 <= limit <= positions:
         raise OptionError(
-            f"max_new_tokens {limit}",
-            expected=f"1 to {positions}, the model's target positions",
-            remedy="Correct --max-new-tokens.",
+            f"`max_new_tokens` is {limit}",
+            expected=f"1 to {positions}, the target positions of the model",
+            remedy="Correct it or leave it out.",
+            option="max_new_tokens",
         )
 
 

@@ -5,9 +5,8 @@ Letters: R rows, of which the first n are active, G seats of R / G rows each, L 
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,40 +14,7 @@ from numpy.typing import NDArray
 from kvx.runtime.arrays import FloatArray, IntArray
 from kvx.runtime.decoding.cache import EncodedSource, KVCache
 from kvx.runtime.decoding.plan import Plan
-
-FinishReason = Literal["end", "length", "cancelled"]
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A sentence for the encoder: `ids` with bos and eos, known to its owner as `index`.
-
-    Each of its `targets` takes a seat: the ids after bos that are given, to be scored or to be gone on from.
-    """
-
-    index: int
-    ids: tuple[int, ...]
-    targets: tuple[tuple[int, ...], ...] = ((),)
-
-
-@dataclass(frozen=True, slots=True)
-class Hypothesis:
-    """A target as far as it goes: ids after bos, eos included where it ended.
-
-    `log_probabilities` are those of the ids, natural, as the model has them, where they were asked for; `rank_score`
-    is what a search compared it by; `attention` [ids, S] where the step gives it and it was asked for.
-    """
-
-    ids: tuple[int, ...]
-    ended: bool
-    log_probabilities: tuple[float, ...] | None = None
-    rank_score: float | None = None
-    attention: FloatArray | None = field(default=None, compare=False)
-
-    @property
-    def score(self) -> float | None:
-        """log P(ids | source) in nats, where it was asked for."""
-        return None if self.log_probabilities is None else math.fsum(self.log_probabilities)
+from kvx.runtime.decoding.results import Hypothesis, Sentence
 
 
 class Weights(NamedTuple):
@@ -60,15 +26,22 @@ class Weights(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Seat:
-    """One target of one source while it is searched for. `state` is the search's own; `candidates` are the tokens that
-    the target may be made of, ascending, where there is a shortlist.
+    """One target of a sentence, from its encoding to its end.
+
+    `encoded` is the source as encoded until the target has its rows; `state` is the search's own; `candidates` are the
+    tokens that the target may be made of, ascending, where there is a shortlist.
     """
 
-    index: int
+    sentence: Sentence
     target: int
-    source_length: int
-    state: Any
+    encoded: EncodedSource | None
+    state: Any = None
     candidates: IntArray | None = None
+
+    @property
+    def fixed(self) -> tuple[int, ...]:
+        """The ids of the target that are fixed beforehand."""
+        return self.sentence.targets[self.target]
 
 
 class Choice(NamedTuple):
@@ -87,23 +60,27 @@ class Choice(NamedTuple):
 class Rows:
     """Rows and seats side by side: row i of the cache and of every array here belong to the same target.
 
-    `tokens` [R, L + 1] from bos on, with those that are given beforehand; `given` [R] how many these are;
-    `log_probabilities` [R, L]; `scores` [R], the search's, 0 for the first row of a new seat, −∞ for its others.
+    `tokens` [R, L + 1] from bos on, with those that are fixed beforehand; `fixed` [R] how many these are;
+    `log_probabilities` [R, L], kept where hypotheses are `scored`; `scores` [R], the search's, 0 for the first row of a
+    new seat, −∞ for its others; `gain`, by how many nats at most filters raise the score of a target.
     """
 
-    def __init__(self, cache: KVCache, plan: Plan, *, scored: bool, with_attention: bool = False) -> None:
+    def __init__(
+        self, cache: KVCache, plan: Plan, *, scored: bool, with_attention: bool = False, gain: float = 0.0
+    ) -> None:
         self.cache = cache
         self.eos = plan.eos
         self.beams = plan.beams
         self.scored = scored
         self.with_attention = with_attention
+        self.gain = gain
         self.seats: list[Seat] = []
         self.tokens = np.full((plan.rows, plan.max_new_tokens + 1), plan.bos, np.int64)
-        self.given = np.zeros(plan.rows, np.int64)
+        self.fixed = np.zeros(plan.rows, np.int64)
         self.limits = np.zeros(plan.rows, np.int64)
         self.log_probabilities = np.zeros((plan.rows, plan.max_new_tokens))
         self.scores = np.zeros(plan.rows)
-        self.begun = False  # whether any target ever had a token given
+        self.begun = False  # whether any target ever had a token fixed
         self._attention: list[Weights | None] = [None] * plan.rows
 
     @property
@@ -121,20 +98,22 @@ class Rows:
         ids: IntArray = self.tokens[np.arange(self.n), self.lengths]
         return ids
 
-    def given_next(self) -> tuple[IntArray, IntArray]:
-        """The active rows whose next token is given, and these tokens."""
-        rows = np.flatnonzero(self.lengths < self.given[: self.n])
+    def fixed_next(self) -> tuple[IntArray, IntArray]:
+        """The active rows whose next token is fixed, and these tokens."""
+        rows = np.flatnonzero(self.lengths < self.fixed[: self.n])
         return rows, self.tokens[rows, self.lengths[rows] + 1]
 
-    def take(self, seat: int, who: Seat, given: tuple[int, ...], encoded: EncodedSource, limit: int) -> None:
-        """Seats a target in a seat whose own has ended, or in the first free one."""
-        self.cache.admit(encoded, seat)
-        self.seats[seat : seat + 1] = [who]
-        rows = self.of_seat(seat)
+    def take(self, place: int, seat: Seat, limit: int) -> None:
+        """Seats a target in a place whose own has ended, or in the first free one. Its encoding is let go."""
+        assert seat.encoded is not None, "a target that has a seat already"
+        self.cache.admit(seat.encoded, place)
+        seat.encoded = None
+        self.seats[place : place + 1] = [seat]
+        rows, fixed = self.of_seat(place), seat.fixed
         self.limits[rows] = limit
-        self.given[rows] = len(given)
-        if given:
-            self.tokens[rows, 1 : len(given) + 1] = given
+        self.fixed[rows] = len(fixed)
+        if fixed:
+            self.tokens[rows, 1 : len(fixed) + 1] = fixed
             self.begun = True
         self.scores[rows] = -np.inf
         self.scores[rows.start] = 0.0
@@ -145,7 +124,7 @@ class Rows:
         """Gives a seat back; the last one that is taken moves into its place."""
         moved = self.cache.release(seat)
         old, new = self.of_seat(moved), self.of_seat(seat)
-        for array in (self.tokens, self.given, self.limits, self.log_probabilities, self.scores):
+        for array in (self.tokens, self.fixed, self.limits, self.log_probabilities, self.scores):
             array[new] = array[old]
         self._attention[new] = self._attention[old]
         self.seats[seat] = self.seats[moved]
@@ -207,7 +186,7 @@ class Rows:
 
     def _of_source(self, row: int, attention: FloatArray) -> FloatArray:
         """A copy, because the step's output is valid only until the next step."""
-        return attention[row, : self.seats[row // self.beams].source_length].copy()
+        return attention[row, : len(self.seats[row // self.beams].sentence.ids)].copy()
 
 
 def _stacked(weights: Weights | None) -> FloatArray | None:

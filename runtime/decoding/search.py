@@ -6,16 +6,23 @@ Letters: n active rows, G seats, k beams of a seat, m candidates of a row, V tar
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, ClassVar, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvx.runtime.arrays import FloatArray, IntArray
 from kvx.runtime.decoding.backend import StepOutput
-from kvx.runtime.decoding.rows import Choice, Hypothesis, Rows, Source
+from kvx.runtime.decoding.results import Hypothesis, Sentence
+from kvx.runtime.decoding.rows import Choice, Rows
+from kvx.runtime.rules import Option, Problem, count, flag, number, refuse, wrong_values
 
+LARGEST_SEED = 2**64 - 1
+MOST_BEAMS = 2**16
+MOST_SAMPLES = 2**16
 BLOCK = 64  # logits among which one maximum is looked for first
 FIRST_CANDIDATES = 64  # of a nucleus, which is seldom larger
 ROWS_AT_ONCE = 2
@@ -30,11 +37,11 @@ class Search(Protocol):
         ...
 
     @property
-    def scored(self) -> bool:
-        """Whether hypotheses get their log-probabilities."""
+    def samples(self) -> int:
+        """How many targets of each source it looks for."""
         ...
 
-    def begin(self, source: Source, target: int) -> object:
+    def begin(self, sentence: Sentence, target: int) -> object:
         """The state of a new seat."""
         ...
 
@@ -49,22 +56,18 @@ class Search(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Greedy:
-    """The most probable token, the lowest id on ties.
+    """The most probable token, the lowest id on ties."""
 
-    `scored` also gives its log-probability, which costs a pass over the logits.
-    """
+    beams: ClassVar[int] = 1
+    samples: ClassVar[int] = 1
 
-    scored: bool = False
-    beams: int = field(default=1, init=False)
-
-    def begin(self, source: Source, target: int) -> None:
+    def begin(self, sentence: Sentence, target: int) -> None:
         """Nothing is remembered."""
 
     def choose(self, output: StepOutput, logits: FloatArray, rows: Rows) -> Choice:
         """logits [n, V] → argmax [n]."""
-        free = logits is output.logits and output.next_ids is not None
-        ids: IntArray = output.next_ids if free and output.next_ids is not None else logits.argmax(axis=-1)
-        return Choice(ids, ids == rows.eos, log_probabilities(output.logits, ids) if self.scored else None)
+        ids: IntArray = logits.argmax(axis=-1)
+        return Choice(ids, ids == rows.eos, log_probabilities(output.logits, ids) if rows.scored else None)
 
     def results(self, rows: Rows, seat: int) -> list[Hypothesis]:
         """The row."""
@@ -73,28 +76,49 @@ class Greedy:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """A token drawn by its probability, after `temperature`, among the `top_k` most probable and, of these, among the
+    """Tokens drawn by their probability, after `temperature`, among the `top_k` most probable and, of these, among the
     fewest that together have the probability `top_p` (Holtzman et al. 2020).
 
-    Every target has random numbers of its own, from `seed`, its source and its number: neighbours change nothing.
+    Every target has random numbers of its own, from the `seed`, its source and its number: what is decoded beside it
+    changes nothing. Without a seed one is drawn for each call. Raises OptionError.
     """
 
-    seed: int
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float = 1.0
-    scored: bool = False
-    beams: int = field(default=1, init=False)
+    samples: Annotated[int, Option(count(MOST_SAMPLES), "Draw this many translations of each text at random.")] = 1
+    temperature: Annotated[
+        float,
+        Option(number(0, math.inf, above=True), "Of samples: below 1 more probable, above 1 more varied."),
+    ] = 1.0
+    top_k: Annotated[
+        int | None, Option(count(), "Sample among this many of the most probable tokens.", unset="all")
+    ] = None
+    top_p: Annotated[
+        float, Option(number(0, 1, above=True), "Sample among the fewest tokens that have this probability together.")
+    ] = 1.0
+    seed: Annotated[
+        int | None,
+        Option(
+            count(LARGEST_SEED, least=0), "Draw the same samples every time, whatever the batch.", unset="a new one"
+        ),
+    ] = None
+    beams: ClassVar[int] = 1
 
-    def begin(self, source: Source, target: int) -> np.random.Generator:
+    def __post_init__(self) -> None:
+        refuse(wrong_values(self))
+
+    def seeded(self) -> Self:
+        """With a seed, drawn where there is none."""
+        return self if self.seed is not None else replace(self, seed=secrets.randbelow(LARGEST_SEED))
+
+    def begin(self, sentence: Sentence, target: int) -> np.random.Generator:
         """The target's own random numbers."""
-        return np.random.default_rng([self.seed, target, *source.ids])
+        assert self.seed is not None, "samples without a seed"
+        return np.random.default_rng([self.seed, target, *sentence.ids])
 
     def choose(self, output: StepOutput, logits: FloatArray, rows: Rows) -> Choice:
         """logits [n, V] → drawn ids [n]."""
         drawn = np.array([seat.state.random() for seat in rows.seats])
         ids = self.draw(self._tempered(logits), drawn)
-        return Choice(ids, ids == rows.eos, log_probabilities(output.logits, ids) if self.scored else None)
+        return Choice(ids, ids == rows.eos, log_probabilities(output.logits, ids) if rows.scored else None)
 
     def results(self, rows: Rows, seat: int) -> list[Hypothesis]:
         """The row."""
@@ -156,24 +180,41 @@ class BeamSearch:
 
     A target is compared by the sum of its log-probabilities divided by its length to the power of `length_penalty`,
     bos counted and eos not. With `early_stopping` a search is over as soon as `patience` · `size` targets have ended
-    (Kasai et al. 2022); without, when no open beam can get better than the worst of the `size` best ones, where
-    constraints add at most `gain` nats to what the model gives.
+    (Kasai et al. 2022); without, when no open beam can get better than the worst of the `size` best ones. Raises
+    OptionError.
     """
 
-    size: int
-    length_penalty: float = 1.0
-    early_stopping: bool = True
-    n_best: int = 1
-    patience: float = 1.0
-    gain: float = 0.0
-    scored: bool = False
+    size: Annotated[int, Option(count(MOST_BEAMS), "Beams of each text; 1 is greedy.", keyword="beam_size")]
+    length_penalty: Annotated[
+        float, Option(number(-50, 50), "Beams are compared by their log-probability / length^this.")
+    ] = 1.0
+    early_stopping: Annotated[
+        bool,
+        Option(flag(), "End at as many finished beams as there are beams, or when no other can get better."),
+    ] = True
+    n_best: Annotated[int, Option(count(MOST_BEAMS), "Translations of each text, from its beams.")] = 1
+    patience: Annotated[
+        float, Option(number(0, math.inf, above=True), "End at this many times as many finished beams.")
+    ] = 1.0
+    samples: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        refuse(list(wrong_values(self)) or self._contradictions())
+
+    def _contradictions(self) -> Iterator[Problem]:
+        if self.n_best > self.size:
+            got = f"`n_best` is {self.n_best}, more than `beam_size` ({self.size})"
+            yield Problem("n_best", got, "`n_best` up to `beam_size`")
+        if self.patience != 1.0 and not self.early_stopping:
+            got = f"`patience` is {self.patience:g}, but `early_stopping` is off"
+            yield Problem("patience", got, "`patience` only with `early_stopping`")
 
     @property
     def beams(self) -> int:
         """k: the size."""
         return self.size
 
-    def begin(self, source: Source, target: int) -> _Closed:
+    def begin(self, sentence: Sentence, target: int) -> _Closed:
         """No target has ended."""
         return _Closed()
 
@@ -196,7 +237,7 @@ class BeamSearch:
         return Choice(
             ids=_placed(tokens, rows_of),
             over=self._over(rows, totals[:, 0]),
-            log_probabilities=_chosen(output.logits, parents, tokens, normalizers, rows_of) if self.scored else None,
+            log_probabilities=_chosen(output.logits, parents, tokens, normalizers, rows_of) if rows.scored else None,
             parents=_placed(parents, rows_of),
             scores=_placed(totals, rows_of),
         )
@@ -233,10 +274,11 @@ class BeamSearch:
         """The seats that are done [G], with the total of each one's best open beam [G]."""
         limits = rows.limits[: rows.n : self.size] + 1
         for seat, total, limit in zip(rows.seats, best.tolist(), limits.tolist(), strict=True):
-            seat.state.done = self._enough(seat.state.hypotheses, total, limit)
+            seat.state.done = self._enough(seat.state.hypotheses, total + rows.gain, limit)
         return np.array([seat.state.done for seat in rows.seats])
 
     def _enough(self, closed: list[Hypothesis], best: float, longest: int) -> bool:
+        """Whether no more targets are wanted, with the most that an open beam may have, before its length counts."""
         if best == -np.inf:
             return True
         if len(closed) < max(self.n_best, self.size * (self.patience if self.early_stopping else 1)):
@@ -244,7 +286,7 @@ class BeamSearch:
         if self.early_stopping:
             return True
         worst = sorted(map(_rank_score, closed), reverse=True)[self.size - 1]
-        attainable = max(self._ranked(best + self.gain, length) for length in (1, longest))
+        attainable = max(self._ranked(best, length) for length in (1, longest))
         return attainable <= worst
 
     def _ranked(self, total: float, length: int) -> float:

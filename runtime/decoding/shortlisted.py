@@ -10,8 +10,8 @@ import numpy as np
 
 from kvx.runtime.arrays import FloatArray, IntArray
 from kvx.runtime.decoding.backend import Shortlisting, StepOutput
+from kvx.runtime.decoding.results import DecodeStats
 from kvx.runtime.decoding.rows import Rows, Seat
-from kvx.runtime.decoding.schedule import DecodeStats
 
 COLUMNS = 128  # C is a multiple of it, so that there are few shapes
 LEAST_COLUMNS = 512  # for fewer, split among threads, products may be added up in another order

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, fields
+from typing import Literal
 
-from kvx.runtime.decoding.backend import Backend
-from kvx.runtime.decoding.decode import Cancelled, score
-from kvx.runtime.decoding.plan import Plan
-from kvx.runtime.decoding.rows import Source
-from kvx.runtime.decoding.schedule import DecodeStats, Outcome
-from kvx.runtime.engine.workers import Decode, shared_out, side_by_side
+from kvx.runtime.decoding.decode import ScoringLoop
+from kvx.runtime.decoding.results import DecodeStats
+from kvx.runtime.decoding.search import BeamSearch, Sampling
+from kvx.runtime.engine.loaded import LoadedModel
+from kvx.runtime.engine.request import Request
+from kvx.runtime.engine.workers import shared_out, side_by_side
 from kvx.runtime.errors import InputError
-from kvx.runtime.options import TranslateOptions, refuse
+from kvx.runtime.options import TranslateOptions
+from kvx.runtime.rules import Problem, refuse
 from kvx.runtime.text.sources import refuse_string
 from kvx.runtime.text.targets import Target
 
-if TYPE_CHECKING:
-    from kvx.runtime.translator import Translator
-
+SEARCHED_BY: dict[type, str] = {BeamSearch: "beam_size", Sampling: "samples"}  # what asks for these searches
 SCORING_OPTIONS = ("on_long", "rows", "workers", "cache_bytes")
 
 RankBy = Literal["sum", "per_token"]
@@ -64,7 +63,7 @@ class Ranking:
 
 
 def rank(
-    translator: Translator,
+    model: LoadedModel,
     sources: Sequence[str],
     candidates: Sequence[Sequence[Target]],
     by: RankBy,
@@ -72,46 +71,38 @@ def rank(
 ) -> list[Ranking]:
     """See Translator.rank."""
     refuse_string(sources)
-    options = _of_scoring(options)
-    targets = list(_read_targets(translator, sources, candidates))
-    longest = max((len(ids) for given in targets for ids in given), default=1)
-    plan, decodes = translator.plan(options, sentences=sum(map(len, targets)), max_new_tokens=longest)
-    special = translator.manifest.source_ids
-    texts = translator.read_sources(sources, plan, options.on_long)
-    jobs = [
-        Source(index, text.ids or (special.bos, special.eos), given)
-        for index, (text, given) in enumerate(zip(texts, targets, strict=True))
-    ]
-    jobs.sort(key=lambda job: len(job.ids), reverse=True)
-    scores: dict[tuple[int, int], Score] = {}
-    scorings = [_scoring(backend, plan) for backend in shared_out(translator.backends, decodes)]
-    for found in side_by_side(scorings, jobs, DecodeStats()):
-        scores[found.index, found.target] = Score(found.best.ids, found.best.log_probabilities or ())
-    return [
-        _ranking(tuple(scores[index, target] for target in range(len(given))), by)
-        for index, given in enumerate(targets)
-    ]
+    refuse(_without_effect(options))
+    targets = list(_read_targets(model, sources, candidates))
+    longest = max((len(ids) for fixed in targets for ids in fixed), default=1)
+    plan, workers = model.plan(options, sentences=sum(map(len, targets)), max_new_tokens=longest)
+    requests = [_scored(model, one) for one in model.requests(zip(sources, targets, strict=True), options, plan)]
+    longest_first = sorted(requests, key=lambda request: len(request.ids), reverse=True)
+    loops = [ScoringLoop(backend, plan) for backend in shared_out(model.backends, workers)]
+    for outcome in side_by_side(loops, longest_first, DecodeStats()):
+        outcome.sentence.outcomes[outcome.target] = outcome
+    return [_ranking(_scores(request), by) for request in requests]
 
 
-def _of_scoring(options: TranslateOptions) -> TranslateOptions:
-    """The options, of which no other may be set. Raises OptionError naming those that are."""
-    names = [field.name for field in fields(options)]
-    plain = replace(type(options)(), **{name: getattr(options, name) for name in SCORING_OPTIONS})
-    refuse(
-        [
-            (f"{name} = {getattr(options, name)!r} where translations are given", f"only {', '.join(SCORING_OPTIONS)}")
-            for name in names
-            if getattr(options, name) != getattr(plain, name)
-        ]
-    )
-    return plain
+def _without_effect(options: TranslateOptions) -> Iterator[Problem]:
+    """The options that are set although they have no say in scoring."""
+    plain = TranslateOptions()
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if field.name not in SCORING_OPTIONS and value != getattr(plain, field.name):
+            name = SEARCHED_BY.get(type(value), field.name)
+            got = f"`{name}` is {value!r:.80}, but translations are scored, not searched for"
+            yield Problem(name, got, f"only {', '.join(SCORING_OPTIONS)}")
 
 
-def _scoring(backend: Backend, plan: Plan) -> Decode:
-    def score_them(sources: Iterator[Source], stats: DecodeStats, stopped: Cancelled) -> Iterator[Outcome]:
-        return score(backend, plan, sources, stats, stopped)
+def _scored(model: LoadedModel, request: Request) -> Request:
+    """A text without a piece is scored as an empty sentence."""
+    special = model.manifest.source_ids
+    request.ids = request.ids or (special.bos, special.eos)
+    return request
 
-    return score_them
+
+def _scores(request: Request) -> tuple[Score, ...]:
+    return tuple(Score(one.best.ids, one.best.log_probabilities or ()) for one in request.results or ())
 
 
 def _ranking(scores: tuple[Score, ...], by: RankBy) -> Ranking:
@@ -122,21 +113,21 @@ def _ranking(scores: tuple[Score, ...], by: RankBy) -> Ranking:
 
 
 def _read_targets(
-    translator: Translator, sources: Sequence[str], candidates: Sequence[Sequence[Target]]
+    model: LoadedModel, sources: Sequence[str], candidates: Sequence[Sequence[Target]]
 ) -> Iterator[tuple[tuple[int, ...], ...]]:
     """The ids of every source's candidates, each within the model's positions."""
     if len(sources) != len(candidates):
         raise InputError(
-            f"{len(sources)} sources and {len(candidates)} targets",
+            f"There are {len(sources)} sources and {len(candidates)} targets",
             expected="as many targets as sources",
             remedy="Check that both belong together.",
         )
-    for number, given in enumerate(candidates, 1):
-        if isinstance(given, str) or not given:
+    for number, texts in enumerate(candidates, 1):
+        if isinstance(texts, str) or not texts:
             raise InputError(
-                "no candidates" if not given else "one str instead of candidates",
+                "The source has no candidates" if not texts else "The candidates are one str",
                 expected="at least one candidate for each source",
                 remedy="Add them, or leave the source out.",
                 line=number,
             )
-        yield tuple(translator.targets.whole(target, number) for target in given)
+        yield tuple(model.targets.whole(target, number) for target in texts)

@@ -20,7 +20,7 @@ def align(attention: FloatArray) -> tuple[int, ...]:
     """
     if attention.ndim != 2 or attention.shape[1] < 3:
         raise InputError(
-            f"attention of the shape {list(attention.shape)}",
+            f"The attention has the shape {list(attention.shape)}",
             expected="[T, S]: a row for each target token, columns for bos, the source's pieces and eos",
             remedy="Stack the rows of one sentence, cut to its source's length.",
         )

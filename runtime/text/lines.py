@@ -26,7 +26,7 @@ def read_lines(stream: BinaryIO) -> Iterator[str]:
         number += 1
         if len(raw) > LONGEST_LINE:
             raise InputError(
-                f"more than {LONGEST_LINE} bytes",
+                f"The line has more than {LONGEST_LINE} bytes",
                 expected="lines of text",
                 remedy="Check that the input is a text file with a sentence a line.",
                 line=number,
@@ -35,7 +35,7 @@ def read_lines(stream: BinaryIO) -> Iterator[str]:
             yield raw.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
         except UnicodeDecodeError as error:
             raise InputError(
-                f"byte {error.start + 1} (0x{raw[error.start]:02x}) is not UTF-8",
+                f"Byte {error.start + 1} (0x{raw[error.start]:02x}) is not UTF-8",
                 expected="UTF-8 text",
                 remedy="Convert the input first, for example with iconv.",
                 line=number,
@@ -48,7 +48,7 @@ def open_lines(path: Path) -> BinaryIO:
         return path.open("rb")
     except OSError as error:
         raise InputError(
-            f"{path} that cannot be read ({error.strerror})", expected="a text file", remedy="Check the path."
+            f"{path} cannot be read ({error.strerror})", expected="a text file", remedy="Check the path."
         ) from None
 
 
@@ -72,7 +72,7 @@ def complete_binary_file(path: Path) -> Iterator[BinaryIO]:
         file = partial.open("wb" if special else "xb")
     except OSError as error:
         raise InputError(
-            f"{path} that cannot be written ({error.strerror})",
+            f"{path} cannot be written ({error.strerror})",
             expected="a file name in a folder that exists",
             remedy="Check the path.",
         ) from None
@@ -87,9 +87,11 @@ def complete_binary_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def read_file(path: Path, limit: int | None = None) -> tuple[str, ...]:
-    """The lines of a file, or the first so many. Raises InputError, and OptionError for a limit below 1."""
+    """The lines of a file, or the first `limit` of them. Raises InputError, and OptionError for a limit below 1."""
     if limit is not None and limit < 1:
-        raise OptionError(f"--limit {limit}", expected="1 or more", remedy="Correct it or leave it out.")
+        raise OptionError(
+            f"`limit` is {limit}", expected="1 or more", remedy="Correct it or leave it out.", option="limit"
+        )
     with open_lines(path) as stream:
         return tuple(itertools.islice(read_lines(stream), limit))
 

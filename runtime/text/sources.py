@@ -15,8 +15,8 @@ OnLong = Literal["error", "truncate"]
 
 @dataclass(frozen=True, slots=True)
 class SourceText:
-    """A text's ids with bos and eos, or none where it has no pieces; `truncated` tells that it was cut; `pieces` are
-    as they stand in the text, where they were asked for.
+    """A text's ids with bos and eos, or none where it has no pieces. `truncated` tells that it was cut. `pieces` are as
+    they stand in the text, where they were asked for.
     """
 
     ids: tuple[int, ...]
@@ -32,32 +32,34 @@ class SourceReader:
         self._special = bundle.manifest.source_ids
         self._positions = bundle.manifest.model["source_positions"]
 
-    def read(
-        self, texts: Iterable[str], on_long: OnLong = "error", *, with_pieces: bool = False
-    ) -> Iterator[SourceText]:
-        """The ids of each text. A text longer than the model's positions, bos and eos counted, is an InputError or
-        is cut, keeping both.
+    def read(self, texts: Iterable[str], on_long: OnLong = "error") -> Iterator[SourceText]:
+        """The ids of each text, as `read_one`."""
+        return (self.read_one(text, number, on_long) for number, text in enumerate(texts, 1))
+
+    def read_one(self, text: str, number: int, on_long: OnLong = "error", *, with_pieces: bool = False) -> SourceText:
+        """The ids of the text with this number. A text longer than the model's positions, bos and eos counted, is an
+        InputError or is cut, keeping both.
         """
-        for number, text in enumerate(texts, 1):
-            pieces = encode_text(self._tokenizer, text, number)
-            long = len(pieces) + 2 > self._positions
-            if long and on_long == "error":
-                raise InputError(
-                    f"{len(pieces) + 2} tokens, bos and eos counted",
-                    expected=f"at most {self._positions}, the model's source positions",
-                    remedy="Split the text, or cut it with --on-long truncate (on_long='truncate').",
-                    line=number,
-                )
-            kept = slice(self._positions - 2)
-            yield SourceText(
-                (self._special.bos, *pieces[kept], self._special.eos) if pieces else (),
-                long,
-                self._tokenizer.surfaces(text)[kept] if with_pieces else (),
+        pieces = encode_text(self._tokenizer, text, number)
+        long = len(pieces) + 2 > self._positions
+        if long and on_long == "error":
+            raise InputError(
+                f"The text has {len(pieces) + 2} tokens, with bos and eos",
+                expected=f"at most {self._positions}, the source positions of the model",
+                remedy="Split the text, or have it cut with `on_long` truncate.",
+                option="on_long",
+                line=number,
             )
+        kept = slice(self._positions - 2)
+        return SourceText(
+            (self._special.bos, *pieces[kept], self._special.eos) if pieces else (),
+            long,
+            self._tokenizer.surfaces(text)[kept] if with_pieces else (),
+        )
 
 
 def encode_text(tokenizer: Tokenizer, text: str, number: int) -> list[int]:
-    """The ids of a text's pieces; none for white space. Raises InputError for what is no text."""
+    """The ids of a text's pieces; none for white space. Raises InputError for anything but a text."""
     try:
         if isinstance(text, str):
             text.encode()  # what no UTF-8 can say, sentencepiece cannot read
@@ -65,14 +67,14 @@ def encode_text(tokenizer: Tokenizer, text: str, number: int) -> list[int]:
     except UnicodeEncodeError:
         pass
     raise InputError(
-        f"{text!r:.60}, which is no text", expected="a str of valid Unicode", remedy="Decode it first.", line=number
+        f"{text!r:.60} is not a text", expected="a str of valid Unicode", remedy="Decode it first.", line=number
     )
 
 
 def refuse_string(texts: Iterable[object]) -> None:
     """One text where many are expected would be taken for its characters. Raises InputError."""
     if isinstance(texts, str):
-        raise InputError("one str", expected="a sequence of texts", remedy="Pass [text].")
+        raise InputError("This is one str", expected="a sequence of texts", remedy="Pass [text].")
 
 
 def load_tokenizer(bundle: Bundle, side: Literal["source", "target"]) -> Tokenizer:
@@ -85,7 +87,7 @@ def load_tokenizer(bundle: Bundle, side: Literal["source", "target"]) -> Tokeniz
     size = bundle.manifest.model[f"{side}_vocab_size"]
     if len(tokenizer) != size or tokenizer.special_ids != ids:
         raise TokenizerError(
-            f"{side}.model with {len(tokenizer)} pieces and {tokenizer.special_ids}",
+            f"{side}.model has {len(tokenizer)} pieces and {tokenizer.special_ids}",
             expected=f"{size} pieces and {ids}",
             remedy="Use the bundle as it was exported.",
         )

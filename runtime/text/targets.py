@@ -1,4 +1,4 @@
-"""What is given of translations: whole ones, beginnings, pieces that must not come."""
+"""Target texts → ids: whole translations, prefixes, pieces and sequences of them."""
 
 from __future__ import annotations
 
@@ -37,33 +37,16 @@ class TargetReader:
 
         Raises InputError also for pieces of a text that the vocabulary does not have, and for eos.
         """
-        if isinstance(prefix, str):
-            ids = encode_text(self.tokenizer, prefix, number or 1)
-            unknown = self.tokenizer.unknown_surfaces(prefix)
-            if unknown:
-                raise InputError(
-                    f"a prefix with the unknown pieces {', '.join(map(repr, unknown[:NAMED_PIECES]))}",
-                    expected="pieces of the target vocabulary",
-                    remedy="Spell it as the model's training data does, or give ids.",
-                    line=number,
-                )
-        elif isinstance(prefix, Sequence) and not isinstance(prefix, (str, bytes, bytearray)):
-            ids = list(prefix)
-        else:
-            raise InputError(
-                f"a prefix {prefix!r:.60}",
-                expected="a text or a sequence of ids",
-                remedy="Give one, or None where nothing is given.",
-                line=number,
-            )
+        ids = self._ids(prefix, "prefix", number)
         if not ids:
             return ()
         found = self._within(tuple(ids), self._positions, number)
         if self._eos in found or len(found) >= limit:
             raise InputError(
-                "a prefix that holds eos" if self._eos in found else f"a prefix of {len(found)} tokens",
+                "The prefix holds eos" if self._eos in found else f"The prefix has {len(found)} tokens",
                 expected=f"fewer than {limit} tokens, the limit of new ones, and no eos among them",
-                remedy="Shorten it, or allow more new tokens (--max-new-tokens).",
+                remedy="Shorten it, or allow more new tokens (`max_new_tokens`).",
+                option="prefix",
                 line=number,
             )
         return found
@@ -73,25 +56,66 @@ class TargetReader:
         for number, prefix in enumerate(prefixes, 1):
             yield None if prefix is None else self.prefix(prefix, limit, number)
 
-    def suppressed(self, tokens: Iterable[str | int]) -> tuple[int, ...]:
-        """The ids of pieces, or of ids. Raises OptionError naming all that are none, and for eos."""
+    def pieces(self, tokens: Iterable[str | int], option: str) -> tuple[int, ...]:
+        """The ids of the pieces, or the ids, that are the value of an option. Raises OptionError naming all that the
+        vocabulary does not have, and for eos.
+        """
         tokens = tuple(tokens)
         ids = [self.tokenizer.piece_id(token) if isinstance(token, str) else token for token in tokens]
         wrong = [token for token, one in zip(tokens, ids, strict=True) if not self._is_id(one) or one == self._eos]
         if wrong:
             raise OptionError(
-                f"suppress = {', '.join(map(repr, wrong))}",
+                f"`{option}` has {', '.join(map(repr, wrong))}",
                 expected=f"pieces of the target vocabulary or ids from 0 to {self._vocabulary - 1}, but not eos",
-                remedy="Correct them; to put off the end use min_new_tokens or end_penalty.",
+                remedy="Correct them. To put off the end use `min_new_tokens` or `end_penalty`.",
+                option=option,
             )
         return tuple(int(one) for one in ids if one is not None)
+
+    def sequence(self, target: Target, option: str) -> tuple[int, ...]:
+        """The ids of a text's pieces, or the ids, that are a value of an option. Raises OptionError where there are
+        none, or some that the vocabulary does not have, and for eos.
+        """
+        ids = self.pieces(self._ids(target, option, None), option)
+        if not ids:
+            raise OptionError(
+                f"`{option}` has an empty text",
+                expected="a text with at least one piece",
+                remedy="Correct it or leave it out.",
+                option=option,
+            )
+        return ids
+
+    def _ids(self, target: Target, option: str, number: int | None) -> Sequence[int]:
+        """The ids of a text, all of whose pieces must be known, or ids as they are."""
+        if isinstance(target, str):
+            unknown = self.tokenizer.unknown_surfaces(target)
+            ids = encode_text(self.tokenizer, target, number or 1)
+            if unknown:
+                raise InputError(
+                    f"`{option}` has the unknown pieces {', '.join(map(repr, unknown[:NAMED_PIECES]))}",
+                    expected="pieces of the target vocabulary",
+                    remedy="Spell it as the model's training data does, or give ids.",
+                    option=option,
+                    line=number,
+                )
+            return ids
+        if isinstance(target, Sequence) and not isinstance(target, bytes | bytearray | str):
+            return list(target)
+        raise InputError(
+            f"`{option}` is {target!r:.60}",
+            expected="a text or a sequence of ids",
+            remedy="Give one, or None for none.",
+            option=option,
+            line=number,
+        )
 
     def _within(self, ids: tuple[int, ...], most: int, number: int | None) -> tuple[int, ...]:
         odd = [one for one in ids if not self._is_id(one)]
         if odd or not 1 <= len(ids) <= most:
             raise InputError(
-                f"a target with the id {odd[0]!r}" if odd else f"a target of {len(ids)} ids",
-                expected=f"1 to {most} ids, eos counted, each from 0 to {self._vocabulary - 1}",
+                f"A target has the id {odd[0]!r}" if odd else f"A target has {len(ids)} ids",
+                expected=f"1 to {most} ids, with eos, each from 0 to {self._vocabulary - 1}",
                 remedy="Shorten or correct it.",
                 line=number,
             )

@@ -594,7 +594,7 @@ def test_a_folder_that_only_looks_like_a_bundle_is_never_replaced(options: Expor
 
 
 def test_heads_that_contradict_the_checkpoint_are_refused(options: ExportOptions) -> None:
-    with pytest.raises(OptionError, match="--heads 1. Expected the checkpoint's own 2"):
+    with pytest.raises(OptionError, match=r"--heads 1\. Expected the checkpoint's own 2"):
         export(dataclasses.replace(options, heads=1))
 
 

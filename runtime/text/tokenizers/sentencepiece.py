@@ -17,9 +17,9 @@ class Tokenizer:
             content = path.read_bytes()
         except OSError as error:
             raise TokenizerError(
-                f"tokenizer {path} that cannot be read ({error.strerror})",
+                f"The tokenizer {path} cannot be read ({error.strerror})",
                 expected="a sentencepiece model",
-                remedy="Name it with --source-tokenizer or --target-tokenizer.",
+                remedy="Name it with `source_tokenizer` or `target_tokenizer`.",
             ) from None
         import sentencepiece  # slow to import, and needed only where texts are read
 
@@ -27,7 +27,7 @@ class Tokenizer:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
         except (RuntimeError, ValueError, TypeError):
             raise TokenizerError(
-                f"{path}, which sentencepiece cannot load",
+                f"sentencepiece cannot load {path}",
                 expected="a sentencepiece model",
                 remedy="Copy the tokenizer that the model was trained with.",
             ) from None
@@ -39,7 +39,7 @@ class Tokenizer:
         missing = [name for name, value in ids.items() if value < 0]
         if missing:
             raise TokenizerError(
-                f"{path} without {' and '.join(missing)}",
+                f"{path} has no {' and no '.join(missing)}",
                 expected="a tokenizer with pad, bos and eos pieces",
                 remedy="Train it with pad_id, bos_id and eos_id set.",
             )

@@ -207,7 +207,7 @@ def test_without_the_option_there_is_no_attention(tiny: Transformer, tiny_bundle
 
 
 def test_a_layer_that_the_model_has_not_is_refused(options: ExportOptions, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="--attention-layer 2. Expected 0 to 1"):
+    with pytest.raises(OptionError, match=r"--attention-layer 2\. Expected 0 to 1"):
         export(dataclasses.replace(options, output=tmp_path / "bundle", attention_layer=2))
     assert not list(tmp_path.iterdir())
 

@@ -69,8 +69,12 @@ class Faultless:
         return self.graphs.run_step(feeds)
 
     def bind(self, cache: KVCache) -> Step:
-        step = self.graphs.bind(cache)
+        return self._altered(cache, self.graphs.bind(cache))
 
+    def bind_chunk(self, cache: KVCache) -> Step:
+        return self._altered(cache, self.graphs.bind_chunk(cache))
+
+    def _altered(self, cache: KVCache, step: Step) -> Step:
         def altered(input_ids: IntArray) -> StepOutput:
             before = {name: buffer.copy() for name, buffer in cache.buffers.items() if ".decoder." in name}
             return self.alter(cache, before, step(input_ids))

@@ -14,6 +14,7 @@ from kvx.runtime.backends import registry
 from kvx.runtime.backends.device import HOST, Device
 from kvx.runtime.backends.registry import backend_names, backend_row, check_files, load_backends, place, register
 from kvx.runtime.bundle.folder import Bundle
+from kvx.runtime.engine.loaded import LoadedModel
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_backend_is_made_for_each_device_under_its_name(bundle: Bundle, name: str) -> None:
     backends = load_backends(bundle, name, [HOST, HOST], threads=1, workers=None, spin=False)
     assert [backend.name for backend in backends] == [name, name]
-    assert Translator(bundle, *backends).translate(["one"])[0].text == "eins"
+    assert Translator(LoadedModel(bundle, *backends)).translate(["one"])[0].text == "eins"
 
 
 def test_a_further_row_is_a_backend_like_any_other(bundle: Bundle) -> None:
@@ -40,7 +41,7 @@ def test_a_further_row_is_a_backend_like_any_other(bundle: Bundle) -> None:
     register(row)
     assert backend_names() == ("onnx", "torchscript", "mine")
     [backend] = load_backends(bundle, "mine", [HOST], threads=1, workers=None, spin=False)
-    assert Translator(bundle, backend).translate(["one"])[0].text == "eins"
+    assert Translator(LoadedModel(bundle, backend)).translate(["one"])[0].text == "eins"
     with pytest.raises(DeviceError, match=r"no backend 'yours'\. Expected onnx, torchscript or mine\."):
         backend_row("yours")
 
@@ -119,7 +120,8 @@ def test_loading_is_logged_once_and_graphs_that_are_loaded_late_when_they_are(
         return [record.getMessage() for record in caplog.records if record.levelno == level]
 
     with caplog.at_level(logging.DEBUG, logger="kvx"):
-        translator = Translator(bundle, *load_backends(bundle, "onnx", [HOST], threads=1, workers=None, spin=False))
+        backends = load_backends(bundle, "onnx", [HOST], threads=1, workers=None, spin=False)
+        translator = Translator(LoadedModel(bundle, *backends))
         assert [message.split(" in ")[0] for message in told(logging.INFO)] == [
             f"loaded {bundle.folder} with onnx on cpu, 1 threads,"
         ]

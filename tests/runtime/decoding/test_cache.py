@@ -284,7 +284,7 @@ def test_shared_sources_take_the_bytes_of_one_row_of_a_seat(beams: int) -> None:
 def test_rows_that_make_no_whole_seat_are_never_taken() -> None:
     cache = KVCache(SPECS, Capacity(5, 3, 3, 2))
     assert [cache.admit(encoded(1)) for _ in range(2)] == [0, 1]
-    with pytest.raises(CapacityError, match="2 taken"):
+    with pytest.raises(CapacityError, match="with 2 seats taken"):
         cache.admit(encoded(1))
     assert cache.active == 4
 
@@ -331,7 +331,7 @@ def test_the_leading_rows_are_contiguous() -> None:
 
 def test_a_full_cache_admits_nobody() -> None:
     cache = full_cache(1, 1)
-    with pytest.raises(CapacityError, match="2 taken"):
+    with pytest.raises(CapacityError, match="with 2 seats taken"):
         cache.admit(encoded(1))
     assert cache.active == 2
 
@@ -353,7 +353,7 @@ def test_a_source_too_long_is_refused_and_changes_nothing() -> None:
 def test_releasing_an_idle_row_is_refused(row: int) -> None:
     cache = KVCache(SPECS, Capacity(3, 3, 3))
     cache.admit(encoded(1))
-    with pytest.raises(CapacityError, match=f"seat {row}"):
+    with pytest.raises(CapacityError, match=f"Seat {row}"):
         cache.release(row)
     assert cache.active == 1
 

@@ -22,8 +22,7 @@ from kvx.runtime.decoding.backend import Step, StepOutput
 from kvx.runtime.decoding.cache import Capacity, KVCache
 from kvx.runtime.decoding.decode import decode
 from kvx.runtime.decoding.plan import GROUP_POSITIONS, SMALLEST_CAPACITY, Plan
-from kvx.runtime.decoding.rows import Source
-from kvx.runtime.decoding.schedule import DecodeStats, Outcome
+from kvx.runtime.decoding.results import DecodeStats, Outcome, Sentence
 from kvx.runtime.decoding.search import Greedy
 
 PAD, BOS, EOS, FIRST = 0, 1, 2, 3
@@ -65,6 +64,9 @@ class FakeBackend:
         tensor = np.repeat(content[:, None, :, None], 2, axis=1)
         return {spec.name: tensor for spec in self.cache_specs if "S" in spec.axes}
 
+    def bind_chunk(self, cache: KVCache) -> Step:
+        raise NotImplementedError  # it takes one token of a row
+
     def bind(self, cache: KVCache) -> Step:
         self.caches.append(cache)
 
@@ -100,25 +102,25 @@ def translation(ids: Sequence[int]) -> tuple[int, ...]:
     return (*(FIRST + (seed + position) % (VOCABULARY - FIRST) for position in range(length - 1)), EOS)
 
 
-def source(index: int, length: int, *, seed: int = 0, positions: int = 3) -> Source:
+def source(index: int, length: int, *, seed: int = 0, positions: int = 3) -> Sentence:
     """A sentence of so many source positions whose translation has `length` tokens, eos included."""
-    return Source(index, (FIRST + length, *[FIRST + seed % 1000] * (positions - 1)))
+    return Sentence(index, (FIRST + length, *[FIRST + seed % 1000] * (positions - 1)))
 
 
-def sources_of(lengths: Sequence[int]) -> list[Source]:
+def sources_of(lengths: Sequence[int]) -> list[Sentence]:
     return [source(index, length, seed=7 * index, positions=1 + index % 5) for index, length in enumerate(lengths)]
 
 
-def taken_from(waiting: deque[Source]) -> Iterator[Source]:
+def taken_from(waiting: deque[Sentence]) -> Iterator[Sentence]:
     while waiting:
         yield waiting.popleft()
 
 
 def run(
-    sources: Sequence[Source], plan: Plan, *, scores: bool = False
+    sources: Sequence[Sentence], plan: Plan, *, scores: bool = False
 ) -> tuple[list[Outcome], FakeBackend, DecodeStats]:
     backend, stats = FakeBackend(), DecodeStats()
-    return list(decode(backend, sources, Greedy(scored=scores), plan, stats)), backend, stats
+    return list(decode(backend, sources, Greedy(), plan, stats, scored=scores)), backend, stats
 
 
 def with_rows(rows: int, max_new_tokens: int = PLAN.max_new_tokens) -> Plan:
@@ -132,9 +134,9 @@ def with_rows(rows: int, max_new_tokens: int = PLAN.max_new_tokens) -> Plan:
 def test_every_sentence_gets_its_own_translation_once(lengths: list[int], rows: int, group: int) -> None:
     sources = sources_of(lengths)
     outcomes, backend, stats = run(sources, dataclasses.replace(PLAN, rows=rows, group=group))
-    assert Counter(outcome.index for outcome in outcomes) == Counter(range(len(sources)))
+    assert Counter(outcome.sentence.number for outcome in outcomes) == Counter(range(len(sources)))
     for outcome in outcomes:
-        assert outcome.best.ids == translation(sources[outcome.index].ids)
+        assert outcome.best.ids == translation(sources[outcome.sentence.number].ids)
         assert outcome.best.ended
         assert outcome.best.score is None
     assert stats.row_steps == sum(backend.rows) == sum(lengths)
@@ -148,7 +150,7 @@ def test_a_translation_stops_at_the_limit(lengths: list[int], rows: int, limit: 
     outcomes, _, stats = run(sources, with_rows(rows, limit))
     assert len(outcomes) == len(sources)
     for outcome in outcomes:
-        whole = translation(sources[outcome.index].ids)
+        whole = translation(sources[outcome.sentence.number].ids)
         assert outcome.best.ids == whole[:limit]
         assert outcome.best.ended == (len(whole) <= limit)
     assert stats.row_steps == sum(min(length, limit) for length in lengths)
@@ -201,9 +203,9 @@ def test_sources_are_encoded_in_groups() -> None:
 def test_sources_are_drawn_only_as_rows_fall_free() -> None:
     drawn: list[int] = []
 
-    def feed() -> Iterator[Source]:
+    def feed() -> Iterator[Sentence]:
         for each in sources_of([4] * 40):
-            drawn.append(each.index)
+            drawn.append(each.number)
             yield each
 
     for done, _ in enumerate(decode(FakeBackend(), feed(), Greedy(), PLAN), 1):
@@ -216,7 +218,7 @@ def test_scores_are_each_sentences_own_sum() -> None:
     outcomes, _, _ = run(sources_of(lengths), with_rows(5), scores=True)
     chosen = 1 - np.log(np.e + VOCABULARY - 1)  # one logit of 1 among zeros
     assert [outcome.best.score for outcome in outcomes] == pytest.approx(
-        [lengths[outcome.index] * chosen for outcome in outcomes]
+        [lengths[outcome.sentence.number] * chosen for outcome in outcomes]
     )
 
 
@@ -224,8 +226,8 @@ def test_a_cache_that_grows_keeps_what_it_holds() -> None:
     lengths = [SMALLEST_CAPACITY * 3, 2, SMALLEST_CAPACITY + 5, 1, 90, 3]
     sources = [source(i, length, seed=11 * i, positions=1 + 30 * i) for i, length in enumerate(lengths)]
     outcomes, backend, stats = run(sources, with_rows(3, 120))
-    assert {outcome.index: outcome.best.ids for outcome in outcomes} == {
-        each.index: translation(each.ids) for each in sources
+    assert {outcome.sentence.number: outcome.best.ids for outcome in outcomes} == {
+        each.number: translation(each.ids) for each in sources
     }
     assert stats.repacks >= 2
     assert backend.caches[0].generation >= stats.repacks
@@ -274,12 +276,19 @@ def test_cancelling_ends_every_source_as_far_as_it_has_come_however_many_there_a
     plan = dataclasses.replace(PLAN, group=30)  # more than there are rows, and than the encoder gets at once
     outcomes = decode(backend, sources, Greedy(), plan, cancelled=lambda: len(backend.rows) >= steps)
     found = list(itertools.islice(outcomes, 60))
-    assert [outcome.index for outcome in sorted(found, key=lambda outcome: outcome.index)] == list(range(60))
+    assert [outcome.sentence.number for outcome in sorted(found, key=lambda outcome: outcome.sentence.number)] == list(
+        range(60)
+    )
     assert backend.groups == [GROUP_POSITIONS // 200]
     assert len(backend.rows) == steps
     for outcome in found:
         ids = outcome.best.ids
-        assert ids == translation(source(outcome.index, 5, seed=outcome.index, positions=200).ids)[: len(ids)]
+        assert (
+            ids
+            == translation(source(outcome.sentence.number, 5, seed=outcome.sentence.number, positions=200).ids)[
+                : len(ids)
+            ]
+        )
         assert outcome.reason(outcome.best) == ("end" if len(ids) == 5 else "cancelled")
         assert outcome.best.score is None
     assert sum(len(outcome.best.ids) for outcome in found) == sum(backend.rows)
@@ -290,16 +299,5 @@ def test_two_decodes_on_one_backend_do_not_disturb_each_other() -> None:
     first, second = (decode(backend, sources, Greedy(), with_rows(rows)) for rows in (3, 5))
     pairs = list(zip(first, second, strict=True))
     for side in (0, 1):
-        found = {pair[side].index: pair[side].best.ids for pair in pairs}
-        assert found == {each.index: translation(each.ids) for each in sources}
-
-
-def test_next_ids_of_the_graph_are_taken_as_they_are() -> None:
-    class Choosing(FakeBackend):
-        def bind(self, cache: KVCache) -> Step:
-            step = super().bind(cache)
-            return lambda ids: StepOutput(np.full((len(ids), VOCABULARY), np.nan, np.float32), step(ids)[0].argmax(-1))
-
-    sources = sources_of([3, 1, 2])
-    found = {outcome.index: outcome.best.ids for outcome in decode(Choosing(), sources, Greedy(), PLAN)}
-    assert found == {each.index: translation(each.ids) for each in sources}
+        found = {pair[side].sentence.number: pair[side].best.ids for pair in pairs}
+        assert found == {each.number: translation(each.ids) for each in sources}

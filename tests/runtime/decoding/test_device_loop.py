@@ -19,8 +19,8 @@ from kvx.runtime.backends.onnx import OnnxBackend
 from kvx.runtime.bundle.folder import Bundle
 from kvx.runtime.decoding.cache import Capacity
 from kvx.runtime.decoding.device_loop import LoopState, decode_in_blocks
-from kvx.runtime.decoding.rows import Source
-from kvx.runtime.decoding.schedule import DecodeStats, Outcome
+from kvx.runtime.decoding.results import DecodeStats, Outcome, Sentence
+from kvx.runtime.engine.loaded import LoadedModel
 from kvx.tests.conftest import NUMBERS
 
 WORDS = ("one", "seven", "twelve", "thirty", "thousand", "hundred", "and", "ninety-nine")
@@ -32,18 +32,18 @@ class Looping:
 
     def __init__(self, bundle: Path) -> None:
         self.translator = Translator.load(bundle, threads=1)
-        assert isinstance(self.translator.backend, OnnxBackend)
-        self.backend = self.translator.backend
+        assert isinstance(self.translator._model.backend, OnnxBackend)
+        self.backend = self.translator._model.backend
 
-    def sources(self, texts: list[str]) -> list[Source]:
-        read = self.translator._sources.read(texts)
-        return [Source(index, text.ids) for index, text in enumerate(read)]
+    def sources(self, texts: list[str]) -> list[Sentence]:
+        read = self.translator._model.sources.read(texts)
+        return [Sentence(index, text.ids) for index, text in enumerate(read)]
 
     def run(self, texts: list[str], *, rows: int, block: int, limit: int | None = None) -> dict[int, Outcome]:
-        plan, _ = self.translator.plan(self.options(rows, limit))
+        plan, _ = self.translator._model.plan(self.options(rows, limit))
         self.stats = DecodeStats()
         found = decode_in_blocks(self.backend, iter(self.sources(texts)), plan, self.stats, block=block)
-        return {outcome.index: outcome for outcome in found}
+        return {outcome.sentence.number: outcome for outcome in found}
 
     def plain(self, texts: list[str], limit: int | None = None) -> list[tuple[int, ...]]:
         return [found.ids for found in self.translator.translate(texts, max_new_tokens=limit)]
@@ -117,13 +117,13 @@ def test_a_longer_source_waits_for_empty_rows_and_gets_larger_ones(looping: Loop
 def test_sources_are_drawn_only_as_rows_fall_free(looping: Looping) -> None:
     drawn = 0
 
-    def stream() -> Iterator[Source]:
+    def stream() -> Iterator[Sentence]:
         nonlocal drawn
         for source in looping.sources(["seven"] * 50):
             drawn += 1
             yield source
 
-    plan, _ = looping.translator.plan(looping.options(4, None))
+    plan, _ = looping.translator._model.plan(looping.options(4, None))
     outcomes = decode_in_blocks(looping.backend, stream(), plan, DecodeStats())
     next(outcomes)
     assert drawn <= 8
@@ -141,7 +141,7 @@ def test_rows_that_were_given_back_serve_again(looping: Looping) -> None:
 
 def test_cancelling_ends_all_as_they_are_and_loses_none(looping: Looping) -> None:
     texts = [" ".join(["ninety-nine"] * 4)] * 9
-    plan, _ = looping.translator.plan(looping.options(3, None))
+    plan, _ = looping.translator._model.plan(looping.options(3, None))
     looks = iter([False, True])
     found = list(
         decode_in_blocks(
@@ -154,7 +154,7 @@ def test_cancelling_ends_all_as_they_are_and_loses_none(looping: Looping) -> Non
         )
     )
     whole = looping.plain(texts[:1])[0]
-    assert sorted(outcome.index for outcome in found) == list(range(9))
+    assert sorted(outcome.sentence.number for outcome in found) == list(range(9))
     assert {outcome.reason(outcome.best) for outcome in found} == {"cancelled"}
     assert {outcome.best.ids for outcome in found} == {whole[:2], ()}
 
@@ -185,7 +185,7 @@ def test_several_devices_share_the_texts_and_keep_their_order(bundle: Path, loop
     backends = [Looping(bundle).backend for _ in range(3)]
     for backend in backends:
         backend.loops = True
-    several = Translator(Bundle.open(bundle), *backends)
+    several = Translator(LoadedModel(Bundle.open(bundle), *backends))
     assert several.translate(texts, rows=4, workers=1) == plain
 
 

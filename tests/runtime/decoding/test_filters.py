@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import pytest
@@ -15,18 +16,20 @@ from kvx.runtime.arrays import FloatArray
 from kvx.runtime.bundle.signature import TensorSpec
 from kvx.runtime.decoding.cache import Capacity, EncodedSource, KVCache
 from kvx.runtime.decoding.filters import (
-    UNCONSTRAINED,
-    Constraints,
+    UNFILTERED,
     EndPenalty,
     Filter,
+    Filters,
     LeastTokens,
     NoRepeatedNgrams,
     RepetitionPenalty,
     Suppress,
 )
 from kvx.runtime.decoding.plan import Plan
+from kvx.runtime.decoding.results import Sentence
 from kvx.runtime.decoding.rows import Choice, Rows, Seat
 from kvx.runtime.options import TranslateOptions
+from kvx.runtime.text.targets import TargetReader
 
 if TYPE_CHECKING:
     from kvx import Translation, Translator
@@ -45,6 +48,14 @@ SEARCHES = {
 Ids = tuple[int, ...]
 
 
+READER = cast("TargetReader", types.SimpleNamespace(pieces=lambda tokens, option: tuple(tokens)))
+
+
+def seat(number: int, fixed: tuple[int, ...]) -> Seat:
+    source = EncodedSource({"source": np.zeros((1, 1, 1, 1), np.float32)}, 0, 1)
+    return Seat(Sentence(number, (1,), (fixed,)), 0, source)
+
+
 def rows_with(targets: Sequence[Sequence[int]], given: Sequence[Sequence[int]] | None = None) -> Rows:
     """Rows whose targets have come so far, each in a seat of its own, of which the first tokens may have been given."""
     plan = Plan(
@@ -59,9 +70,8 @@ def rows_with(targets: Sequence[Sequence[int]], given: Sequence[Sequence[int]] |
         source_bytes=4,
     )
     rows = Rows(KVCache(SPECS, Capacity(len(targets), LIMIT, 4)), plan, scored=False)
-    source = EncodedSource({"source": np.zeros((1, 1, 1, 1), np.float32)}, 0, 1)
     for row, target in enumerate(targets):
-        rows.take(row, Seat(row, 0, 1, None), tuple(given[row]) if given else (), source, LIMIT)
+        rows.take(row, seat(row, tuple(given[row]) if given else ()), LIMIT)
         rows.tokens[row, 1 : len(target) + 1] = target
         rows.cache.lengths[row] = len(target)
     return rows
@@ -139,7 +149,7 @@ def test_filters_do_to_each_row_what_their_definitions_say(
 ) -> None:
     logits = logits_for(targets, seed)
     before = logits.copy()
-    allowed = Constraints([constrain for constrain, _ in pairs])(logits, rows_with(targets))
+    allowed = Filters([constrain for constrain, _ in pairs])(logits, rows_with(targets))
     np.testing.assert_array_equal(logits, before)  # they are the model's own, and scores are taken from them
     for row, target in enumerate(targets):
         expected = logits[row]
@@ -166,8 +176,8 @@ def test_filters_do_to_each_row_what_their_definitions_say(
 def test_whatever_is_asked_for_together_something_may_come_next(
     targets: list[list[int]], options: dict[str, float], suppressed: list[int], seed: int
 ) -> None:
-    constraints = TranslateOptions(**options).constraints(tuple(suppressed))  # type: ignore[arg-type]
-    allowed = constraints(logits_for(targets, seed), rows_with(targets))
+    filters = TranslateOptions(**options, suppress=tuple(suppressed)).filters_of(READER)  # type: ignore[arg-type]
+    allowed = filters(logits_for(targets, seed), rows_with(targets))
     assert (allowed.max(axis=-1) > -np.inf).all()
     least = int(options.get("min_new_tokens", 1))
     for row, target in enumerate(targets):
@@ -181,10 +191,10 @@ def test_whatever_is_asked_for_together_something_may_come_next(
 def test_without_constraints_the_logits_are_the_very_same() -> None:
     targets = [[2, 3], []]
     logits = logits_for(targets, 0)
-    nothing = TranslateOptions(min_new_tokens=1, repetition_penalty=1.0, end_penalty=0.0).constraints(())
-    for constraints in (UNCONSTRAINED, nothing):
-        assert constraints(logits, rows_with(targets)) is logits
-        assert constraints(logits, rows_with(targets, given=[[2, 3], []])) is logits  # what was given has come
+    nothing = TranslateOptions(min_new_tokens=1, repetition_penalty=1.0, end_penalty=0.0).filters_of(READER)
+    for filters in (UNFILTERED, nothing):
+        assert filters(logits, rows_with(targets)) is logits
+        assert filters(logits, rows_with(targets, given=[[2, 3], []])) is logits  # what was given has come
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -200,8 +210,8 @@ def test_what_is_given_comes_whatever_the_filters_say(
 ) -> None:
     targets = [(*ids, *[2] * 5)[:length] for ids, length in zip(given_ids, lengths, strict=False)]
     logits = logits_for(targets, 3)
-    allowed = Constraints([constrain for constrain, _ in pairs])(logits, rows_with(targets, given_ids))
-    free = Constraints([constrain for constrain, _ in pairs])(logits, rows_with(targets))
+    allowed = Filters([constrain for constrain, _ in pairs])(logits, rows_with(targets, given_ids))
+    free = Filters([constrain for constrain, _ in pairs])(logits, rows_with(targets))
     for row, (target, ids) in enumerate(zip(targets, given_ids, strict=True)):
         if len(target) < len(ids):
             expected = np.full(VOCABULARY, -np.inf, np.float32)
@@ -214,12 +224,11 @@ def test_what_is_given_comes_whatever_the_filters_say(
 def test_what_is_given_belongs_to_the_target_and_moves_with_it() -> None:
     rows = rows_with([[], [], []], given=[[2], [3, 4], [5, 5, 5]])
     rows.vacate(0)
-    assert [each.tolist() for each in rows.given_next()] == [[0, 1], [5, 3]]
+    assert [each.tolist() for each in rows.fixed_next()] == [[0, 1], [5, 3]]
     rows.append(Choice(np.array([5, 3]), np.zeros(2, bool)), None)
-    assert [each.tolist() for each in rows.given_next()] == [[0, 1], [5, 4]]
-    source = EncodedSource({"source": np.zeros((1, 1, 1, 1), np.float32)}, 0, 1)
-    rows.take(0, Seat(9, 0, 1, None), (), source, LIMIT)
-    assert [each.tolist() for each in rows.given_next()] == [[1], [4]]
+    assert [each.tolist() for each in rows.fixed_next()] == [[0, 1], [5, 4]]
+    rows.take(0, seat(9, ()), LIMIT)
+    assert [each.tolist() for each in rows.fixed_next()] == [[1], [4]]
 
 
 def everything(translations: Sequence[Translation]) -> list[Translation]:
@@ -239,7 +248,7 @@ def test_no_translation_is_shorter_than_asked_for(beams_translator: Translator, 
 @pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.parametrize("prefix", ["acht", "neun hundert", (17, 30, 8), (40,), ""])
 def test_every_translation_begins_with_the_prefix(beams_translator: Translator, search: str, prefix: str | Ids) -> None:
-    tokenizer = beams_translator.targets.tokenizer
+    tokenizer = beams_translator._model.targets.tokenizer
     ids = tuple(tokenizer.encode(prefix)) if isinstance(prefix, str) else prefix
     found = beams_translator.translate(TEXTS, SEARCHES[search], prefix=prefix, rows=9)
     assert {one.ids[: len(ids)] for one in everything(found)} == {ids}
@@ -272,12 +281,12 @@ def test_a_prefix_may_fill_all_but_one_of_the_tokens_allowed(beams_translator: T
 
 @pytest.mark.parametrize("number", [0, 1, 4, 6, 8])
 def test_prefixes_of_another_number_than_texts_are_refused(beams_translator: Translator, number: int) -> None:
-    with pytest.raises(InputError, match="a prefix for each text"):
+    with pytest.raises(InputError, match="one prefix for each text"):
         beams_translator.translate(TEXTS, prefixes=["acht"] * number)
     streamed = beams_translator.translate_iter(TEXTS, TranslateOptions(window=1), prefixes=["acht"] * number)
     for text, _ in zip(TEXTS, range(number), strict=False):
         assert next(streamed) == beams_translator.translate([text], prefix="acht")[0]
-    with pytest.raises(InputError, match="a prefix for each text"):
+    with pytest.raises(InputError, match="one prefix for each text"):
         next(streamed)
 
 
@@ -296,7 +305,7 @@ def test_one_str_is_no_prefixes(beams_translator: Translator) -> None:
         ((5, -1), "id -1"),
         ((5, True), "id True"),
         ((3, 3), "holds eos"),
-        (tuple(range(4, 10)), "a prefix of 6 tokens"),
+        (tuple(range(4, 10)), "prefix has 6 tokens"),
     ],
 )
 def test_prefixes_that_nothing_could_follow_are_refused(
@@ -312,7 +321,7 @@ def test_prefixes_that_nothing_could_follow_are_refused(
 @pytest.mark.parametrize("search", SEARCHES)
 def test_what_is_suppressed_never_comes(beams_translator: Translator, search: str) -> None:
     free = everything(beams_translator.translate(TEXTS, SEARCHES[search]))
-    tokenizer, eos = beams_translator.targets.tokenizer, beams_translator.manifest.target_ids.eos
+    tokenizer, eos = beams_translator._model.targets.tokenizer, beams_translator.manifest.target_ids.eos
     common = sorted({one for each in free for one in each.ids} - {eos})[::2]
     for suppressed in (tuple(common), tokenizer.pieces(common)):
         found = everything(beams_translator.translate(TEXTS, SEARCHES[search], suppress=suppressed, rows=8))
@@ -345,7 +354,7 @@ def test_no_ngram_comes_twice(beams_translator: Translator, search: str, size: i
 
 @pytest.mark.parametrize("suppress", [("漢",), (3,), ("</s>",), (-1,), (10**6,), (True,), ("",)])
 def test_what_cannot_be_suppressed_is_named(beams_translator: Translator, suppress: tuple[str | int, ...]) -> None:
-    with pytest.raises(OptionError, match=f"suppress = {suppress[0]!r}"):
+    with pytest.raises(OptionError, match=f"`suppress` has {suppress[0]!r}"):
         beams_translator.translate(["one"], suppress=(5, *suppress, "e"))
 
 

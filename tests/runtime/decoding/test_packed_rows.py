@@ -19,8 +19,7 @@ from kvx.runtime.decoding.backend import Backend, Step, StepOutput
 from kvx.runtime.decoding.cache import KVCache
 from kvx.runtime.decoding.decode import decode
 from kvx.runtime.decoding.plan import Plan
-from kvx.runtime.decoding.rows import Source
-from kvx.runtime.decoding.schedule import DecodeStats
+from kvx.runtime.decoding.results import DecodeStats, Sentence
 from kvx.runtime.decoding.search import Greedy
 from kvx.runtime.options import TranslateOptions
 
@@ -58,6 +57,9 @@ class Poisoner:
         self.beam_cache_specs = backend.beam_cache_specs
         self.encode = backend.encode
 
+    def bind_chunk(self, cache: KVCache) -> Step:
+        return self.backend.bind_chunk(cache)
+
     def bind(self, cache: KVCache) -> Step:
         step = self.backend.bind(cache)
 
@@ -93,15 +95,15 @@ class Alone:
 
     def ids(self, text: str) -> tuple[int, ...]:
         special = self.translator.manifest.source_ids
-        (read,) = self.translator.read_sources([text], self.plan(1), "truncate")
+        read = self.translator._model.sources.read_one(text, 1, "truncate")
         return read.ids or (special.bos, special.eos)
 
     def plan(self, rows: int) -> Plan:
-        return Plan.of(self.translator.manifest, self.translator.backend.cache_specs, rows=rows)
+        return Plan.of(self.translator.manifest, self.translator._model.backend.cache_specs, rows=rows)
 
     def _answer(self, text: str) -> tuple[int, ...]:
-        sources = [Source(0, self.ids(text))]
-        (outcome,) = decode(self.translator.backend, sources, Greedy(), self.plan(1))
+        sources = [Sentence(0, self.ids(text))]
+        (outcome,) = decode(self.translator._model.backend, sources, Greedy(), self.plan(1))
         return outcome.best.ids
 
 
@@ -110,12 +112,12 @@ class Alone:
 def test_greedy_ids_equal_those_of_each_sentence_alone_whatever_the_neighbours_and_the_poison(
     alone: Alone, texts: list[str], rows: int, longest_first: bool
 ) -> None:
-    sources = [Source(index, alone.ids(text)) for index, text in enumerate(texts)]
+    sources = [Sentence(index, alone.ids(text)) for index, text in enumerate(texts)]
     if longest_first:
         sources.sort(key=lambda source: -len(source.ids))
     stats = DecodeStats()
-    backend = Poisoner(alone.translator.backend)
-    found = {o.index: o.best.ids for o in decode(backend, sources, Greedy(), alone.plan(rows), stats)}
+    backend = Poisoner(alone.translator._model.backend)
+    found = {o.sentence.number: o.best.ids for o in decode(backend, sources, Greedy(), alone.plan(rows), stats)}
     assert found == {index: alone.answer(text) for index, text in enumerate(texts)}
     assert stats.row_steps == sum(map(len, found.values()))
 
@@ -137,9 +139,11 @@ def _texts(numbers: Sequence[int]) -> list[str]:
 def test_sentences_longer_than_the_cache_make_it_grow_without_draining_it(numbers_translator: Translator) -> None:
     texts = ["one", " ".join(["ninety-nine"] * 20), "two", " ".join(["seven"] * 40), "three"] * 10
     stats = DecodeStats()
-    sources = [Source(i, Alone(numbers_translator).ids(text)) for i, text in enumerate(texts)]
+    sources = [Sentence(i, Alone(numbers_translator).ids(text)) for i, text in enumerate(texts)]
     plan = Alone(numbers_translator).plan(4)
-    found = {o.index: o.best.ids for o in decode(numbers_translator.backend, sources, Greedy(), plan, stats)}
+    found = {
+        o.sentence.number: o.best.ids for o in decode(numbers_translator._model.backend, sources, Greedy(), plan, stats)
+    }
     assert stats.repacks > 0
     assert found == {i: Alone(numbers_translator).answer(text) for i, text in enumerate(texts)}
 
@@ -147,7 +151,7 @@ def test_sentences_longer_than_the_cache_make_it_grow_without_draining_it(number
 def test_a_cache_budget_lowers_the_rows_and_changes_no_answer(numbers_translator: Translator) -> None:
     texts = _texts(range(60))
     free = list(numbers_translator.translate_iter(texts))
-    plan, _ = numbers_translator.plan(TranslateOptions(rows=1, workers=1))
+    plan, _ = numbers_translator._model.plan(TranslateOptions(rows=1, workers=1))
     stats = DecodeStats()
     budget = 3 * plan.seat_bytes(plan.source_positions)
     tight = TranslateOptions(cache_bytes=budget, workers=1)
@@ -176,15 +180,15 @@ def test_all_lines_of_the_reference_test_set_are_equal_at_every_number_of_rows(
 
 
 def test_the_rows_stay_in_use_until_the_input_runs_out(seed_translator: Translator, seed: Seed) -> None:
-    backend, plan = seed_translator.backend, replace(Alone(seed_translator).plan(32), rows=32)
+    backend, plan = seed_translator._model.backend, replace(Alone(seed_translator).plan(32), rows=32)
     texts = sorted(seed.sources, key=len, reverse=True)
     drawn = 0
 
-    def sources() -> Iterator[Source]:
+    def sources() -> Iterator[Sentence]:
         nonlocal drawn
         for index, text in enumerate(texts):
             drawn += 1
-            yield Source(index, Alone(seed_translator).ids(text))
+            yield Sentence(index, Alone(seed_translator).ids(text))
 
     stats, until_empty = DecodeStats(), 0.0
     for _ in decode(backend, sources(), Greedy(), plan, stats):

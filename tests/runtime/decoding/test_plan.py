@@ -10,12 +10,12 @@ from kvx import CapacityError, InputError, OptionError, Translator
 from kvx.runtime.bundle.signature import Dimensions, TensorSpec, cache_specs
 from kvx.runtime.decoding.cache import KVCache
 from kvx.runtime.decoding.plan import DEFAULT_ROWS, SMALLEST_CAPACITY, Plan
-from kvx.runtime.decoding.schedule import DecodeStats
+from kvx.runtime.decoding.results import DecodeStats
 from kvx.runtime.options import TranslateOptions
 
 
 def _plan(translator: Translator, **wishes: int) -> Plan:
-    return Plan.of(translator.manifest, translator.backend.cache_specs, **wishes)
+    return Plan.of(translator.manifest, translator._model.backend.cache_specs, **wishes)
 
 
 def test_a_plan_takes_as_many_rows_as_fit_up_to_the_default(numbers_translator: Translator) -> None:
@@ -26,7 +26,7 @@ def test_a_plan_takes_as_many_rows_as_fit_up_to_the_default(numbers_translator: 
 
 
 def test_what_a_plan_allows_is_never_more_than_its_bytes(numbers_translator: Translator) -> None:
-    specs = numbers_translator.backend.cache_specs
+    specs = numbers_translator._model.backend.cache_specs
     budget = 10 * _plan(numbers_translator).seat_bytes(40)
     plan = _plan(numbers_translator, cache_bytes=budget)
     for source in range(1, plan.source_positions + 1):
@@ -49,7 +49,7 @@ def test_a_budget_below_one_row_is_refused(numbers_translator: Translator) -> No
 
 @pytest.mark.parametrize("limit", [0, 65, -1])
 def test_more_new_tokens_than_positions_are_refused(numbers_translator: Translator, limit: int) -> None:
-    with pytest.raises(OptionError, match=f"max_new_tokens {limit}. Expected 1 to 64"):
+    with pytest.raises(OptionError, match=rf"`max_new_tokens` is {limit}\. Expected 1 to 64"):
         _plan(numbers_translator, max_new_tokens=limit)
 
 
@@ -60,7 +60,7 @@ def test_a_sentence_that_the_budget_cannot_hold_is_named_with_what_it_needs(numb
     results = numbers_translator.translate_iter(texts, options)
     assert next(results).text == "eins"
     with pytest.raises(
-        InputError, match=rf"Line 2: 52 tokens, which need a cache of [\d,]+ bytes; .* {budget:,} bytes"
+        InputError, match=rf"Line 2: The text has 52 tokens, which need a cache of [\d,]+ bytes\. .* {budget:,} bytes"
     ):
         list(results)
 
@@ -68,16 +68,16 @@ def test_a_sentence_that_the_budget_cannot_hold_is_named_with_what_it_needs(numb
 def test_workers_share_the_bytes_and_take_no_rows_away(numbers_translator: Translator) -> None:
     smallest = _plan(numbers_translator).seat_bytes(SMALLEST_CAPACITY)
     options = TranslateOptions(cache_bytes=2 * 8 * smallest, rows=8, workers=2)
-    assert numbers_translator.plan(options)[0].rows == 8
-    with pytest.raises(CapacityError, match=r"for 2 workers, which hold 7 rows for each. Expected 8 ×"):
-        numbers_translator.plan(TranslateOptions(cache_bytes=2 * 8 * smallest - 2, rows=8, workers=2))
-    with pytest.raises(CapacityError, match="hold 0 rows for each"):
-        numbers_translator.plan(TranslateOptions(cache_bytes=3 * smallest, workers=4))
+    assert numbers_translator._model.plan(options)[0].rows == 8
+    with pytest.raises(CapacityError, match=r"for 2 workers, which is room for 7 rows each\. Expected 8 ×"):
+        numbers_translator._model.plan(TranslateOptions(cache_bytes=2 * 8 * smallest - 2, rows=8, workers=2))
+    with pytest.raises(CapacityError, match="room for 0 rows each"):
+        numbers_translator._model.plan(TranslateOptions(cache_bytes=3 * smallest, workers=4))
 
 
 def test_by_default_there_are_no_more_workers_than_the_bytes_have_rows_for(numbers_translator: Translator) -> None:
     smallest = _plan(numbers_translator).seat_bytes(SMALLEST_CAPACITY)
-    plan, workers = numbers_translator.plan(TranslateOptions(cache_bytes=DEFAULT_ROWS * smallest))
+    plan, workers = numbers_translator._model.plan(TranslateOptions(cache_bytes=DEFAULT_ROWS * smallest))
     assert (plan.rows, workers) == (DEFAULT_ROWS, 1)
 
 
@@ -128,7 +128,7 @@ def test_rows_are_rounded_down_to_whole_sentences(numbers_translator: Translator
     for rows, seats in ((4, 1), (7, 1), (8, 2), (11, 2)):
         plan = Plan.of(numbers_translator.manifest, specs, rows=rows, beams=4)
         assert (plan.seats, plan.rows) == (seats, 4 * seats)
-    with pytest.raises(OptionError, match="4 beams in 3 rows. Expected at least a row for every beam"):
+    with pytest.raises(OptionError, match=r"4 beams, but only 3 rows\. Expected at least one row for every beam"):
         Plan.of(numbers_translator.manifest, specs, rows=3, beams=4)
 
 
@@ -139,13 +139,13 @@ def test_sentences_with_beams_that_cannot_fit_are_refused_with_the_numbers(numbe
         Plan.of(numbers_translator.manifest, specs, rows=12, beams=4, cache_bytes=3 * smallest - 1)
     plan = Plan.of(numbers_translator.manifest, specs, rows=12, beams=4, cache_bytes=3 * smallest)
     assert plan.share_of(1, least_rows=12).rows == 12
-    with pytest.raises(CapacityError, match="for 2 workers, which hold 4 rows for each. Expected 3 ×"):
+    with pytest.raises(CapacityError, match=r"for 2 workers, which is room for 4 rows each\. Expected 3 ×"):
         plan.share_of(2, least_rows=12)
 
 
 def test_a_cache_with_beams_never_holds_more_than_planned_for_all_workers(beams_translator: Translator) -> None:
     options = TranslateOptions(beam_size=3, n_best=2, workers=2)
-    one, _ = beams_translator.plan(replace(options, rows=3))
+    one, _ = beams_translator._model.plan(replace(options, rows=3))
     budget = 2 * 3 * one.seat_bytes(40)
     stats = DecodeStats()
     texts = [" ".join(["seven"] * (1 + i % 30)) for i in range(60)]

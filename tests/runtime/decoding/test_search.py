@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import pytest
@@ -28,17 +28,18 @@ from kvx.runtime.bundle.signature import TensorSpec
 from kvx.runtime.decoding.backend import Step, StepOutput
 from kvx.runtime.decoding.cache import Capacity, KVCache
 from kvx.runtime.decoding.decode import decode
-from kvx.runtime.decoding.filters import UNCONSTRAINED, Constraints, LeastTokens
+from kvx.runtime.decoding.filters import UNFILTERED, Filters, LeastTokens
 from kvx.runtime.decoding.plan import Plan
-from kvx.runtime.decoding.rows import Hypothesis, Source
-from kvx.runtime.decoding.schedule import DecodeStats
+from kvx.runtime.decoding.results import DecodeStats, Hypothesis, Sentence
 from kvx.runtime.decoding.search import BLOCK, BeamSearch, Greedy, Sampling, Search, largest, log_probabilities
+from kvx.runtime.engine.loaded import LoadedModel
 from kvx.runtime.options import TranslateOptions
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from kvx import Translation
+    from kvx.runtime.text.targets import TargetReader
 
 BOS, EOS = 0, 1
 TIE = 1e-5  # what float32 may exchange
@@ -82,6 +83,9 @@ class FakeBackend:
     def encode(self, input_ids: IntArray, source_lengths: IntArray) -> Tensors:
         return {"source": input_ids.astype(np.float32)[:, None, :, None]}
 
+    def bind_chunk(self, cache: KVCache) -> Step:
+        raise NotImplementedError  # it takes one token of a row
+
     def bind(self, cache: KVCache) -> Step:
         def step(input_ids: IntArray) -> StepOutput:
             past, lengths = cache.buffers["past"][:, 0, :, 0], cache.lengths
@@ -117,18 +121,22 @@ class FakeBackend:
 
     def run(
         self,
-        sources: Sequence[Source],
+        sources: Sequence[Sentence],
         search: Search,
         limit: int,
         *,
         seats: int = 3,
-        constraints: Constraints = UNCONSTRAINED,
+        filters: Filters = UNFILTERED,
+        scored: bool = False,
     ) -> dict[tuple[int, int], tuple[Hypothesis, ...]]:
         plan = self.plan(beams=search.beams, seats=seats, limit=limit)
-        outcomes = list(decode(self, sources, search, plan, constraints=constraints))
-        found = {(outcome.index, outcome.target): outcome.hypotheses for outcome in outcomes}
+        outcomes = list(decode(self, sources, search, plan, filters=filters, scored=scored))
+        found = {(outcome.sentence.number, outcome.target): outcome.hypotheses for outcome in outcomes}
         assert len(found) == len(outcomes) == sum(len(source.targets) for source in sources)
         return found
+
+
+NO_READER = cast("TargetReader", None)  # for options that name no piece
 
 
 class TiedError(Exception):
@@ -213,8 +221,8 @@ def _apart(falling: Sequence[float]) -> bool:
     return all(one - other > TIE for one, other in itertools.pairwise(falling))
 
 
-def sources_of(seeds: Sequence[int]) -> list[Source]:
-    return [Source(index, (2, *[3 + seed] * (1 + seed % 4), index + 2)) for index, seed in enumerate(seeds)]
+def sources_of(seeds: Sequence[int]) -> list[Sentence]:
+    return [Sentence(index, (2, *[3 + seed] * (1 + seed % 4), index + 2)) for index, seed in enumerate(seeds)]
 
 
 seeds = st.lists(st.integers(0, 30), min_size=1, max_size=9)
@@ -236,16 +244,18 @@ def test_beams_enough_for_every_target_find_the_best_of_all(
 ) -> None:
     least = min(least, limit)
     backend, sources = FakeBackend(vocabulary, shared=shared), sources_of(seeds)
-    search = BeamSearch(vocabulary**limit, length_penalty=penalty, early_stopping=early, scored=True, n_best=3)
-    filters = Constraints((LeastTokens(least),) if least > 1 else ())
-    found = backend.run(sources, search, limit, seats=2, constraints=filters)
+    search = BeamSearch(
+        vocabulary**limit, length_penalty=penalty, early_stopping=early, n_best=min(3, vocabulary**limit)
+    )
+    filters = Filters((LeastTokens(least),) if least > 1 else ())
+    found = backend.run(sources, search, limit, seats=2, filters=filters, scored=True)
     oracle = Oracle(backend.logits, vocabulary, limit, least)
     for source in sources:
         ranked = sorted(
             ((oracle.rank_score(source.ids, ids, penalty), ids) for ids in oracle.all_targets()), reverse=True
         )[:3]
         assume(_apart([score for score, _ in ranked]))
-        hypotheses = found[source.index, 0]
+        hypotheses = found[source.number, 0]
         assert [one.ids for one in hypotheses] == [ids for _, ids in ranked]
         assert [one.rank_score for one in hypotheses] == pytest.approx([score for score, _ in ranked], abs=TIE)
         assert [one.score for one in hypotheses] == pytest.approx(
@@ -279,13 +289,13 @@ def test_beams_are_those_of_a_plain_beam_search_whatever_the_neighbours(
 ) -> None:
     least = min(least, limit)
     backend, sources = FakeBackend(vocabulary, shared=shared), sources_of(seeds)
-    search = BeamSearch(size, length_penalty=penalty, patience=patience, n_best=size, scored=True)
-    filters = Constraints((LeastTokens(least),) if least > 1 else ())
-    found = backend.run(sources, search, limit, seats=seats, constraints=filters)
+    search = BeamSearch(size, length_penalty=penalty, patience=patience, n_best=size)
+    filters = Filters((LeastTokens(least),) if least > 1 else ())
+    found = backend.run(sources, search, limit, seats=seats, filters=filters, scored=True)
     oracle = Oracle(backend.logits, vocabulary, limit, least)
     for source in sources:
         expected = untied(oracle, source.ids, size, penalty, size * max(1.0, patience))  # n_best are wanted
-        hypotheses = found[source.index, 0]
+        hypotheses = found[source.number, 0]
         assert [one.ids for one in hypotheses] == [ids for _, ids in expected]
         assert [one.rank_score for one in hypotheses] == pytest.approx([score for score, _ in expected], abs=TIE)
         assert [one.ended for one in hypotheses] == [ids[-1] == EOS for _, ids in expected]
@@ -318,12 +328,12 @@ def test_without_early_stopping_the_best_are_those_of_a_search_that_never_stops(
     options = TranslateOptions(
         beam_size=size + 1, n_best=size + 1, length_penalty=penalty, early_stopping=False, end_penalty=end_penalty
     )
-    size = options.beam_size
-    found = backend.run(sources, options.search(), limit, constraints=options.constraints(()))
+    size, search = options.search.beams, options.search
+    found = backend.run(sources, search, limit, filters=options.filters_of(NO_READER))
     oracle = Oracle(backend.logits, vocabulary, limit, end_gain=-(end_penalty or 0.0))
     for source in sources:
         expected = untied(oracle, source.ids, size, penalty, math.inf)
-        assert [one.ids for one in found[source.index, 0]] == [ids for _, ids in expected]
+        assert [one.ids for one in found[source.number, 0]] == [ids for _, ids in expected]
 
 
 def test_without_early_stopping_a_search_ends_before_the_limit_where_nothing_can_get_better() -> None:
@@ -346,7 +356,7 @@ def test_searching_longer_never_finds_worse(vocabulary: int, size: int, seeds: l
     searches = (replace(quick, patience=0.5), quick, replace(quick, patience=2.0), replace(quick, early_stopping=False))
     best = [backend.run(sources, search, 8) for search in searches]
     for source in sources:
-        scores = [found[source.index, 0][0].rank_score for found in best]
+        scores = [found[source.number, 0][0].rank_score for found in best]
         assert None not in scores
         assert scores == sorted(scores)  # type: ignore[type-var]
 
@@ -357,31 +367,16 @@ def test_a_single_beam_and_a_single_candidate_are_greedy(
     vocabulary: int, limit: int, seeds: list[int], seats: int
 ) -> None:
     backend, sources = FakeBackend(vocabulary), sources_of(seeds)
-    greedy = backend.run(sources, Greedy(scored=True), limit, seats=seats)
-    beam = backend.run(sources, BeamSearch(1, scored=True), limit, seats=seats)
-    one = backend.run(sources, Sampling(seed=3, top_k=1, scored=True), limit, seats=seats)
-    cold = backend.run(sources, Sampling(seed=3, temperature=1e-7, scored=True), limit, seats=seats)
+    greedy = backend.run(sources, Greedy(), limit, seats=seats, scored=True)
+    beam = backend.run(sources, BeamSearch(1), limit, seats=seats, scored=True)
+    one = backend.run(sources, Sampling(seed=3, top_k=1), limit, seats=seats, scored=True)
+    cold = backend.run(sources, Sampling(seed=3, temperature=1e-7), limit, seats=seats, scored=True)
     assert one == cold == greedy
     assert {key: [each.ids for each in found] for key, found in beam.items()} == {
         key: [each.ids for each in found] for key, found in greedy.items()
     }
     for key, found in greedy.items():
         assert beam[key][0].log_probabilities == pytest.approx(found[0].log_probabilities)
-
-
-def test_the_graphs_own_argmax_is_taken_only_where_nothing_is_constrained() -> None:
-    class Choosing(FakeBackend):
-        def bind(self, cache: KVCache) -> Step:
-            step = super().bind(cache)
-            return lambda ids: (output := step(ids))._replace(next_ids=output.logits.argmax(axis=-1))
-
-    sources, filters = sources_of(range(10)), Constraints((LeastTokens(6),))
-    for constraints in (UNCONSTRAINED, filters):
-        chosen, plain = (
-            backend.run(sources, Greedy(), 8, constraints=constraints) for backend in (Choosing(3), FakeBackend(3))
-        )
-        assert chosen == plain
-    assert min(len(one.ids) for (one,) in plain.values()) == 6
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -407,7 +402,7 @@ def test_beams_go_on_from_what_is_given_as_if_it_had_come_by_itself(
     given_ids, limit = tuple(prefix), 7
     backend = FakeBackend(vocabulary)
     sources = [replace(source, targets=(given_ids,)) for source in sources_of(seeds)]
-    found = backend.run(sources, BeamSearch(size, length_penalty=0.0, n_best=size, scored=True), limit)
+    found = backend.run(sources, BeamSearch(size, length_penalty=0.0, n_best=size), limit, scored=True)
 
     def after(source: Ids, target: Ids) -> FloatArray:
         return backend.logits(source, (BOS, *given_ids, *target[1:]))
@@ -416,8 +411,8 @@ def test_beams_go_on_from_what_is_given_as_if_it_had_come_by_itself(
     whole = Oracle(backend.logits, vocabulary, limit)
     for source in sources:
         expected = untied(rest, source.ids, size, 0.0, size)
-        assert [one.ids for one in found[source.index, 0]] == [(*given_ids, *ids) for _, ids in expected]
-        for one in found[source.index, 0]:
+        assert [one.ids for one in found[source.number, 0]] == [(*given_ids, *ids) for _, ids in expected]
+        for one in found[source.number, 0]:
             assert one.score == pytest.approx(whole.score(source.ids, one.ids), abs=TIE)
 
 
@@ -450,7 +445,7 @@ def test_attention_is_that_of_each_hypothesis_own_tokens(search: Search, shared:
     backend, sources = Attentive(7, shared=shared), sources_of(range(12))
     plan = backend.plan(beams=search.beams, seats=3, limit=8)
     for outcome in decode(backend, sources, search, plan, with_attention=True):
-        source = sources[outcome.index].ids
+        source = sources[outcome.sentence.number].ids
         for one in outcome.hypotheses:
             own = [backend.attention(source, (BOS, *one.ids[:at])) for at in range(len(one.ids))]
             assert one.attention is not None
@@ -459,20 +454,20 @@ def test_attention_is_that_of_each_hypothesis_own_tokens(search: Search, shared:
 
 def test_a_search_over_many_positions_keeps_its_beams_apart_while_the_cache_grows() -> None:
     backend, limit = FakeBackend(40, spread=0.5), 40
-    sources = [Source(index, (2, *[3 + index] * (1 + 11 * (index % 4)), 4)) for index in range(6)]
-    search = BeamSearch(3, scored=True, n_best=3)
+    sources = [Sentence(index, (2, *[3 + index] * (1 + 11 * (index % 4)), 4)) for index in range(6)]
+    search = BeamSearch(3, n_best=3)
     stats = DecodeStats()
     outcomes = list(decode(backend, sources, search, backend.plan(beams=3, seats=2, limit=limit), stats))
     assert stats.repacks > 0
     oracle = Oracle(backend.logits, 40, limit)
     for outcome in outcomes:
-        expected = oracle.beam_search(sources[outcome.index].ids, 3, 1.0, 3)
+        expected = oracle.beam_search(sources[outcome.sentence.number].ids, 3, 1.0, 3)
         assert [one.ids for one in outcome.hypotheses] == [ids for _, ids in expected]
 
 
 def test_beams_are_those_of_eager_pytorch_without_a_cache(beams_translator: Translator, numbers_bundle: Path) -> None:
     model = load_checkpoint(numbers_bundle / "model.pt").model
-    eager = Translator(Bundle.open(numbers_bundle), NoCacheBackend(model))
+    eager = Translator(LoadedModel(Bundle.open(numbers_bundle), NoCacheBackend(model)))
     options = TranslateOptions(beam_size=4, n_best=2, rows=40)
     expected = [found_in(one) for one in eager.translate(TEXTS[:12], options)]
     assert [found_in(one) for one in beams_translator.translate(TEXTS[:12], options)] == expected
@@ -503,7 +498,7 @@ def found_in(translation: Translation) -> list[Ids]:
 
 @functools.cache
 def alone(translator: Translator, name: str, text: str) -> list[Ids]:
-    (translation,) = translator.translate([text], replace(SEARCHES[name], rows=SEARCHES[name].beam_size))
+    (translation,) = translator.translate([text], SEARCHES[name].changed(rows=SEARCHES[name].search.beams))
     return found_in(translation)
 
 
@@ -548,7 +543,7 @@ def test_samples_come_as_often_as_they_are_probable() -> None:
     expected = draws * shown / shown.sum()
     backend = FakeBackend(12)
     backend.logits = lambda source, target: logits
-    sources = [Source(index, (2, 3, index), ((),) * 40) for index in range(draws // 40)]
+    sources = [Sentence(index, (2, 3, index), ((),) * 40) for index in range(draws // 40)]
     found = backend.run(sources, Sampling(seed=1, temperature=temperature), 1, seats=500)
     counts = np.bincount([hypotheses[0].ids[0] for hypotheses in found.values()], minlength=12)
     degrees = len(logits) - 1
@@ -558,8 +553,8 @@ def test_samples_come_as_often_as_they_are_probable() -> None:
 def test_samples_score_as_the_model_has_them_whatever_the_temperature() -> None:
     backend, sources = FakeBackend(9), sources_of(range(8))
     oracle = Oracle(backend.logits, 9, 6)
-    for sampling in (Sampling(seed=1, temperature=3.0, scored=True), Sampling(seed=1, top_k=2, top_p=0.7, scored=True)):
-        for (index, _), (one,) in backend.run(sources, sampling, 6).items():
+    for sampling in (Sampling(seed=1, temperature=3.0), Sampling(seed=1, top_k=2, top_p=0.7)):
+        for (index, _), (one,) in backend.run(sources, sampling, 6, scored=True).items():
             assert one.score == pytest.approx(oracle.score(sources[index].ids, one.ids), abs=TIE)
 
 
@@ -644,10 +639,14 @@ def _draws_exactly(
 def test_samples_at_no_temperature_are_greedy(temperature: float) -> None:
     logits = np.random.default_rng(0).normal(scale=3, size=(20, 50)).astype(np.float32)
     logits[:, :5] = -np.inf
-    for sampling in (Sampling(0, temperature), Sampling(0, temperature, top_k=5), Sampling(0, temperature, top_p=0.9)):
+    for sampling in (
+        Sampling(1, temperature, seed=0),
+        Sampling(1, temperature, 5, seed=0),
+        Sampling(1, temperature, None, 0.9, 0),
+    ):
         backend = FakeBackend(50)
         backend.logits = lambda source, target: logits[source[1]]
-        found = backend.run([Source(index, (2, index)) for index in range(20)], sampling, 1)
+        found = backend.run([Sentence(index, (2, index)) for index in range(20)], sampling, 1)
         assert [found[index, 0][0].ids[0] for index in range(20)] == logits.argmax(axis=-1).tolist()
 
 
@@ -658,7 +657,7 @@ def test_samples_at_any_heat_are_of_what_is_allowed(temperature: float) -> None:
     logits[5] = 30
     backend = FakeBackend(8)
     backend.logits = lambda source, target: logits
-    sources = [Source(0, (2, 3), ((),) * 200)]
+    sources = [Sentence(0, (2, 3), ((),) * 200)]
     found = backend.run(sources, Sampling(seed=0, temperature=temperature), 1)
     assert {hypotheses[0].ids[0] for hypotheses in found.values()} == {2, 3, 5, 6, 7}
 

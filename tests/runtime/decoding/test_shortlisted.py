@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import types
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,12 +21,13 @@ from kvx.runtime.bundle.folder import Bundle
 from kvx.runtime.bundle.manifest import PROJECTION_FILE
 from kvx.runtime.decoding.backend import ShortlistStep, Step, StepOutput, shortlisting_of
 from kvx.runtime.decoding.cache import KVCache
-from kvx.runtime.decoding.decode import decode, decode_known
+from kvx.runtime.decoding.decode import SearchLoop, decode, never
 from kvx.runtime.decoding.plan import Plan
-from kvx.runtime.decoding.rows import Hypothesis, Rows, Seat, Source
-from kvx.runtime.decoding.schedule import DecodeStats
+from kvx.runtime.decoding.results import DecodeStats, Hypothesis, Sentence
+from kvx.runtime.decoding.rows import Rows, Seat
 from kvx.runtime.decoding.search import BeamSearch, Greedy, Search
 from kvx.runtime.decoding.shortlisted import COLUMNS, LEAST_COLUMNS, SPARE, Columns, ShortlistedStep
+from kvx.runtime.engine.loaded import LoadedModel
 from kvx.runtime.shortlist.candidates import Shortlist, Vocabulary
 
 CHECKPOINT = Path(__file__).resolve().parents[3] / "artifacts" / "numbers-checkpoint" / "model.pt"
@@ -112,38 +112,37 @@ class Oracle:
         self._found: dict[object, tuple[Hypothesis, ...]] = {}
 
     def plan(self, rows: int, beams: int) -> Plan:
-        specs = self.translator.backend.cache_specs
+        specs = self.translator._model.backend.cache_specs
         return Plan.of(self.translator.manifest, specs, rows=rows * beams, max_new_tokens=LIMIT, beams=beams)
 
-    def source(self, index: int, text: str, given: tuple[int, ...] = ()) -> Source:
-        (read,) = self.translator.read_sources([text], self.plan(1, 1), "truncate")
-        return Source(index, read.ids, (given,))
+    def source(self, index: int, text: str, given: tuple[int, ...] = ()) -> Sentence:
+        return Sentence(index, self.translator._model.sources.read_one(text, index, "truncate").ids, (given,))
 
-    def alone(self, source: Source, search: Search, candidates: tuple[int, ...] | None) -> tuple[Hypothesis, ...]:
+    def alone(self, source: Sentence, search: Search, candidates: tuple[int, ...] | None) -> tuple[Hypothesis, ...]:
         key = source.ids, source.targets, search, candidates
         if key not in self._found:
             self.eager.candidates = None if candidates is None else np.array(candidates)
-            (outcome,) = decode(self.eager, [source], search, self.plan(1, search.beams))
+            (outcome,) = decode(self.eager, [source], search, self.plan(1, search.beams), scored=True)
             self._found[key] = outcome.hypotheses
         return self._found[key]
 
-    def check(self, shortlist: Shortlist, sources: Sequence[Source], search: Search, rows: int) -> DecodeStats:
+    def check(self, shortlist: Shortlist, sources: Sequence[Sentence], search: Search, rows: int) -> DecodeStats:
         stats = DecodeStats()
-        plan, backend = self.plan(rows, search.beams), self.translator.backend
-        decode_some = partial(decode, backend, search=search, plan=plan, stats=stats)
-        found = {o.index: o.hypotheses for o in decode_known(decode_some, sources, shortlist, stats)}
+        plan, backend = self.plan(rows, search.beams), self.translator._model.backend
+        loop = SearchLoop(backend, plan, search, scored=True, candidates=shortlist)
+        found = {o.sentence.number: o.hypotheses for o in loop.run(sources, stats, never)}
         for source in sources:
             candidates = plain_candidates(shortlist, source)
             expected = self.alone(source, search, candidates)
-            assert [one.ids for one in found[source.index]] == [one.ids for one in expected]
-            for got, wanted in zip(found[source.index], expected, strict=True):
+            assert [one.ids for one in found[source.number]] == [one.ids for one in expected]
+            for got, wanted in zip(found[source.number], expected, strict=True):
                 assert got.log_probabilities == pytest.approx(wanted.log_probabilities, abs=1e-4)
                 if candidates is not None:
                     assert set(got.ids) <= set(candidates)
         return stats
 
 
-def plain_candidates(shortlist: Shortlist, source: Source) -> tuple[int, ...] | None:
+def plain_candidates(shortlist: Shortlist, source: Sentence) -> tuple[int, ...] | None:
     """By the definition: the pieces' targets, the frequent ones, eos and what is given; all where a piece has none."""
     pieces, offsets = source.ids[1:-1], shortlist.offsets
     rows = [shortlist.targets[offsets[piece] : offsets[piece + 1]].tolist() for piece in pieces]
@@ -196,7 +195,7 @@ class TestAnswers:
         self, oracle: Oracle, texts: list[str], seed: int, known: float, rows: int, beams: int
     ) -> None:
         shortlist = drawn(oracle.translator, seed, known=known)
-        search = Greedy(scored=True) if beams == 1 else BeamSearch(size=beams, n_best=beams, scored=True)
+        search = Greedy() if beams == 1 else BeamSearch(size=beams, n_best=beams)
         sources = [oracle.source(index, text) for index, text in enumerate(texts)]
         stats = oracle.check(shortlist, sources, search, rows)
         assert stats.fallbacks == sum(plain_candidates(shortlist, source) is None for source in sources)
@@ -205,7 +204,7 @@ class TestAnswers:
     @pytest.mark.parametrize("beams", [1, 3])
     def test_what_is_given_comes_though_no_list_has_it(self, oracle: Oracle, beams: int) -> None:
         shortlist = make(oracle.translator, [[20, 21]] * vocabularies(oracle.translator)[0].size)
-        search = Greedy(scored=True) if beams == 1 else BeamSearch(size=beams, scored=True)
+        search = Greedy() if beams == 1 else BeamSearch(size=beams)
         sources = [oracle.source(index, text, (40 + index, 9)) for index, text in enumerate(TEXTS[:6])]
         oracle.check(shortlist, sources, search, rows=4)
 
@@ -222,7 +221,7 @@ class TestAnswers:
         assert [one.ids for one in found] != [one.ids for one in plain]
 
     def test_given_targets_are_not_scored_by_a_part(self, translator: Translator, some: Path) -> None:
-        with pytest.raises(OptionError, match=r"shortlist = .* where translations are given"):
+        with pytest.raises(OptionError, match=r"`shortlist` is .*, but translations are scored"):
             translator.score(["one", "twelve"], ["eins", "zwölf"], TranslateOptions(shortlist=some))
 
 
@@ -245,14 +244,14 @@ class TestFallback:
     def test_unknown_sentences_are_decoded_after_the_others_of_their_window(
         self, translator: Translator, some: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        encode, encoded = translator.backend.encode, list[tuple[int, ...]]()
+        encode, encoded = translator._model.backend.encode, list[tuple[int, ...]]()
 
         def noting(input_ids: IntArray, source_lengths: IntArray) -> Tensors:
             pairs = zip(input_ids.tolist(), source_lengths.tolist(), strict=True)
             encoded.extend(tuple(ids[:length]) for ids, length in pairs)
             return encode(input_ids, source_lengths)
 
-        monkeypatch.setattr(translator.backend, "encode", noting)
+        monkeypatch.setattr(translator._model.backend, "encode", noting)
         translator.translate(TEXTS, shortlist=some, workers=1, rows=4)
         source, target = vocabularies(translator)
         shortlist = Shortlist.read(some, source_vocab=source, target_vocab=target)
@@ -286,16 +285,20 @@ class TestFallback:
 
 class TestRefusals:
     def test_a_bundle_without_the_graph(self, numbers_translator: Translator, everything: Path) -> None:
-        with pytest.raises(OptionError, match="n_best = 2 without beams") as caught:
+        with pytest.raises(OptionError, match="`n_best` is 2, but there are no beams") as caught:
             TranslateOptions(n_best=2, shortlist=everything)
-        with pytest.raises(OptionError, match=r"everything\.npz with the onnx backend.*--with-shortlist"):
+        with pytest.raises(
+            OptionError, match=r"`shortlist` does not work with the onnx backend.*exported with a shortlist"
+        ):
             numbers_translator.translate(["one"], shortlist=everything)
-        with pytest.raises(OptionError, match=r"top_k = 1000, shortlist = .*; a shortlist only with onnx") as caught:
+        with pytest.raises(
+            OptionError, match=r"`top_k` is 1000\. `shortlist` does not work .*; the onnx backend"
+        ) as caught:
             numbers_translator.translate(["one"], shortlist=everything, samples=1, top_k=1000)
         assert caught.value.remedy
 
     def test_a_backend_without_such_steps(self, shortlist_bundle: Path, everything: Path) -> None:
-        eager = Translator(Bundle.open(shortlist_bundle), TorchBackend(load_checkpoint(CHECKPOINT).model))
+        eager = Translator(LoadedModel(Bundle.open(shortlist_bundle), TorchBackend(load_checkpoint(CHECKPOINT).model)))
         with pytest.raises(OptionError, match="with the torch backend"):
             eager.translate(["one"], shortlist=everything)
 
@@ -330,7 +333,7 @@ class TestRefusals:
         elif change != "gone":
             arrays: dict[str, Any] = {"flat": rows.ravel(), "doubles": rows.astype(np.float64), "objects": None}
             np.save(path, np.array([{}]) if change == "objects" else arrays[change])
-        shortlisting = shortlisting_of(translator.backend)
+        shortlisting = shortlisting_of(translator._model.backend)
         assert shortlisting is not None
         with pytest.raises(BundleError, match=PROJECTION_FILE):
             _ = shortlisting.projection
@@ -374,7 +377,9 @@ class TestSteps:
         rows.cache, rows.seats, rows.beams, rows.tokens = None, [], beams, np.zeros((5 * beams, 1))
         step = ShortlistedStep(hidden, cast("Rows", rows), stats)
         for turn in turns:
-            rows.seats = [Seat(index, 0, 1, None, candidates) for index, candidates in enumerate(turn)]
+            rows.seats = [
+                Seat(Sentence(index, (1,)), 0, None, None, candidates) for index, candidates in enumerate(turn)
+            ]
             for _ in range(2):
                 n = len(turn) * beams
                 logits = step(np.zeros(n, np.int64)).logits

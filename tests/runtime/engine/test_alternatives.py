@@ -63,7 +63,9 @@ def test_each_alternative_goes_on_as_from_a_prefix(beams_translator: Translator,
                 assert one.ids == begun
                 assert one.finish_reason == ("end" if token == eos else "length")
                 assert one.others == ()
-                assert one.text == beams_translator.targets.tokenizer.decode([each for each in begun if each != eos])
+                assert one.text == beams_translator._model.targets.tokenizer.decode(
+                    [each for each in begun if each != eos]
+                )
                 if options.scores:
                     assert one.score == pytest.approx(beams_translator.score([text], [begun])[0].sum, abs=1e-3)
                 else:
@@ -89,7 +91,7 @@ def test_ending_is_an_alternative_like_any_other(beams_translator: Translator) -
 
 
 def test_a_beginning_may_be_a_text(beams_translator: Translator) -> None:
-    ids = tuple(beams_translator.targets.tokenizer.encode("neun"))
+    ids = tuple(beams_translator._model.targets.tokenizer.encode("neun"))
     found = beams_translator.alternatives("nine hundred", "neun", 4)
     assert found == beams_translator.alternatives("nine hundred", ids, 4)
     assert all(one.text.startswith("neun") for one in found)
@@ -113,7 +115,7 @@ def test_an_empty_text_has_but_its_empty_translation(beams_translator: Translato
 
 @pytest.mark.parametrize("count", [0, -1])
 def test_no_alternatives_cannot_be_asked_for(beams_translator: Translator, count: int) -> None:
-    with pytest.raises(OptionError, match=f"count = {count}"):
+    with pytest.raises(OptionError, match=f"`count` is {count}"):
         beams_translator.alternatives("one", "", count)
 
 
@@ -121,7 +123,7 @@ def test_what_nothing_could_follow_has_no_alternatives(beams_translator: Transla
     eos = beams_translator.manifest.target_ids.eos
     with pytest.raises(InputError, match="holds eos"):
         beams_translator.alternatives("one", (5, eos))
-    with pytest.raises(InputError, match="a prefix of 4 tokens"):
+    with pytest.raises(InputError, match="prefix has 4 tokens"):
         beams_translator.alternatives("one", (5, 5, 5, 5), 3, TranslateOptions(max_new_tokens=4))
     with pytest.raises(InputError, match="unknown pieces '漢'"):
         beams_translator.alternatives("one", "漢")
@@ -146,6 +148,6 @@ def test_the_token_that_differs_keeps_the_constraints_too(numbers_translator: Tr
 
 def test_an_error_names_the_text_only_where_it_has_a_number(numbers_translator: Translator) -> None:
     text = " ".join(["one"] * 3000)
-    for number, said in ((None, r"^\d+ tokens"), (7, r"^Line 7: \d+ tokens")):
+    for number, said in ((None, r"^The text has \d+ tokens"), (7, r"^Line 7: The text has \d+ tokens")):
         with pytest.raises(InputError, match=said):
             numbers_translator.alternatives(text, "ein", 2, number=number)

@@ -61,7 +61,7 @@ def test_nothing_of_it_is_there_where_it_was_not_asked_for(translator: Translato
 
 
 def test_an_unknown_token_becomes_the_source_word_it_looks_at(translator: Translator) -> None:
-    unknown = translator.targets.tokenizer.unknown_id
+    unknown = translator._model.targets.tokenizer.unknown_id
     found = translator.translate(["twenty-one"], prefixes=[(unknown,)], replace_unknown=True, align=True)[0]
     assert found.ids[0] == unknown
     assert "⁇" not in found.text
@@ -72,7 +72,7 @@ def test_an_unknown_token_becomes_the_source_word_it_looks_at(translator: Transl
 
 
 def test_a_bundle_without_attention_is_refused_and_says_how_to_have_it(numbers_translator: Translator) -> None:
-    with pytest.raises(OptionError, match="--with-attention"):
+    with pytest.raises(OptionError, match="exported with attention"):
         numbers_translator.translate(["one"], align=True)
 
 

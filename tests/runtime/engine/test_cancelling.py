@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvx.runtime.decoding.schedule import DecodeStats
+from kvx.runtime.decoding.results import DecodeStats
 from kvx.runtime.options import TranslateOptions
 
 if TYPE_CHECKING:
@@ -60,9 +60,9 @@ def check(found: Sequence[Translation], expected: Sequence[Translation], options
             assert (each.score is not None) == (each.log_probabilities is not None) == options.scores
             assert each.log_probabilities is None or len(each.log_probabilities) == len(each.ids)
             assert each.others == () or each is one
-        assert "cancelled" in {each.finish_reason for each in (one, *one.others)} or options.beam_size > 1
-        if options.beam_size == 1:
-            assert len(one.others) == options.targets - 1
+        assert "cancelled" in {each.finish_reason for each in (one, *one.others)} or options.search.beams > 1
+        if options.search.beams == 1:
+            assert len(one.others) == options.search.samples - 1
             for each, all_of_it in zip((one, *one.others), (complete, *complete.others), strict=True):
                 same = replace(each, others=()) == replace(all_of_it, others=())
                 assert same or each.finish_reason == "cancelled"

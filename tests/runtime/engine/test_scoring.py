@@ -13,8 +13,7 @@ from kvx.models.importers.reference import Checkpoint, load_checkpoint
 from kvx.runtime.arrays import IntArray, Tensors
 from kvx.runtime.decoding import decode
 from kvx.runtime.decoding.backend import Backend
-from kvx.runtime.decoding.rows import Source
-from kvx.runtime.decoding.schedule import DecodeStats
+from kvx.runtime.decoding.results import DecodeStats, Sentence
 from kvx.runtime.options import TranslateOptions
 
 if TYPE_CHECKING:
@@ -40,8 +39,7 @@ def _teacher_forced(model: Transformer, source: tuple[int, ...], target: tuple[i
 
 
 def _source_ids(translator: Translator, text: str) -> tuple[int, ...]:
-    plan, _ = translator.plan(TranslateOptions())
-    (read,) = translator.read_sources([text], plan, "error")
+    read = translator._model.sources.read_one(text, 1)
     return read.ids or (translator.manifest.source_ids.bos, translator.manifest.source_ids.eos)
 
 
@@ -97,13 +95,13 @@ def test_each_source_is_encoded_once_for_all_its_candidates(
     numbers_translator: Translator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoded: list[int] = []
-    encode = numbers_translator.backend.encode
+    encode = numbers_translator._model.backend.encode
 
     def counted(ids: IntArray, lengths: IntArray) -> Tensors:
         encoded.append(len(ids))
         return encode(ids, lengths)
 
-    monkeypatch.setattr(numbers_translator.backend, "encode", counted)
+    monkeypatch.setattr(numbers_translator._model.backend, "encode", counted)
     numbers_translator.rank(["one", "two"], [["eins"] * 5, ["zwei"] * 7])
     assert sum(encoded) == 2
 
@@ -119,11 +117,11 @@ def test_a_target_with_eos_in_its_middle_is_scored_to_its_end(numbers_translator
     ("sources", "candidates", "says"),
     [
         (["one"], [["eins"], ["zwei"]], "1 sources and 2 targets"),
-        (["one", "two"], [["eins"], []], "Line 2: no candidates"),
-        (["one"], ["eins"], "Line 1: one str"),
-        (["one"], [[[]]], "Line 1: a target of 0 ids"),
-        (["one"], [[[1] * 65]], "Line 1: a target of 65 ids"),
-        (["one"], [[[10_000]]], "Line 1: a target with the id 10000"),
+        (["one", "two"], [["eins"], []], "Line 2: The source has no candidates"),
+        (["one"], ["eins"], "Line 1: The candidates are one str"),
+        (["one"], [[[]]], "Line 1: A target has 0 ids"),
+        (["one"], [[[1] * 65]], "Line 1: A target has 65 ids"),
+        (["one"], [[[10_000]]], "Line 1: A target has the id 10000"),
         (["one two " * 40], [["eins"]], "Line 1: "),
     ],
 )
@@ -158,11 +156,13 @@ def test_a_target_that_is_neither_text_nor_ids_is_refused(numbers_translator: Tr
 
 
 def test_few_targets_are_scored_several_tokens_at_a_time(numbers_translator: Translator) -> None:
-    backend, eos = numbers_translator.backend, numbers_translator.manifest.target_ids.eos
-    plan, _ = numbers_translator.plan(TranslateOptions(rows=4, workers=1))
-    sources = [Source(index, (2, 5 + index, 3), ((7, 8, 9, 10 + index) * (1 + index) + (eos,),)) for index in range(6)]
+    backend, eos = numbers_translator._model.backend, numbers_translator.manifest.target_ids.eos
+    plan, _ = numbers_translator._model.plan(TranslateOptions(rows=4, workers=1))
+    sources = [
+        Sentence(index, (2, 5 + index, 3), ((7, 8, 9, 10 + index) * (1 + index) + (eos,),)) for index in range(6)
+    ]
     stats = DecodeStats()
-    found = {one.index: one for one in decode.score(backend, plan, sources, stats)}
+    found = {one.sentence.number: one for one in decode.score(backend, plan, sources, stats)}
     assert stats.steps < stats.tokens / 4
     assert stats.tokens == sum(len(source.targets[0]) for source in sources)
 
@@ -172,8 +172,8 @@ def test_few_targets_are_scored_several_tokens_at_a_time(numbers_translator: Tra
 
     alone: Backend = OneByOne()  # type: ignore[assignment]
     for one in decode.score(alone, plan, sources):
-        assert found[one.index].best.ids == one.best.ids
-        assert found[one.index].best.log_probabilities == pytest.approx(one.best.log_probabilities, abs=1e-4)
+        assert found[one.sentence.number].best.ids == one.best.ids
+        assert found[one.sentence.number].best.log_probabilities == pytest.approx(one.best.log_probabilities, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -182,5 +182,5 @@ def test_few_targets_are_scored_several_tokens_at_a_time(numbers_translator: Tra
 def test_what_is_no_matter_of_scoring_is_refused_by_name(
     numbers_translator: Translator, options: dict[str, int]
 ) -> None:
-    with pytest.raises(OptionError, match=f"{next(iter(options))} = .* where translations are given"):
+    with pytest.raises(OptionError, match=f"`{next(iter(options))}` is .*, but translations are scored"):
         numbers_translator.score(["one"], ["eins"], TranslateOptions(**options))  # type: ignore[arg-type]

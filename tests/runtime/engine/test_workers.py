@@ -5,7 +5,8 @@ import itertools
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import pytest
 
@@ -13,9 +14,8 @@ from kvx import Translator
 from kvx.runtime.decoding import schedule
 from kvx.runtime.decoding.cache import KVCache
 from kvx.runtime.decoding.decode import Cancelled
-from kvx.runtime.decoding.rows import Hypothesis, Source
-from kvx.runtime.decoding.schedule import DecodeStats, Outcome
-from kvx.runtime.engine.workers import decode_in_parallel
+from kvx.runtime.decoding.results import DecodeStats, Hypothesis, Outcome, Sentence
+from kvx.runtime.engine.workers import run_in_parallel
 from kvx.runtime.options import TranslateOptions
 
 TEXTS = ["one", "", "forty-two", "nine hundred and ninety-nine", "seven thousand and eight"] * 60
@@ -34,34 +34,42 @@ def test_results_are_in_order_and_the_same_for_any_number_of_workers(
     assert stats.row_steps == stats.tokens
 
 
+@dataclass(frozen=True)
+class Running:
+    """A loop that is this function of its sentences."""
+
+    each: Callable[[Sentence], None]
+
+    def run(self, sentences: Iterable[Sentence], stats: DecodeStats, cancelled: Cancelled) -> Iterator[Outcome]:
+        for sentence in sentences:
+            self.each(sentence)
+            yield Outcome(sentence, 0, (Hypothesis((), True),))
+
+
 def test_all_workers_take_part() -> None:
     seen = set()
     together = threading.Barrier(3, timeout=10)
 
-    def decode(sources: Iterator[Source], stats: DecodeStats, stopped: Cancelled) -> Iterator[Outcome]:
-        for source in sources:
-            if threading.current_thread() not in seen:
-                seen.add(threading.current_thread())
-                together.wait()
-            yield Outcome(source.index, 0, (Hypothesis((), True),))
+    def each(sentence: Sentence) -> None:
+        if threading.current_thread() not in seen:
+            seen.add(threading.current_thread())
+            together.wait()
 
-    sources = [Source(index, (1,)) for index in range(300)]
-    found = decode_in_parallel([decode] * 3, sources, DecodeStats())
-    assert sorted(outcome.index for outcome in found) == list(range(300))
+    sentences = [Sentence(index, (1,)) for index in range(300)]
+    found = run_in_parallel([Running(each)] * 3, sentences, DecodeStats())
+    assert sorted(outcome.sentence.number for outcome in found) == list(range(300))
     assert len(seen) == 3
 
 
 def test_an_error_in_one_worker_ends_all_and_reaches_the_consumer() -> None:
-    def decode(sources: Iterator[Source], stats: DecodeStats, stopped: Cancelled) -> Iterator[Outcome]:
-        for source in sources:
-            if source.index == 5:
-                raise OSError("broken")
-            yield Outcome(source.index, 0, (Hypothesis((), True),))
+    def each(sentence: Sentence) -> None:
+        if sentence.number == 5:
+            raise OSError("broken")
 
-    endless = (Source(index, (1,)) for index in itertools.count())
+    endless = (Sentence(index, (1,)) for index in itertools.count())
     before = threading.active_count()
     with pytest.raises(OSError, match="broken"):
-        list(decode_in_parallel([decode] * 2, endless, DecodeStats()))
+        list(run_in_parallel([Running(each)] * 2, endless, DecodeStats()))
     assert threading.active_count() == before
 
 

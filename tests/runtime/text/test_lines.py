@@ -53,7 +53,7 @@ def test_line_n_in_is_line_n_out(texts: list[str]) -> None:
 def test_bytes_that_are_not_utf8_name_their_line_after_those_before(bad: bytes) -> None:
     reader = read_lines(io.BytesIO(b"a\n\nxy" + bad + b"\nb\n"))
     assert [next(reader), next(reader)] == ["a", ""]
-    with pytest.raises(InputError, match=r"Line 3: byte 3 .* not UTF-8") as raised:
+    with pytest.raises(InputError, match=r"Line 3: Byte 3 .* not UTF-8") as raised:
         next(reader)
     assert raised.value.line == 3
 
@@ -65,7 +65,7 @@ def test_a_long_line_is_read() -> None:
 
 @pytest.mark.parametrize("end", [b"", b"\n"])
 def test_a_line_over_the_limit_is_refused_by_its_number(end: bytes) -> None:
-    with pytest.raises(InputError, match=f"Line 2: more than {LONGEST_LINE} bytes") as raised:
+    with pytest.raises(InputError, match=f"Line 2: The line has more than {LONGEST_LINE} bytes") as raised:
         lines(b"a\n" + b"x" * (LONGEST_LINE + 1) + end)
     assert raised.value.line == 2
 

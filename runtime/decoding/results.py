@@ -1,0 +1,114 @@
+"""What travels through a decode: a sentence, what was found for it, and what the decode did."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from kvx.runtime.arrays import FloatArray
+
+FinishReason = Literal["end", "length", "cancelled"]
+
+
+@dataclass(slots=True, eq=False)
+class Sentence:
+    """A source on its way through a decode, from its ids to its results. Its owner knows it by its `number`.
+
+    `ids` are those for the encoder, bos and eos among them. Each of its `targets` takes a seat: these are the ids after
+    bos that are fixed, either all of them, to be scored, or a prefix to go on from. `outcomes` has a place for each
+    target, None until it is over.
+    """
+
+    number: int
+    ids: tuple[int, ...]
+    targets: tuple[tuple[int, ...], ...] = ((),)
+    outcomes: list[Outcome | None] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.outcomes = [None] * len(self.targets)
+
+    @property
+    def results(self) -> list[Outcome] | None:
+        """What became of all targets, in order, or None while one of them is not over."""
+        found = [outcome for outcome in self.outcomes if outcome is not None]
+        return found if len(found) == len(self.outcomes) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Hypothesis:
+    """A target as far as it goes: ids after bos, eos included where it ended.
+
+    `log_probabilities` are those of the ids, natural, as the model has them, where they were asked for; `rank_score`
+    is what a search compared it by; `attention` [ids, S] where the step gives it and it was asked for.
+    """
+
+    ids: tuple[int, ...]
+    ended: bool
+    log_probabilities: tuple[float, ...] | None = None
+    rank_score: float | None = None
+    attention: FloatArray | None = field(default=None, compare=False)
+
+    @property
+    def score(self) -> float | None:
+        """log P(ids | source) in nats, where it was asked for."""
+        return None if self.log_probabilities is None else math.fsum(self.log_probabilities)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a sentence's target of this number: hypotheses, the best first, and whether it was cancelled."""
+
+    sentence: Sentence
+    target: int
+    hypotheses: tuple[Hypothesis, ...]
+    cancelled: bool = False
+
+    @property
+    def best(self) -> Hypothesis:
+        """The first hypothesis."""
+        return self.hypotheses[0]
+
+    def reason(self, hypothesis: Hypothesis) -> FinishReason:
+        """Why a hypothesis is no longer."""
+        if hypothesis.ended:
+            return "end"
+        return "cancelled" if self.cancelled else "length"
+
+    @classmethod
+    def nothing(cls, sentence: Sentence, target: int, *, scored: bool) -> Outcome:
+        """Of a target that was cancelled before it began."""
+        hypothesis = Hypothesis((), ended=False, log_probabilities=() if scored else None)
+        return cls(sentence, target, (hypothesis,), cancelled=True)
+
+
+@dataclass(slots=True)
+class DecodeStats:
+    """What a decode did.
+
+    `row_steps` is the sum over steps of the rows that ran, `row_places` of those that were planned; `cache_bytes` is
+    the most that the buffers held at a time. With a shortlist, `columns` is the sum over `listed_steps` of the tokens
+    that the output projection ran over, and `fallbacks` counts the sources that it did not know.
+    """
+
+    sentences: int = 0
+    tokens: int = 0
+    steps: int = 0
+    row_steps: int = 0
+    row_places: int = 0
+    repacks: int = 0
+    cache_bytes: int = 0
+    columns: int = 0
+    listed_steps: int = 0
+    fallbacks: int = 0
+
+    @property
+    def occupancy(self) -> float:
+        """The share of the places that ran, 0 to 1."""
+        return self.row_steps / self.row_places if self.row_places else 0.0
+
+    def add(self, other: DecodeStats) -> None:
+        """Adds what another decode did, but for the bytes, which depend on what else was held meanwhile."""
+        for name in self.__slots__:
+            if name != "cache_bytes":
+                setattr(self, name, getattr(self, name) + getattr(other, name))

@@ -1,0 +1,176 @@
+"""All that one call asks of a model, decided and refused in one place before anything is read."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+from kvx.runtime.decoding.backend import Backend
+from kvx.runtime.decoding.decode import Cancelled, Loop, SearchLoop, never
+from kvx.runtime.decoding.device_loop import DeviceLoop, LoopBackend
+from kvx.runtime.decoding.filters import Filters
+from kvx.runtime.decoding.plan import Plan
+from kvx.runtime.decoding.results import DecodeStats
+from kvx.runtime.decoding.search import Greedy, Sampling
+from kvx.runtime.engine.loaded import LoadedModel
+from kvx.runtime.engine.queue import RequestQueue
+from kvx.runtime.engine.request import Request
+from kvx.runtime.engine.workers import shared_out, side_by_side
+from kvx.runtime.engine.writer import Writer
+from kvx.runtime.errors import InputError
+from kvx.runtime.options import Search, TranslateOptions
+from kvx.runtime.shortlist.candidates import Shortlist
+from kvx.runtime.text.sources import refuse_string
+from kvx.runtime.text.targets import Target
+from kvx.runtime.translation import Translation
+
+WINDOW_PER_ROW = 8  # texts read ahead and sorted by length together, for every row
+
+Prefixes = Iterable[Target | None]
+
+Text = TypeVar("Text")
+Prefix = TypeVar("Prefix")
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Translations by one set of options: `workers` loops side by side, each with the `plan`. `prefixed` tells that
+    targets may have a prefix.
+    """
+
+    model: LoadedModel
+    options: TranslateOptions
+    plan: Plan
+    workers: int
+    search: Search
+    filters: Filters
+    shortlist: Shortlist | None
+    prefixed: bool
+
+    @classmethod
+    def of(cls, model: LoadedModel, options: TranslateOptions, *, texts: int | None, prefixed: bool) -> Call:
+        """The call for at most this many texts at hand. Raises OptionError, InputError and CapacityError."""
+        plan, workers = model.plan(options, sentences=texts)
+        search = options.search
+        return cls(
+            model=model,
+            options=options,
+            plan=plan,
+            workers=workers,
+            search=search.seeded() if isinstance(search, Sampling) else search,
+            filters=options.filters_of(model.targets),
+            shortlist=model.shortlist(options),
+            prefixed=prefixed or options.prefix is not None,
+        )
+
+    def requests(self, texts: Iterable[str], prefixes: Prefixes | None) -> Iterator[Request]:
+        """Each text with a target for each sample, which begins with a prefix of its own or that of the options."""
+        limit, samples, reader = self.plan.max_new_tokens, self.search.samples, self.model.targets
+        common = () if self.options.prefix is None else reader.prefix(self.options.prefix, limit, None)
+        if prefixes is None:
+            pairs = ((text, common) for text in texts)
+        else:
+            refuse_string(prefixes)
+            own = reader.prefixes(prefixes, limit)
+            pairs = ((text, common if prefix is None else prefix) for text, prefix in paired(texts, own))
+        return self.model.requests(((text, (prefix,) * samples) for text, prefix in pairs), self.options, self.plan)
+
+    def run(
+        self, requests: Iterator[Request], stats: DecodeStats, cancelled: Cancelled | None
+    ) -> Iterator[Translation]:
+        """The translation of each request, in order."""
+        stop, writer = Latch(cancelled), Writer(self.model.targets.tokenizer, self.options)
+        window = self.options.window or self.plan.rows * self.workers * WINDOW_PER_ROW
+        queue = RequestQueue(requests, window, self.shortlist, stop)
+        loops = [self._loop(backend) for backend in shared_out(self.model.backends, self.workers)]
+        while not queue.exhausted:
+            outcomes = side_by_side(loops, queue.sentences(), stats, stop, at_once=self.plan.group)
+            with contextlib.closing(outcomes):
+                for outcome in outcomes:
+                    outcome.sentence.outcomes[outcome.target] = outcome
+                    yield from map(writer.write, queue.finished())
+            yield from map(writer.write, queue.finished())
+        if queue.error is not None:
+            raise queue.error
+
+    def _loop(self, backend: Backend) -> Loop:
+        """The loop that gives what is asked for: on a device that feeds itself, nothing but greedy tokens."""
+        if self._tokens_only and isinstance(backend, LoopBackend) and backend.loops:
+            return DeviceLoop(backend, self.plan)
+        return SearchLoop(
+            backend,
+            self.plan,
+            self.search,
+            self.filters,
+            scored=self.options.scores,
+            with_attention=self.options.with_attention,
+            candidates=self.shortlist,
+        )
+
+    @property
+    def _tokens_only(self) -> bool:
+        more = self.prefixed or self.options.scores or self.options.with_attention or self.filters.filters
+        return isinstance(self.search, Greedy) and not more and self.shortlist is None
+
+
+class Latch:
+    """An answer that stays true once it was: several loops ask, each in its own thread."""
+
+    def __init__(self, asked: Cancelled | None) -> None:
+        self._asked = asked or never
+        self._over = False
+
+    def __call__(self) -> bool:
+        """Whether it ever was."""
+        self._over = self._over or self._asked()
+        return self._over
+
+
+def translate(
+    model: LoadedModel,
+    texts: Iterable[str],
+    options: TranslateOptions,
+    stats: DecodeStats | None = None,
+    *,
+    prefixes: Prefixes | None = None,
+    cancelled: Cancelled | None = None,
+) -> Iterator[Translation]:
+    """See Translator.translate_iter."""
+    refuse_string(texts)
+    call = Call.of(model, options, texts=options.window, prefixed=prefixes is not None)
+    return call.run(call.requests(texts, prefixes), stats or DecodeStats(), cancelled)
+
+
+def translate_all(
+    model: LoadedModel,
+    texts: Iterable[str],
+    options: TranslateOptions,
+    *,
+    prefixes: Prefixes | None = None,
+    cancelled: Cancelled | None = None,
+) -> list[Translation]:
+    """See Translator.translate."""
+    refuse_string(texts)
+    texts = list(texts)
+    options = options.changed(window=max(1, len(texts)))
+    call = Call.of(model, options, texts=len(texts), prefixed=prefixes is not None)
+    requests = list(call.requests(texts, prefixes))
+    return list(call.run(iter(requests), DecodeStats(), cancelled))
+
+
+def paired(texts: Iterable[Text], prefixes: Iterable[Prefix]) -> Iterator[tuple[Text, Prefix]]:
+    """Each text with its prefix. Raises InputError where there are more of one than of the other."""
+    own, nothing, number = iter(prefixes), object(), 0
+    for number, text in enumerate(texts, 1):
+        prefix = next(own, nothing)
+        if prefix is nothing:
+            raise _miscounted(f"There are more texts than prefixes ({number - 1})", number)
+        yield text, prefix  # type: ignore[misc]  # no prefix is the object that stands for none
+    if next(own, nothing) is not nothing:
+        raise _miscounted(f"There are more prefixes than texts ({number})", None)
+
+
+def _miscounted(got: str, line: int | None) -> InputError:
+    return InputError(got, expected="one prefix for each text", remedy="Give one prefix per text.", line=line)

@@ -1,0 +1,134 @@
+"""A bundle in memory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal, Self
+
+from kvx.runtime.backends.device import Device
+from kvx.runtime.backends.registry import load_backends
+from kvx.runtime.bundle.folder import Bundle
+from kvx.runtime.decoding.backend import Backend, shortlisting_of, specs_of
+from kvx.runtime.decoding.plan import DEFAULT_ROWS, Plan
+from kvx.runtime.decoding.search import Sampling
+from kvx.runtime.engine.request import Request
+from kvx.runtime.errors import InputError
+from kvx.runtime.options import TranslateOptions
+from kvx.runtime.rules import Problem, refuse
+from kvx.runtime.shortlist.candidates import Shortlist, Vocabulary
+from kvx.runtime.text.sources import SourceReader
+from kvx.runtime.text.targets import TargetReader
+
+SIDES: tuple[Literal["source", "target"], ...] = ("source", "target")
+
+
+class LoadedModel:
+    """The backends over a bundle's weights, and the readers of its source and target texts. Threads may share it.
+
+    `backends` are alike in all but their device and share out the texts.
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend, *others: Backend) -> None:
+        self.manifest = bundle.manifest
+        self.backends = (backend, *others)
+        self.sources = SourceReader(bundle)
+        self.targets = TargetReader(bundle)
+        self._reading = threading.Lock()
+        self._read_shortlist: tuple[Path, int, Shortlist] | None = None
+
+    @property
+    def backend(self) -> Backend:
+        """The first of the backends."""
+        return self.backends[0]
+
+    @classmethod
+    def load(
+        cls,
+        bundle: Bundle,
+        *,
+        backend: str = "onnx",
+        threads: int | None = None,
+        workers: int | None = None,
+        spin: bool = False,
+        devices: Sequence[Device] = (Device(),),
+    ) -> Self:
+        """See Translator.load."""
+        return cls(bundle, *load_backends(bundle, backend, devices, threads=threads, workers=workers, spin=spin))
+
+    def plan(
+        self, options: TranslateOptions, *, sentences: int | None = None, max_new_tokens: int | None = None
+    ) -> tuple[Plan, int]:
+        """What each worker's cache may hold, and how many workers there are, for at most this many sentences at hand.
+
+        Raises OptionError and CapacityError.
+        """
+        refuse(self._impossible(options))
+        beams = options.search.beams
+        plan = Plan.of(
+            self.manifest,
+            specs_of(self.backend, beams=beams, shortlisted=options.shortlist is not None),
+            rows=options.rows,
+            cache_bytes=options.cache_bytes,
+            max_new_tokens=options.max_new_tokens if max_new_tokens is None else max_new_tokens,
+            beams=beams,
+        )
+        if sentences is not None:
+            sentences *= options.search.samples
+            plan = plan.for_sentences(sentences)
+        few = sentences is not None and sentences * beams <= (options.rows or DEFAULT_ROWS)
+        devices = 1 if few else len(self.backends)
+        workers = options.workers or (1 if few else min(self.backend.decodes, plan.most_shares()))
+        return plan.share_of(workers * devices, least_rows=options.rows or 1), workers * devices
+
+    def requests(
+        self, texts: Iterable[tuple[str, tuple[tuple[int, ...], ...]]], options: TranslateOptions, plan: Plan
+    ) -> Iterator[Request]:
+        """Each text with the fixed ids of its targets, as a request. Raises InputError, with the text's number, where
+        it cannot be translated.
+        """
+        for number, (text, targets) in enumerate(texts, 1):
+            read = self.sources.read_one(text, number, options.on_long, with_pieces=options.with_attention)
+            if len(read.ids) > plan.source_positions:
+                raise InputError(
+                    f"The text has {len(read.ids)} tokens, which need a cache of "
+                    f"{plan.seat_bytes(len(read.ids)):,} bytes",
+                    expected=f"at most {plan.cache_bytes:,} bytes",
+                    remedy="Allow more bytes (`cache_bytes`) or fewer new tokens (`max_new_tokens`).",
+                    option="cache_bytes",
+                    line=number,
+                )
+            yield Request(number, read.ids, targets, truncated=read.truncated, pieces=read.pieces)
+
+    def shortlist(self, options: TranslateOptions) -> Shortlist | None:
+        """The shortlist that the options name, read when it is first asked for or has changed. Raises InputError."""
+        if options.shortlist is None:
+            return None
+        path = Path(options.shortlist).absolute()
+        written = path.stat().st_mtime_ns if path.is_file() else 0
+        with self._reading:
+            if self._read_shortlist is None or self._read_shortlist[:2] != (path, written):
+                source, target = (Vocabulary.of(self.manifest, side) for side in SIDES)
+                found = Shortlist.read(path, source_vocab=source, target_vocab=target)
+                self._read_shortlist = path, written, found
+            return self._read_shortlist[2]
+
+    def _impossible(self, options: TranslateOptions) -> Iterator[Problem]:
+        """What is asked for that this bundle cannot do."""
+        vocabulary = self.manifest.model["target_vocab_size"]
+        search = options.search
+        tops = {"beam_size": search.beams, "top_k": search.top_k if isinstance(search, Sampling) else None}
+        for name, value in tops.items():
+            if value is not None and value > vocabulary:
+                yield Problem(name, f"`{name}` is {value}", f"`{name}` up to {vocabulary}, the vocabulary's size")
+        if options.with_attention and self.manifest.features.attention is None:
+            name = "align" if options.align else "replace_unknown"
+            yield Problem(name, f"`{name}` needs attention", "a bundle that was exported with attention")
+        if options.shortlist is not None and shortlisting_of(self.backend) is None:
+            got = f"`shortlist` does not work with the {self.backend.name} backend of this bundle"
+            yield Problem("shortlist", got, "the onnx backend and a bundle that was exported with a shortlist")
+        limit = options.max_new_tokens or self.manifest.max_new_tokens
+        if (options.min_new_tokens or 1) > limit:
+            got = f"`min_new_tokens` is {options.min_new_tokens}"
+            yield Problem("min_new_tokens", got, f"at most {limit}, the limit of new tokens")

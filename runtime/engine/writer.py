@@ -1,0 +1,63 @@
+"""Translations, made of what a search found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from kvx.runtime.decoding.results import Hypothesis, Outcome
+from kvx.runtime.engine.request import Request
+from kvx.runtime.options import TranslateOptions
+from kvx.runtime.text.alignment import align, replace_unknown
+from kvx.runtime.text.tokenizers.sentencepiece import Tokenizer
+from kvx.runtime.translation import Translation
+
+
+@dataclass(frozen=True, slots=True)
+class Writer:
+    """Makes translations of what was found, with what the options ask for."""
+
+    tokenizer: Tokenizer
+    options: TranslateOptions
+
+    def write(self, request: Request) -> Translation:
+        """The translation of a request that is finished, all others of it included."""
+        outcomes = request.results if request.ids else None
+        if not outcomes:
+            return self._nothing()
+        first, *others = (self._write(request, one, each) for one in outcomes for each in one.hypotheses)
+        return replace(first, others=tuple(others)) if others else first
+
+    def _write(self, request: Request, outcome: Outcome, hypothesis: Hypothesis) -> Translation:
+        tokenizer, align_it = self.tokenizer, self.options.align
+        ids = hypothesis.ids[:-1] if hypothesis.ended else hypothesis.ids
+        pieces, attention = tokenizer.pieces(ids), hypothesis.attention
+        alignment = () if attention is None else align(attention[: len(ids)])
+        written = tokenizer.decode(ids)
+        if self.options.replace_unknown and tokenizer.unknown_id in ids:
+            written = replace_unknown(request.pieces, pieces, ids, tokenizer.unknown_id, alignment, tokenizer.join)
+        return Translation(
+            text=written,
+            tokens=pieces,
+            ids=hypothesis.ids,
+            score=hypothesis.score,
+            finish_reason=outcome.reason(hypothesis),
+            truncated=request.truncated,
+            log_probabilities=hypothesis.log_probabilities,
+            alignment=alignment if align_it else None,
+            source_tokens=request.pieces if align_it else None,
+            attention=attention if align_it else None,
+        )
+
+    def _nothing(self) -> Translation:
+        """The translation of a text without a piece."""
+        return Translation(
+            text="",
+            tokens=(),
+            ids=(),
+            score=0.0 if self.options.scores else None,
+            finish_reason="end",
+            truncated=False,
+            log_probabilities=() if self.options.scores else None,
+            alignment=() if self.options.align else None,
+            source_tokens=() if self.options.align else None,
+        )
