@@ -624,7 +624,7 @@ def evaluate(
         for machine in machines:
             translator = machine.load(bundle, bulk=True)
             with _spinner(f"{machine.backend}: {len(test_set.sources)} sentences"):
-                result, lines = evaluation.evaluate(translator, test_set, options, tokenize=tokenize)
+                result, lines = evaluation.evaluate(translator._model, test_set, options, tokenize=tokenize)
             found.append(result)
             if hypotheses:
                 write_lines(_named_for(hypotheses, machine.backend) if len(names) > 1 else hypotheses, lines)
@@ -721,11 +721,11 @@ def bench(
         raise InputError(f"{text} without a line", expected="at least one text", remedy="Check the file.")
     with _spinner(f"measuring {bundle}"):
         result = measuring.bench(
-            lambda: machine.load(bundle, bulk=False),
+            lambda: machine.load(bundle, bulk=False)._model,
             subject,
             texts,
             options,
-            make_bulk=lambda: machine.load(bundle, bulk=True),
+            make_bulk=lambda: machine.load(bundle, bulk=True)._model,
         )
     for line in measuring.table(result):
         typer.echo(line)

@@ -60,10 +60,6 @@ class TorchScriptBackend(GraphBackend):
 
         return step
 
-    def bind_chunk(self, cache: KVCache) -> Step:
-        """The step for several tokens of a row, which this backend does not have."""
-        raise NotImplementedError
-
     def run_encoder(self, feeds: Tensors) -> Tensors:
         """The encoder module as it is: its inputs by name → its outputs by name."""
         return _run(self._encoder, self.encoder_signature, feeds)

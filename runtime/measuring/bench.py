@@ -21,12 +21,13 @@ from kvx.runtime.decoding.plan import Plan
 from kvx.runtime.decoding.results import DecodeStats, Sentence
 from kvx.runtime.decoding.rows import Choice, Rows
 from kvx.runtime.decoding.search import Greedy
+from kvx.runtime.engine.call import translate, translate_all
+from kvx.runtime.engine.loaded import LoadedModel
 from kvx.runtime.errors import CapacityError, OptionError
 from kvx.runtime.measuring.tables import MEBIBYTE, markdown_table, mebibytes
 from kvx.runtime.options import TranslateOptions
 from kvx.runtime.rules import Option, Problem, Rule, count, refuse, wrong_values
 from kvx.runtime.system import available_threads, cpu_model, peak_bytes, reset_peak
-from kvx.runtime.translator import Translator
 
 FIRST_TEXT = "Hello."
 RUNS_OVER_TEXTS = 3
@@ -82,8 +83,8 @@ class BenchOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """What is measured: the bundle's name, and the `threads`, `workers` and `spin` that its translator is loaded with
-    (None: the default).
+    """What is measured: the bundle's name, and the `threads`, `workers` and `spin` that it is loaded with (None:
+    the default).
     """
 
     bundle: str
@@ -118,7 +119,7 @@ class Host:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartCost:
-    """Seconds from the start of loading until the translator was there, and until its first translation was;
+    """Seconds from the start of loading until the model was there, and until its first translation was;
     `peak_mib` of resident memory by then, None where the system does not say.
     """
 
@@ -216,24 +217,24 @@ class DecodeTimes(NamedTuple):
 
 
 def bench(
-    make_translator: Callable[[], Translator],
+    make_model: Callable[[], LoadedModel],
     subject: Subject,
     texts: Sequence[str] | None = None,
     options: BenchOptions | None = None,
     *,
-    make_bulk: Callable[[], Translator] | None = None,
+    make_bulk: Callable[[], LoadedModel] | None = None,
 ) -> BenchResult:
-    """Loads the subject and measures it; `texts` are translated as `translate_iter` does by default, by a translator
-    of their own where `make_bulk` gives one.
+    """Loads the subject and measures it; `texts` are translated as `translate_iter` does by default, by a model of
+    their own where `make_bulk` gives one.
 
     Raises OptionError for what the model has no positions for, CapacityError for rows that cannot fit, InputError for
     texts that cannot be translated.
     """
     options = options or BenchOptions()
     reset_peak()
-    start, translator = _start(make_translator, next((text for text in texts or () if text.strip()), FIRST_TEXT))
-    manifest = translator.manifest
-    if isinstance(translator._model.backend, LoopBackend) and translator._model.backend.loops:
+    start, loaded = _start(make_model, next((text for text in texts or () if text.strip()), FIRST_TEXT))
+    manifest = loaded.manifest
+    if isinstance(loaded.backend, LoopBackend) and loaded.backend.loops:
         raise OptionError(
             "The steps on this device feed themselves and cannot be measured one by one",
             expected="a backend whose cache is on the host",
@@ -241,19 +242,19 @@ def bench(
             option="device",
         )
     _check_positions(options, manifest.model)
-    plans = [_plan(translator, options, rows=rows, tokens=options.tokens) for rows in options.rows]
+    plans = [_plan(loaded, options, rows=rows, tokens=options.tokens) for rows in options.rows]
     return BenchResult(
         subject=subject,
         machine=Host.here(),
-        backend=translator._model.backend.name,
+        backend=loaded.backend.name,
         precision=manifest.precision,
         lowering=manifest.lowering,
         model=manifest.model,
         options=options,
         start=start,
-        texts=_text_speed(make_bulk() if make_bulk else translator, texts, subject.workers) if texts else None,
-        rows=tuple(_row_cost(translator, plan, options) for plan in plans),
-        lengths=_length_curve(translator, options),
+        texts=_text_speed(make_bulk() if make_bulk else loaded, texts, subject.workers) if texts else None,
+        rows=tuple(_row_cost(loaded, plan, options) for plan in plans),
+        lengths=_length_curve(loaded, options),
         peak_mib=_peak_mib(),
     )
 
@@ -325,18 +326,18 @@ def _check_positions(options: BenchOptions, model: Mapping[str, int]) -> None:
     )
 
 
-def _start(make_translator: Callable[[], Translator], text: str) -> tuple[StartCost, Translator]:
+def _start(make_model: Callable[[], LoadedModel], text: str) -> tuple[StartCost, LoadedModel]:
     started = time.perf_counter()
-    translator = make_translator()
-    loaded = time.perf_counter()
-    translator.translate([text])
+    loaded = make_model()
+    load_seconds = time.perf_counter() - started
+    translate_all(loaded, [text], TranslateOptions())
     seconds = time.perf_counter() - started
-    cost = StartCost(load_seconds=loaded - started, first_translation_seconds=seconds, peak_mib=_peak_mib())
-    return cost, translator
+    cost = StartCost(load_seconds=load_seconds, first_translation_seconds=seconds, peak_mib=_peak_mib())
+    return cost, loaded
 
 
-def _text_speed(translator: Translator, texts: Sequence[str], workers: int | None) -> TextSpeed:
-    runs = [_translate_all(translator, texts, TranslateOptions(workers=workers)) for _ in range(RUNS_OVER_TEXTS)]
+def _text_speed(loaded: LoadedModel, texts: Sequence[str], workers: int | None) -> TextSpeed:
+    runs = [_translate_all(loaded, texts, TranslateOptions(workers=workers)) for _ in range(RUNS_OVER_TEXTS)]
     seconds, stats = min(runs, key=lambda run: run[0])
     return TextSpeed(
         sentences=len(texts),
@@ -349,19 +350,17 @@ def _text_speed(translator: Translator, texts: Sequence[str], workers: int | Non
     )
 
 
-def _translate_all(
-    translator: Translator, texts: Sequence[str], options: TranslateOptions
-) -> tuple[float, DecodeStats]:
+def _translate_all(loaded: LoadedModel, texts: Sequence[str], options: TranslateOptions) -> tuple[float, DecodeStats]:
     stats, started = DecodeStats(), time.perf_counter()
-    for _ in translator.translate_iter(texts, options, stats):
+    for _ in translate(loaded, texts, options, stats):
         pass
     return time.perf_counter() - started, stats
 
 
-def _row_cost(translator: Translator, plan: Plan, options: BenchOptions) -> RowCost:
+def _row_cost(loaded: LoadedModel, plan: Plan, options: BenchOptions) -> RowCost:
     """The first decode, which allocates, is not counted."""
-    sources = _sources(options, translator.manifest.model, plan.rows)
-    _, *runs = (decode_times(translator._model.backend, plan, sources) for _ in range(options.repeat + 1))
+    sources = _sources(options, loaded.manifest.model, plan.rows)
+    _, *runs = (decode_times(loaded.backend, plan, sources) for _ in range(options.repeat + 1))
     steps = np.concatenate([run.steps for run in runs])
     sentences = [(run.encode + run.steps.sum()) / plan.rows for run in runs]
     return RowCost(
@@ -372,17 +371,17 @@ def _row_cost(translator: Translator, plan: Plan, options: BenchOptions) -> RowC
     )
 
 
-def _length_curve(translator: Translator, options: BenchOptions) -> LengthCurve:
+def _length_curve(loaded: LoadedModel, options: BenchOptions) -> LengthCurve:
     """One decode to the longest length passes all others; a step's cost is the median of its repeats."""
-    model = translator.manifest.model
+    model = loaded.manifest.model
     lengths = [length for length in options.lengths if length <= model["target_positions"]]
     left_out = options.lengths[len(lengths) :]
     if not lengths:
         return LengthCurve(rows=options.length_rows, costs=(), left_out=left_out, ratio=None)
-    rows = max(1, min(options.length_rows, _rows_that_fit(translator, options, lengths[-1])))
-    plan = _plan(translator, options, rows=rows, tokens=lengths[-1])
+    rows = max(1, min(options.length_rows, _rows_that_fit(loaded, options, lengths[-1])))
+    plan = _plan(loaded, options, rows=rows, tokens=lengths[-1])
     sources = _sources(options, model, rows)
-    runs = [decode_times(translator._model.backend, plan, sources).steps for _ in range(options.length_repeat)]
+    runs = [decode_times(loaded.backend, plan, sources).steps for _ in range(options.length_repeat)]
     totals = 1000 * np.median(runs, axis=0).cumsum()
     costs = tuple(_length_cost(length, float(totals[length - 1])) for length in lengths)
     return LengthCurve(rows=rows, costs=costs, left_out=left_out, ratio=costs[-1].token_ms / costs[0].token_ms)
@@ -392,9 +391,9 @@ def _length_cost(length: int, total_ms: float) -> LengthCost:
     return LengthCost(length=length, total_ms=total_ms, token_ms=total_ms / length)
 
 
-def _plan(translator: Translator, options: BenchOptions, *, rows: int, tokens: int) -> Plan:
+def _plan(loaded: LoadedModel, options: BenchOptions, *, rows: int, tokens: int) -> Plan:
     """A plan in which all rows run side by side. Raises CapacityError where they do not fit."""
-    fit = _rows_that_fit(translator, options, tokens)
+    fit = _rows_that_fit(loaded, options, tokens)
     if rows > fit:
         raise CapacityError(
             f"The default cache has no room for {rows} rows of {tokens} target and {options.source_tokens} source "
@@ -403,11 +402,11 @@ def _plan(translator: Translator, options: BenchOptions, *, rows: int, tokens: i
             remedy="Measure fewer `rows` or fewer `tokens`.",
             option="rows",
         )
-    return Plan.of(translator.manifest, translator._model.backend.cache_specs, rows=rows, max_new_tokens=tokens)
+    return Plan.of(loaded.manifest, loaded.backend.cache_specs, rows=rows, max_new_tokens=tokens)
 
 
-def _rows_that_fit(translator: Translator, options: BenchOptions, tokens: int) -> int:
-    plan = Plan.of(translator.manifest, translator._model.backend.cache_specs, rows=1, max_new_tokens=tokens)
+def _rows_that_fit(loaded: LoadedModel, options: BenchOptions, tokens: int) -> int:
+    plan = Plan.of(loaded.manifest, loaded.backend.cache_specs, rows=1, max_new_tokens=tokens)
     source = max(options.source_tokens, plan.capacity(target=1, source=options.source_tokens).source)
     return plan.cache_bytes // plan.seat_bytes(source)
 

@@ -1,4 +1,4 @@
-"""A test set through a translator: quality, speed and memory. Needs sacrebleu."""
+"""A test set through a model: quality, speed and memory. Needs sacrebleu."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from kvx.runtime.decoding.results import DecodeStats
+from kvx.runtime.engine.call import translate
 from kvx.runtime.errors import InputError, OptionError
 from kvx.runtime.measuring.tables import markdown_table, mebibytes
 from kvx.runtime.system import peak_bytes, reset_peak
@@ -17,8 +18,8 @@ from kvx.runtime.translation import Translation
 if TYPE_CHECKING:
     from sacrebleu.metrics.base import Metric as SacrebleuMetric
 
+    from kvx.runtime.engine.loaded import LoadedModel
     from kvx.runtime.options import TranslateOptions
-    from kvx.runtime.translator import Translator
 
 COLUMNS = (
     "backend",
@@ -86,7 +87,7 @@ class ParallelText:
 
 
 def evaluate(
-    translator: Translator, test_set: ParallelText, options: TranslateOptions, *, tokenize: str | None = None
+    loaded: LoadedModel, test_set: ParallelText, options: TranslateOptions, *, tokenize: str | None = None
 ) -> tuple[Evaluation, list[str]]:
     """Translates the sources and compares with the references → the evaluation and the hypotheses.
 
@@ -99,7 +100,7 @@ def evaluate(
     reset_peak()
     started = time.perf_counter()
     try:
-        translations.extend(translator.translate_iter(test_set.sources, options, stats))
+        translations.extend(translate(loaded, test_set.sources, options, stats))
         complete = True
     except KeyboardInterrupt:
         if not translations:
@@ -109,7 +110,7 @@ def evaluate(
     tokens = sum(len(translation.ids) for translation in translations)
     references = list(islice(test_set.references, len(hypotheses)))
     evaluation = Evaluation(
-        name=translator._model.backend.name,
+        name=loaded.backend.name,
         bleu=_score(bleu, hypotheses, references),
         chrf=_score(chrf, hypotheses, references),
         sentences=len(hypotheses),

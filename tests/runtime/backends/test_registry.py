@@ -120,9 +120,8 @@ def test_loading_is_logged_once_and_graphs_that_are_loaded_late_when_they_are(
         return [record.getMessage() for record in caplog.records if record.levelno == level]
 
     with caplog.at_level(logging.DEBUG, logger="kvx"):
-        translator = Translator(
-            LoadedModel(bundle, *load_backends(bundle, "onnx", [HOST], threads=1, workers=None, spin=False))
-        )
+        backends = load_backends(bundle, "onnx", [HOST], threads=1, workers=None, spin=False)
+        translator = Translator(LoadedModel(bundle, *backends))
         assert [message.split(" in ")[0] for message in told(logging.INFO)] == [
             f"loaded {bundle.folder} with onnx on cpu, 1 threads,"
         ]
