@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from kvx import Translator
-from kvx.exporter.export import ExportOptions, export
+from kvx.exporter.export import export
+from kvx.exporter.options import ExportOptions
 from kvx.models.config import ModelConfig
-from kvx.models.importers.reference import Checkpoint, load_checkpoint, save_checkpoint
+from kvx.models.importers import Checkpoint, load_checkpoint, save_checkpoint
 from kvx.models.transformer import Transformer
 from kvx.runtime.backends.onnx import OnnxBackend
 from kvx.runtime.bundle.manifest import BEAMS_FILE

@@ -65,7 +65,7 @@ def _eager(request: Request) -> Translator:
     import torch
 
     from kvx.models.eager import NoCacheBackend, TorchBackend
-    from kvx.models.importers.reference import load_checkpoint
+    from kvx.models.importers import load_checkpoint
     from kvx.runtime.bundle.folder import Bundle
 
     torch.set_num_threads(request["threads"])

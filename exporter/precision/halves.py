@@ -29,22 +29,22 @@ from torch import Tensor, nn
 from kvx.models.layers import LayerNorm, Linear
 from kvx.models.operators import Operators
 from kvx.models.transformer import Transformer
-from kvx.runtime.bundle.manifest import ELEMENTS, Precision
-
-RESIDUALS: dict[Precision, torch.dtype] = {"fp16": torch.float16, "bf16": torch.float32}
+from kvx.runtime.bundle.precision import PRECISIONS, Precision
 
 
 def in_precision(model: Transformer, precision: Precision) -> Transformer:
     """The model itself, or a copy in the types of the precision: the residual stream takes that of the positions."""
-    if precision not in ELEMENTS:
+    arithmetic = PRECISIONS[precision]
+    if not arithmetic.halved:
         return model
-    element: torch.dtype = getattr(torch, ELEMENTS[precision])
+    element: torch.dtype = getattr(torch, arithmetic.element)  # the contract's names are torch's
+    residual: torch.dtype = getattr(torch, arithmetic.residual)
     halved = copy.deepcopy(model)
     for module in halved.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)) and module is not halved.head:
             module.to(element)
     for embedding in (halved.source_embedding, halved.target_embedding):
-        embedding.positions = embedding.positions.to(RESIDUALS[precision])
+        embedding.positions = embedding.positions.to(residual)
     return halved
 
 

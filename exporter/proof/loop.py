@@ -15,10 +15,12 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from kvx.exporter.proof.trial import Check, Differences, Trial, compare_caches, inside, poison
+from kvx.exporter.proof.caches import compare_caches, inside, poison
+from kvx.exporter.proof.report import Check, Differences
+from kvx.exporter.proof.trial import Trial
 from kvx.runtime.arrays import FloatArray, IntArray
 from kvx.runtime.backends.onnx import loop_session
-from kvx.runtime.bundle.manifest import LOOP_FILE
+from kvx.runtime.bundle.graphs import LOOP_FILE
 from kvx.runtime.bundle.signature import LOOP_FEATURES, Dimensions, step_signature
 from kvx.runtime.decoding.backend import Backend
 from kvx.runtime.decoding.cache import Capacity, KVCache

@@ -126,6 +126,10 @@ class OnnxBackend:
 
         return step
 
+    def bind_chunk(self, cache: KVCache) -> Step:
+        """The step for several tokens of a row, input_ids [n, Q] → logits [n, Q, V]."""
+        return lambda input_ids: _run_chunk(self._chunk, cache, input_ids)
+
     def loop_rows(self, capacity: Capacity) -> AbstractContextManager[DeviceRows]:
         """Idle rows of this capacity, for one decode. Raises CapacityError where the device cannot hold them."""
         return self._idle_rows.taken(capacity, self.loop_bytes(capacity))

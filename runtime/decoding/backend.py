@@ -71,6 +71,10 @@ class Backend(Protocol):
         """The decoder step over this cache, of one row a sentence or of several."""
         ...
 
+    def bind_chunk(self, cache: KVCache) -> Step:
+        """The step for several tokens of a row, input_ids [n, Q] → logits [n, Q, V], where `query_tokens` is true."""
+        ...
+
 
 class ShortlistStep(Protocol):
     """A decoder step bound to one cache, with an output projection that its caller chooses."""

@@ -23,7 +23,7 @@ from typer.testing import CliRunner, Result
 
 import kvx
 from kvx.cli import app
-from kvx.models.importers.reference import load_checkpoint, save_checkpoint
+from kvx.models.importers import load_checkpoint, save_checkpoint
 from kvx.runtime.bundle.manifest import Manifest
 
 KVX = [sys.executable, "-m", "kvx"]

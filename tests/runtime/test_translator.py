@@ -14,7 +14,7 @@ import torch
 
 from kvx import BundleError, DeviceError, InputError, OptionError, Translation, Translator
 from kvx.models.eager import NoCacheBackend
-from kvx.models.importers.reference import load_checkpoint
+from kvx.models.importers import load_checkpoint
 from kvx.models.transformer import Transformer
 from kvx.runtime.arrays import IntArray, Tensors
 from kvx.runtime.backends.onnx import OnnxBackend

@@ -5,10 +5,8 @@ Letters: B rows, S source positions, T capacity of a row's cache, V target vocab
 
 from __future__ import annotations
 
-import copy
 import getpass
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +25,6 @@ from kvx.runtime.backends.onnx import ENCODER_FILE, STEP_FILE, OnnxBackend
 from kvx.runtime.bundle.manifest import BEAMS_FILE
 from kvx.runtime.bundle.signature import Dimensions, Signature, StepFeatures, encoder_signature, step_signature
 from kvx.runtime.decoding.cache import Capacity, EncodedSource, KVCache
-from kvx.runtime.decoding.rows import Rows
-from kvx.runtime.decoding.search import Greedy
 
 ROOT = Path(__file__).resolve().parents[3]
 POISON = 1e30
@@ -41,20 +37,6 @@ ELEMENT_TYPES = {onnx.TensorProto.INT64: "int64", onnx.TensorProto.FLOAT: "float
 @pytest.fixture(scope="module")
 def dimensions(tiny: Transformer) -> Dimensions:
     return Dimensions.of_model(tiny.config.to_dict())
-
-
-@pytest.fixture(scope="module")
-def features_folder(tiny: Transformer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Both graphs with every other row of the vocabulary doubled, so that every argmax is a tie; with `next_ids`;
-    weights in files of their own.
-    """
-    model = copy.deepcopy(tiny)
-    model.head.weight[1::2] = model.head.weight[::2]
-    folder = tmp_path_factory.mktemp("features")
-    ops, features = StandardOperators(), StepFeatures(next_ids=True)
-    write_onnx(EncoderGraph(model, ops), folder / ENCODER_FILE)
-    write_onnx(StepGraph(model, ops, features), folder / STEP_FILE)
-    return folder
 
 
 @pytest.fixture
@@ -199,39 +181,13 @@ def test_the_free_axes_are_free(
     np.testing.assert_allclose(logits["onnx"], logits["torch"], rtol=0, atol=FLOAT32_NOISE)
 
 
-def test_next_ids_are_the_lowest_of_the_tied_best(
-    features_folder: Path, dimensions: Dimensions, input_ids: IntArray
-) -> None:
-    backend = OnnxBackend(features_folder, dimensions, StepFeatures(next_ids=True), threads=1)
-    cache = cache_of(backend, input_ids)
-    step, ids = backend.bind(cache), np.array([2, 2, 2])
-    for _ in range(CAPACITY):
-        output = step(ids)
-        assert output.next_ids is not None
-        best = output.logits == output.logits.max(axis=-1, keepdims=True)
-        assert (best.sum(axis=-1) >= 2).all()  # so there is a tie to break
-        np.testing.assert_array_equal(output.next_ids, best.argmax(axis=-1))
-        ids = output.next_ids.copy()
-        cache.advance()
-
-
-def test_greedy_search_takes_next_ids_where_the_graph_gives_them(
-    features_folder: Path, dimensions: Dimensions, input_ids: IntArray
-) -> None:
-    backend = OnnxBackend(features_folder, dimensions, StepFeatures(next_ids=True), threads=1)
-    output = backend.bind(cache_of(backend, input_ids))(np.array([2, 3, 4]))
-    output.logits[:] = 0  # whoever looked at them would choose 0
-    assert output.next_ids is not None
-    assert output.next_ids.any()
-    rows: Rows = types.SimpleNamespace(eos=3)  # type: ignore[assignment]  # all that it looks at
-    np.testing.assert_array_equal(Greedy().choose(output, output.logits, rows).ids, output.next_ids)
-
-
-def test_large_weights_lie_beside_the_graph(features_folder: Path) -> None:
+def test_large_weights_lie_beside_the_graph(tiny: Transformer, tmp_path: Path) -> None:
+    write_onnx(EncoderGraph(tiny, StandardOperators()), tmp_path / ENCODER_FILE)
+    write_onnx(StepGraph(tiny, StandardOperators()), tmp_path / STEP_FILE)
     for name in (ENCODER_FILE, STEP_FILE):
         external = [
             entry.value
-            for tensor in onnx.load(features_folder / name, load_external_data=False).graph.initializer
+            for tensor in onnx.load(tmp_path / name, load_external_data=False).graph.initializer
             for entry in tensor.external_data
             if entry.key == "location"
         ]

@@ -69,7 +69,8 @@ def test_cuda_that_is_not_to_be_had_names_the_library_and_leaves_the_process_usa
 def test_a_device_translates_as_the_cpu_does(tmp_path: Path) -> None:
     if missing_library(CUDA_LIBRARY) is not None:
         pytest.skip("no CUDA here")
-    from kvx.exporter.export import ExportOptions, export
+    from kvx.exporter.export import export
+    from kvx.exporter.options import ExportOptions
     from kvx.tests.conftest import NUMBERS
 
     folder = tmp_path / "cuda"

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvx import CapacityError, TranslateOptions, Translator
-from kvx.exporter.export import ExportOptions, export
+from kvx.exporter.export import export
+from kvx.exporter.options import ExportOptions
 from kvx.runtime.backends.device import HOST
 from kvx.runtime.backends.device_rows import DeviceRows, IdleRows
 from kvx.runtime.backends.onnx import OnnxBackend

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from kvx import Translator
 from kvx.models.eager import NoCacheBackend
-from kvx.models.importers.reference import load_checkpoint
+from kvx.models.importers import load_checkpoint
 from kvx.runtime.arrays import FloatArray, IntArray, Tensors
 from kvx.runtime.bundle.folder import Bundle
 from kvx.runtime.bundle.signature import TensorSpec

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from kvx import InputError, OptionError, Translator
 from kvx.cli import app
-from kvx.exporter.export import ExportOptions, export
+from kvx.exporter.export import export
+from kvx.exporter.options import ExportOptions
 from kvx.tests.conftest import NUMBERS
 
 TEXTS = ["one", "twelve thousand three hundred and four", "", "ninety-nine", "seven hundred and six"] * 3

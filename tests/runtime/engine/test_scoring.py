@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvx import InputError, OptionError, Translator
-from kvx.models.importers.reference import Checkpoint, load_checkpoint
+from kvx.models.importers import Checkpoint, load_checkpoint
 from kvx.runtime.arrays import IntArray, Tensors
 from kvx.runtime.decoding import decode
 from kvx.runtime.decoding.backend import Backend
