@@ -19,6 +19,16 @@ Format = Literal["onnx", "torchscript", "both"]
 MOST_HEADS = 2**16
 MOST_LAYERS = 1024
 LARGEST_LIMIT = 2**24
+PURPOSES = ", ".join(f"{name} for {arithmetic.purpose}" for name, arithmetic in PRECISIONS.items())
+
+
+def default_lowerings() -> str:
+    """The default lowering of each precision in words, that of float32 first."""
+    by_lowering: dict[Lowering, list[Precision]] = {}
+    for name, arithmetic in PRECISIONS.items():
+        by_lowering.setdefault(arithmetic.lowerings[0], []).append(name)
+    usual, *others = by_lowering
+    return "; ".join([usual, *(f"{lowering} with {' and '.join(by_lowering[lowering])}" for lowering in others)])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,15 +76,14 @@ class ExportOptions:
             choice(get_args(Lowering)),
             "The operators of the ONNX graphs: ONNX Runtime's own, those of the standard alone, or those that a "
             "captured CUDA graph may hold.",
-            unset="ort; cuda with fp16 and bf16",
+            unset=default_lowerings(),
         ),
     ] = None
     precision: Annotated[
         Precision,
         Option(
             choice(get_args(Precision)),
-            "The precision of the model: fp16 and bf16 are for CUDA, int8 is fastest for many sentences at a time, "
-            "int4 for one.",
+            f"The numbers of the model: {PURPOSES}.",
         ),
     ] = "fp32"
     calibration: Annotated[

@@ -9,7 +9,7 @@ Products, norms and softmax add up in float32 inside their kernels. Two things w
   with errors in logits of 0.007 instead of 0.010, and cost two kernels more at each of its three additions a layer.
   With `bf16` it is float32: in bfloat16, 8 bits of it, 294 lines instead of 298.
 
-What float16 cannot hold, nothing above 65504, is looked for in the proof.
+float16 holds nothing above 65504: the proof looks for larger values.
 """
 
 from __future__ import annotations
@@ -68,10 +68,10 @@ def widen(file: Path, wide: Path) -> None:
 
 
 class Peak(Operators):
-    """The eager operators, noting the largest magnitude that any projection gives and any norm is given.
+    """The eager operators, noting the largest magnitude among the outputs of projections and the inputs of norms.
 
     That bounds what float16 holds: attention adds up its products of queries and keys in float32 inside its kernels,
-    and gives a mean of values. Whatever is not finite counts as infinite.
+    and gives a mean of values. A value that is not finite counts as infinite.
     """
 
     def __init__(self) -> None:

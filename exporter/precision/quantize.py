@@ -176,7 +176,7 @@ class _Quantizer:
 
 
 def _comes_from(value: ir.Value | None, operator: str) -> bool:
-    """Whether the value is what this operator gave, in whatever shape."""
+    """Whether this operator gave the value, in any shape."""
     producer = value.producer() if value is not None else None
     while producer is not None and producer.op_type == "Reshape":
         producer = producer.inputs[0].producer() if producer.inputs[0] is not None else None

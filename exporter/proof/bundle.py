@@ -90,7 +90,7 @@ def _as_described(manifest: Manifest) -> str:
     described, arithmetic = "names, types and axes as the manifest gives them", PRECISIONS[manifest.precision]
     if arithmetic.runs_on_cpu:
         return described
-    return f"{described}; {arithmetic.element} is proven as float32, for want of kernels on a CPU"
+    return f"{described}; {arithmetic.element} is proven as float32, because a CPU has no kernels for it"
 
 
 @contextlib.contextmanager

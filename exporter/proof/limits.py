@@ -1,4 +1,4 @@
-"""What a proof is asked for: its limits, and the text on which translations are compared."""
+"""The options of a proof: its limits, and the text on which translations are compared."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ class ParityOptions:
             unset=by_precision("bleu_lost", reduced=True),
         ),
     ] = None
-    verify_text: Annotated[
-        Path | None, Option(path(), "Also compare the translations of the lines of this file.", unset="none")
-    ] = None
+    verify_text: Annotated[Path | None, Option(path(), "Also compare the translations of the lines of this file.")] = (
+        None
+    )
     verify_reference: Annotated[
         Path | None,
-        Option(path(), "Reference translations of `verify_text`: also measure how much BLEU is lost.", unset="none"),
+        Option(path(), "Reference translations of `verify_text`: also measure how much BLEU is lost."),
     ] = None
     steps: Annotated[int, Option(count(MOST_STEPS), "Compare this number of decoder steps.", hidden=True)] = 30
     seed: Annotated[

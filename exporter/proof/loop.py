@@ -106,7 +106,7 @@ def _start(trial: Trial, cache: KVCache, plan: Plan) -> State:
 
 
 def _limits(trial: Trial, rows: int) -> IntArray:
-    """From one token to as many as there are positions."""
+    """Limits from one token to all positions."""
     limits: IntArray = trial.random.integers(1, trial.steps + 1, rows)
     return limits
 
@@ -156,7 +156,7 @@ def _check_constants(found: Differences, file: Path, plan: Plan) -> None:
 
 
 def _makers_and_constants(file: Path) -> tuple[dict[str, onnx.NodeProto], dict[str, int]]:
-    """The node that gives each value, and the integers that are given, by name."""
+    """The node that gives each value, and the constant integers, by name."""
     graph = onnx.load(file, load_external_data=False).graph
     nodes = {output: node for node in graph.node for output in node.output}
     tensors = {tensor.name: tensor for tensor in graph.initializer}

@@ -170,7 +170,7 @@ class Trial:
         bind: Callable[[KVCache], Step],
         listed: IntArray | slice,
     ) -> None:
-        """Steps over sentences of so many rows each; `listed` are the tokens that the logits are those of."""
+        """Steps over sentences of `beams` rows each. `listed` are the tokens that have logits."""
         truth, tried = self.cache(beams=beams), self.cache(specs, beams)
         eager_step, step = self.eager.bind(truth), bind(tried)
         for sentence in range(ROWS):
@@ -213,7 +213,7 @@ class Trial:
         self, backend: Backend, sentences: Sequence[int], ids: IntArray, shortlisting: Shortlisting | None = None
     ) -> NDArray[Any]:
         """Target ids [steps, ROWS, k] → the logits of these sentences, of k rows each, in a cache of their own
-        [steps, sentences, k, V], or those of the first tokens, as many columns as a decode has at least.
+        [steps, sentences, k, V], or those of the first LEAST_COLUMNS tokens.
         """
         chosen, (steps, _, beams) = list(sentences), ids.shape
         lengths = self.source_lengths[chosen]
@@ -229,7 +229,7 @@ class Trial:
         return np.stack(logits)
 
     def cache(self, specs: Sequence[TensorSpec] | None = None, beams: int = 1, fillers: int = 0) -> KVCache:
-        """The drawn sentences, of so many rows each, as eager encodes them, and room for as many rows more."""
+        """The drawn sentences of `beams` rows each, as eager encodes them, and `fillers` more rows."""
         positions = max(self.steps, sum(CHUNKS)) + 1  # a finished row stands behind its last token
         capacity = Capacity(ROWS * beams + fillers, positions, self.input_ids.shape[1], beams)
         cache = KVCache(specs or self.eager.cache_specs, capacity)

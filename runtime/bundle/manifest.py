@@ -125,7 +125,7 @@ class Manifest:
         return tuple(name for name, files in GRAPH_FILES.items() if not self.files.keys().isdisjoint(files))
 
     def cache_bytes(self, *, target: int, source: int) -> int:
-        """Cache bytes of one row with room for so many target and source positions."""
+        """Cache bytes of one row with room for these numbers of target and source positions."""
         return sum(spec.bytes({"B": 1, "T": target, "S": source}) for spec in cache_specs(self.dimensions))
 
     def write(self, folder: Path) -> None:
