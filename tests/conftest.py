@@ -21,7 +21,7 @@ from kvx.runtime.backends.onnx import OnnxBackend
 from kvx.runtime.bundle.manifest import BEAMS_FILE
 
 if TYPE_CHECKING:
-    from kvx.models.importers.reference import Checkpoint
+    from kvx.models.importers import Checkpoint
     from kvx.models.transformer import Transformer
 
 if importlib.util.find_spec("torch") is not None:
@@ -92,7 +92,7 @@ def seed() -> Seed:
 @pytest.fixture(scope="session")
 def seed_checkpoint(seed: Seed) -> Checkpoint:
     pytest.importorskip("torch")
-    from kvx.models.importers.reference import load_checkpoint
+    from kvx.models.importers import load_checkpoint
 
     return load_checkpoint(seed.checkpoint)
 
@@ -110,7 +110,8 @@ def exported(bundles: Path) -> Exported:
     def bundle(name: str, checkpoint: Path, **options: str | bool) -> Path:
         if not (bundles / name).is_dir():
             pytest.importorskip("torch", reason="exporting a bundle needs torch")
-            from kvx.exporter.export import ExportOptions, export
+            from kvx.exporter.export import export
+            from kvx.exporter.options import ExportOptions
 
             export(ExportOptions(checkpoint=checkpoint, output=bundles / name, **options))  # type: ignore[arg-type]
         return bundles / name
@@ -171,7 +172,7 @@ def tiny_checkpoint_folder(bundles: Path) -> Path:
     folder = bundles / "tiny-checkpoint"
     if not folder.is_dir():
         pytest.importorskip("torch", reason="making a checkpoint needs torch")
-        from kvx.models.importers.reference import Checkpoint, save_checkpoint
+        from kvx.models.importers import Checkpoint, save_checkpoint
 
         folder.mkdir(parents=True)
         save_checkpoint(Checkpoint(tiny_model(), max_new_tokens=18), folder / "model.pt")
@@ -199,7 +200,7 @@ def tiny() -> Transformer:
 
 def tiny_model() -> Transformer:
     from kvx.models.config import ModelConfig
-    from kvx.models.importers.reference import load_checkpoint
+    from kvx.models.importers import load_checkpoint
     from kvx.models.transformer import Transformer
 
     numbers = load_checkpoint(NUMBERS / "model.pt").model.config

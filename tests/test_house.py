@@ -182,6 +182,8 @@ EXPORTER_ROOMS = (
     ("precision",),
     ("writing",),
     ("proof",),
+    ("options",),
+    ("graphs", "folder"),
     ("export",),
 )
 MODELS_ROOMS = (("config", "layers"), ("operators",), ("transformer",), ("importers", "eager"))
@@ -228,7 +230,7 @@ def test_decoding_knows_no_thread_and_no_file(path: Path) -> None:
 
 @pytest.mark.parametrize("path", in_package("models"), ids=str)
 def test_models_know_only_the_contract_of_the_runtime(path: Path) -> None:
-    contract = ("arrays", "errors", "bundle.signature", "decoding.backend", "decoding.cache")
+    contract = ("arrays", "errors", "rules", "bundle.signature", "decoding.backend", "decoding.cache")
     allowed = ("kvx.models", *(f"kvx.runtime.{name}" for name in contract))
     assert [name for name in imports(path) if inside(name, "kvx") and not inside(name, *allowed)] == []
 

@@ -70,7 +70,7 @@ class RecordingBackend:
 @pytest.fixture(scope="module")
 def model(numbers_bundle: Path) -> Transformer:
     pytest.importorskip("torch", reason="the oracle is eager PyTorch")
-    from kvx.models.importers.reference import load_checkpoint
+    from kvx.models.importers import load_checkpoint
 
     return load_checkpoint(numbers_bundle / "model.pt").model
 

@@ -70,7 +70,8 @@ def test_a_device_translates_as_the_cpu_does(tmp_path: Path) -> None:
     if missing_library(CUDA_LIBRARY) is not None:
         pytest.skip("no CUDA here")
     pytest.importorskip("torch", reason="exporting a bundle needs torch")
-    from kvx.exporter.export import ExportOptions, export
+    from kvx.exporter.export import export
+    from kvx.exporter.options import ExportOptions
     from kvx.tests.conftest import NUMBERS
 
     folder = tmp_path / "cuda"

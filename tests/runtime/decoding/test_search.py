@@ -466,7 +466,7 @@ def test_a_search_over_many_positions_keeps_its_beams_apart_while_the_cache_grow
 def test_beams_are_those_of_eager_pytorch_without_a_cache(beams_translator: Translator, numbers_bundle: Path) -> None:
     pytest.importorskip("torch", reason="the oracle is eager PyTorch")
     from kvx.models.eager import NoCacheBackend
-    from kvx.models.importers.reference import load_checkpoint
+    from kvx.models.importers import load_checkpoint
 
     model = load_checkpoint(numbers_bundle / "model.pt").model
     eager = Translator(LoadedModel(Bundle.open(numbers_bundle), NoCacheBackend(model)))

@@ -17,7 +17,7 @@ from kvx.runtime.options import TranslateOptions
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from kvx.models.importers.reference import Checkpoint
+    from kvx.models.importers import Checkpoint
     from kvx.models.transformer import Transformer
     from kvx.tests.conftest import Seed
 
@@ -28,7 +28,7 @@ TARGETS = ["eins", "neunundneunzig", "zwölftausenddreihundertvier", "acht", "nu
 @pytest.fixture(scope="module")
 def model(numbers_bundle: Path) -> Transformer:
     pytest.importorskip("torch", reason="the oracle is eager PyTorch")
-    from kvx.models.importers.reference import load_checkpoint
+    from kvx.models.importers import load_checkpoint
 
     return load_checkpoint(numbers_bundle / "model.pt").model
 
