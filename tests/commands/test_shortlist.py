@@ -164,8 +164,8 @@ def test_training_that_cannot_work_is_refused(
     [
         (b"one\ntwo\n", b"eins\n", ["2 sources and 1 targets"]),
         (b"", b"eins\n", ["0 sources and 1 targets"]),
-        (b"", b"", ["sources and targets without a word"]),
-        (b"\n \n", b"eins\nzwei\n", ["sources without a word"]),
+        (b"", b"", ["no word in the sources and targets"]),
+        (b"\n \n", b"eins\nzwei\n", ["no word in the sources"]),
         (b"one\n\xff\n", b"eins\nzwei\n", ["Line 2", "UTF-8"]),
     ],
 )
