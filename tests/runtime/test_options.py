@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from kvx import InputError, OptionError
 from kvx.runtime.decoding.search import LARGEST_SEED, BeamSearch, Greedy, Sampling
+from kvx.runtime import options as module
 from kvx.runtime.options import OPTIONS, TranslateKeywords, TranslateOptions, filters_of
 
 if TYPE_CHECKING:
@@ -113,11 +114,10 @@ def test_the_keywords_are_the_options_but_for_the_window() -> None:
 
 
 def test_keywords_have_the_types_of_the_options() -> None:
-    keywords = typing.get_type_hints(TranslateKeywords)
+    keywords, hints = typing.get_type_hints(TranslateKeywords), typing.get_type_hints(TranslateOptions, vars(module))
     for field in dataclasses.fields(TranslateOptions):
-        hint = typing.get_type_hints(TranslateOptions)[field.name]
-        if field.name in keywords and not str(hint).startswith("tuple"):
-            assert keywords[field.name] == hint
+        if not str(hints[field.name]).startswith("tuple"):
+            assert keywords[field.name] == hints[field.name]
 
 
 def test_every_option_has_a_rule_and_a_sentence() -> None:

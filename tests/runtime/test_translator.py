@@ -362,7 +362,7 @@ def test_one_thread_gives_the_same_answers(numbers_bundle: Path, truth: list[tup
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="this machine may have CUDA")
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:1"])
 def test_cuda_where_there_is_none_is_an_error_and_not_the_cpu(numbers_bundle: Path, device: str) -> None:
-    with pytest.raises(DeviceError, match=f"Expected device {device}"):
+    with pytest.raises(DeviceError, match=f"Expected the device {device}"):
         Translator.load(numbers_bundle, device=device)
 
 

@@ -408,7 +408,7 @@ def test_external_data_in_the_manifest_is_loaded_and_hashed(bundle: Path) -> Non
 def test_a_tokenizer_that_is_not_the_manifests_is_refused(bundle: Path) -> None:
     shutil.copyfile(bundle / "source.model", bundle / "target.model")
     accept(bundle)
-    with pytest.raises(TokenizerError, match=r"target\.model with 64 pieces .* 72 pieces"):
+    with pytest.raises(TokenizerError, match=r"target\.model has 64 pieces .* 72 pieces"):
         Translator.load(bundle)
 
 
