@@ -129,7 +129,7 @@ class TranslateOptions:
     filters: Annotated[tuple[Filter, ...], Option(CALLABLES, "Further constraints, as callables.", hidden=True)] = ()
     shortlist: Annotated[
         str | Path | None,
-        Option(path(), "A file of `kvx shortlist`: use its candidates only. Needs a bundle exported --with-shortlist."),
+        Option(path(), "A file of `kvx shortlist`: use its candidates only. Needs a bundle exported with a shortlist."),
     ] = None
     on_long: Annotated[
         OnLong,
@@ -140,14 +140,14 @@ class TranslateOptions:
         bool,
         Option(
             flag(),
-            "Also give the source piece that each token attends to most. Needs a bundle exported --with-attention.",
+            "Also give the source piece that each token attends to most. Needs a bundle exported with attention.",
         ),
     ] = False
     replace_unknown: Annotated[
         bool,
         Option(
             flag(),
-            "Put the aligned source word in the place of an unknown token. Needs a bundle exported --with-attention.",
+            "Put the aligned source word in the place of an unknown token. Needs a bundle exported with attention.",
         ),
     ] = False
     window: Annotated[

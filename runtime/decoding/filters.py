@@ -131,7 +131,7 @@ class EndPenalty:
 
 @dataclass(frozen=True, slots=True)
 class LeastTokens:
-    """A target has at least so many tokens, eos counted, unless nothing but eos may come next."""
+    """A target has at least this many `tokens`, with eos, unless nothing but eos may come next."""
 
     tokens: int
     gain: ClassVar[float] = 0.0
