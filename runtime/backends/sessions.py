@@ -118,7 +118,7 @@ class Graph:
 
 
 class Failing:
-    """A context in which every exception of ONNX Runtime, a type of its own for each status, becomes a CapacityError where
+    """A context in which every exception of ONNX Runtime, which has a type for each status, becomes a CapacityError where
     memory is short and else a BundleError. `got` is the sentence for what failed.
     """
 

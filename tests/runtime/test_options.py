@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvx import InputError, OptionError
-from kvx.runtime.decoding.search import LARGEST_SEED, BeamSearch, Greedy, Sampling
 from kvx.runtime import options as module
+from kvx.runtime.decoding.search import LARGEST_SEED, BeamSearch, Greedy, Sampling
 from kvx.runtime.options import OPTIONS, TranslateKeywords, TranslateOptions, filters_of
 
 if TYPE_CHECKING:
