@@ -25,7 +25,7 @@ HIDDEN = {"loop", "steps", "seed"}
 
 
 @pytest.mark.parametrize("owner", [ExportOptions, ParityOptions])
-def test_every_field_is_described(owner: type[ExportOptions | ParityOptions]) -> None:
+def test_every_field_is_described(owner: type) -> None:
     fields = {field.name for field in dataclasses.fields(owner)} - {"parity"}
     assert described(owner).keys() == fields
     for option in described(owner).values():
