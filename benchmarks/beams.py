@@ -16,6 +16,7 @@ from pathlib import Path
 
 from kvx import TranslateOptions, Translator
 from kvx.runtime.decoding.results import DecodeStats
+from kvx.runtime.measuring.tables import markdown_table
 from kvx.runtime.text.lines import open_lines, read_lines
 
 
@@ -48,10 +49,11 @@ def main() -> None:
         taken, steps[size] = seconds(translator, texts, options)
         runs[size].append(taken)
     medians = {size: statistics.median(times[1:]) for size, times in runs.items()}  # the first of each warms up
-    print("| beams | median s | least s | steps | times greedy |\n|---:|---:|---:|---:|---:|")
-    for size, times in runs.items():
-        ratio = medians[size] / medians[1]
-        print(f"| {size} | {medians[size]:.2f} | {min(times[1:]):.2f} | {steps[size]} | {ratio:.2f} |")
+    rows = (
+        (size, f"{medians[size]:.2f}", f"{min(times[1:]):.2f}", steps[size], f"{medians[size] / medians[1]:.2f}")
+        for size, times in runs.items()
+    )
+    print("\n".join(markdown_table(("beams", "median s", "least s", "steps", "times greedy"), rows)))
 
 
 if __name__ == "__main__":

@@ -37,9 +37,8 @@ from numpy.typing import NDArray
 
 from kvx.benchmarks.base_model import BASE
 from kvx.benchmarks.peers import Process
-from kvx.exporter.export import Lowered
+from kvx.exporter.lowerings.lowered import Lowered
 from kvx.exporter.precision.halves import in_precision
-from kvx.exporter.proof.trial import LIMITS
 from kvx.exporter.writing.graphs import EncoderGraph, StepGraph
 from kvx.exporter.writing.loop import LoopGraph
 from kvx.exporter.writing.onnx import write_onnx
@@ -49,10 +48,12 @@ from kvx.models.transformer import Transformer
 from kvx.runtime.arrays import IntArray
 from kvx.runtime.backends.device import Device
 from kvx.runtime.backends.onnx import ENCODER_FILE, STEP_FILE, OnnxBackend
-from kvx.runtime.bundle.manifest import ELEMENTS, LOOP_FILE, Precision, SpecialIds
+from kvx.runtime.bundle.manifest import LOOP_FILE, SpecialIds
+from kvx.runtime.bundle.precision import PRECISIONS, Precision
 from kvx.runtime.bundle.signature import Dimensions, StepFeatures
 from kvx.runtime.decoding.cache import Capacity
 from kvx.runtime.decoding.device_loop import LoopRows, LoopState
+from kvx.runtime.measuring.tables import markdown_table
 
 IDS = SpecialIds(pad=0, bos=2, eos=3)
 SOURCE = 20
@@ -60,6 +61,14 @@ SOURCE_CAPACITY = 32
 TARGET_UNIT = 64
 PROOF_ROWS, PROOF_IDLE = 24, 2
 COPIES = 10
+PROOF_COLUMNS = (
+    *("proof", "tokens", "best of eager", "largest margin"),
+    *("allowed", "captured as launched", "passed"),
+)
+TIME_COLUMNS = (
+    *("precision", "rows", "", "ms a step"),
+    *("lowest to highest", "tokens/s", "GB/s read", "of a copy"),
+)
 NO_CACHE_ROWS = 128  # beyond, the earlier positions of all rows fill the device for minutes
 MODELS = {
     "base": dataclasses.replace(BASE, source_positions=256, target_positions=256),
@@ -267,7 +276,7 @@ def prove(model: Transformer, loops: dict[str, Loop], precision: Precision, step
     inside = np.arange(steps) < limits[:, None]
     chosen = np.take_along_axis(logits, state.past_ids[:PROOF_ROWS, :steps, None], axis=-1)[..., 0]
     margins = (logits.max(axis=-1) - chosen)[inside]
-    allowed = 2 * LIMITS[precision].tolerance * max(1.0, float(np.abs(logits).max()))
+    allowed = 2 * PRECISIONS[precision].limits.tolerance * max(1.0, float(np.abs(logits).max()))
     places = np.array_equal(state.past_lengths, [*limits, *[0] * PROOF_IDLE]) and bool(state.past_finished.all())
     alike = all(_equal(state, other, inside) for other in states)
     return {
@@ -399,7 +408,7 @@ def open_backends(
     folder: Path, config: ModelConfig, precision: Precision, device: str
 ) -> Iterator[tuple[str, OnnxBackend]]:
     """kvx with captured steps, where there is a device to capture them, and with steps launched one by one."""
-    dimensions = Dimensions.of_model(config.to_dict(), ELEMENTS.get(precision, "float32"))
+    dimensions = Dimensions.of_model(config.to_dict(), PRECISIONS[precision].element)
     place = Device.parse(device)
     for name, capture in (("kvx, captured", True), ("kvx", False)):
         if not capture or place.kind != "cpu":
@@ -463,23 +472,25 @@ def table(found: dict[str, Any]) -> Iterator[str]:
     bandwidth = found["copy_bytes_per_second"]
     yield f"A copy on {found['device']} reads and writes {bandwidth / 1e9:,.0f} GB/s."
     yield ""
-    yield "| proof | tokens | best of eager | largest margin | allowed | captured as launched | passed |"
-    yield "|---|---:|---:|---:|---:|---|---|"
-    for proof in found["proofs"]:
-        cells = [proof["precision"], proof["tokens"], f"{proof['best_of_eager']:.2%}", f"{proof['largest_margin']:.2g}"]
-        cells += [f"{proof['allowed_margin']:.2g}", proof["alike"], proof["passed"]]
-        yield f"| {' | '.join(map(str, cells))} |"
+    yield from markdown_table(PROOF_COLUMNS, map(_proof_cells, found["proofs"]), text={0, 5, 6})
     yield ""
-    yield "| precision | rows | | ms a step | lowest to highest | tokens/s | GB/s read | of a copy |"
-    yield "|---|---:|---|---:|---|---:|---:|---:|"
-    for row in sorted(found["rows"], key=lambda row: row.rows):
-        spread = f"{row.lowest / row.steps * 1e3:.3f} to {row.highest / row.steps * 1e3:.3f}"
-        speed = (
-            f"{row.tokens_per_second:,.0f} | {row.bytes_per_second / 1e9:.1f} | {row.bytes_per_second / bandwidth:.0%}"
-        )
-        yield f"| {row.precision} | {row.rows} | {row.name} | {row.step_milliseconds:.3f} | {spread} | {speed} |"
+    rows = sorted(found["rows"], key=lambda row: row.rows)
+    yield from markdown_table(TIME_COLUMNS, (_time_cells(row, bandwidth) for row in rows), text={0, 2, 4})
     for missing in found["left_out"]:
         yield f"\nLeft out: {missing}."
+
+
+def _proof_cells(proof: dict[str, Any]) -> tuple[object, ...]:
+    best, margin, allowed = proof["best_of_eager"], proof["largest_margin"], proof["allowed_margin"]
+    figures = proof["tokens"], f"{best:.2%}", f"{margin:.2g}", f"{allowed:.2g}"
+    return proof["precision"], *figures, proof["alike"], proof["passed"]
+
+
+def _time_cells(row: Row, bandwidth: float) -> tuple[object, ...]:
+    spread = f"{row.lowest / row.steps * 1e3:.3f} to {row.highest / row.steps * 1e3:.3f}"
+    read = f"{row.bytes_per_second / 1e9:.1f}", f"{row.bytes_per_second / bandwidth:.0%}"
+    speed = f"{row.tokens_per_second:,.0f}", *read
+    return row.precision, row.rows, row.name, f"{row.step_milliseconds:.3f}", spread, *speed
 
 
 def as_json(found: dict[str, Any]) -> str:

@@ -16,8 +16,8 @@ import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper
 
-from kvx.runtime.measuring.bench import cpu_model
-from kvx.runtime.system import available_threads
+from kvx.runtime.measuring.tables import markdown_table
+from kvx.runtime.system import available_threads, cpu_model
 
 MEBIBYTES = (1, 40, 150, 600)
 ROWS, WIDTH = 256, 2048
@@ -84,13 +84,10 @@ def main() -> None:
     """Measures both, by one thread and by as many as there are cores."""
     cores = available_threads()
     print(f"{cpu_model()}, {cores} cores, ONNX Runtime {ort.__version__}\n")
-    print(f"| | one core | {cores} cores |\n|---|---:|---:|")
-    for size in MEBIBYTES:
-        one, several = (best(partial(reading, size), threads) / 1e9 for threads in (1, cores))
-        print(f"| reading {size} MiB, GB/s | {one:.0f} | {several:.0f} |")
-    for element in ("float32", "int8"):
-        one, several = (best(partial(products, element), threads) / 1e9 for threads in (1, cores))
-        print(f"| products of {element}, G operations/s | {one:.0f} | {several:.0f} |")
+    work = {f"reading {size} MiB, GB/s": partial(reading, size) for size in MEBIBYTES}
+    work |= {f"products of {one}, G operations/s": partial(products, one) for one in ("float32", "int8")}
+    rows = [[name, *(f"{best(make, threads) / 1e9:.0f}" for threads in (1, cores))] for name, make in work.items()]
+    print("\n".join(markdown_table(("", "one core", f"{cores} cores"), rows, text={0})))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+from kvx.runtime.measuring.tables import markdown_table
+
 LAYERS, WIDTH, INNER, WORDS = 6, 512, 2048, 32_000
 PRODUCTS = [(WIDTH, 3 * WIDTH), *[(WIDTH, WIDTH)] * 3, (WIDTH, INNER), (INNER, WIDTH)] * LAYERS + [(WIDTH, WORDS)]
 HEADS, HEAD_WIDTH, CAPACITY, USED = 8, 64, 32, 20
@@ -201,9 +203,8 @@ def _fastest(session: ort.InferenceSession, graph: Graph, rows: int) -> float:
 
 def show(title: str, measured: dict[str, list[float]], rows: Sequence[int]) -> None:
     """A Markdown table."""
-    print(f"\n| {title} | " + " | ".join(map(str, rows)) + " |\n|---|" + "---:|" * len(rows))
-    for name, times in measured.items():
-        print(f"| {name} | " + " | ".join(f"{value:.2f}" for value in times) + " |")
+    lines = ([name, *(f"{value:.2f}" for value in times)] for name, times in measured.items())
+    print("", *markdown_table([title, *map(str, rows)], lines, text={0}), sep="\n")
 
 
 def main() -> None:

@@ -32,12 +32,14 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from kvx.benchmarks.base_model import BASE, CONTROL, write_base_model
-from kvx.exporter.export import ExportOptions, export
-from kvx.models.importers.reference import Checkpoint, load_checkpoint, save_checkpoint
+from kvx.exporter.export import export
+from kvx.exporter.options import ExportOptions
+from kvx.models.importers import Checkpoint, load_checkpoint, save_checkpoint
 from kvx.models.transformer import Transformer
 from kvx.runtime.bundle.folder import Bundle
 from kvx.runtime.bundle.manifest import Precision
-from kvx.runtime.measuring.bench import cpu_model
+from kvx.runtime.measuring.tables import markdown_table
+from kvx.runtime.system import cpu_model
 from kvx.runtime.text.lines import open_lines, read_lines
 from kvx.runtime.text.sources import SourceReader
 
@@ -652,10 +654,7 @@ def measure_model(bench: Bench, workload: Workload, peers: Sequence[str]) -> Res
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A Markdown table; the first column is text, the others are to the right."""
-    print(f"| {' | '.join(columns)} |\n|---|{'---:|' * (len(columns) - 1)}")
-    for row in rows:
-        print(f"| {' | '.join(row)} |")
-    print()
+    print(*markdown_table(columns, rows, text={0}), "", sep="\n")
 
 
 def spread(values: Sequence[float]) -> str:

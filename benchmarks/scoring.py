@@ -29,6 +29,7 @@ from kvx.runtime.decoding.cache import Capacity
 from kvx.runtime.decoding.decode import score
 from kvx.runtime.decoding.plan import Plan
 from kvx.runtime.decoding.results import Sentence
+from kvx.runtime.measuring.tables import markdown_table
 
 BASE = ModelConfig(
     source_vocab_size=32_000,
@@ -120,10 +121,9 @@ def main() -> None:
                 for count in counts:
                     taken = seconds(lambda way=way, count=count: way(count))  # type: ignore[misc]
                     times[name, count] = min(taken, times.get((name, count), taken))
-    print("| targets of 100 tokens | a token at a time, s | several at a time, s | one pass, eager, s |")
-    print("|---:|---:|---:|---:|")
-    for count in counts:
-        print(f"| {count} | " + " | ".join(f"{times[name, count]:.2f}" for name in ways) + " |")
+    header = ("targets of 100 tokens", "a token at a time, s", "several at a time, s", "one pass, eager, s")
+    rows = ([count, *(f"{times[name, count]:.2f}" for name in ways)] for count in counts)
+    print("\n".join(markdown_table(header, rows)))
 
 
 if __name__ == "__main__":

@@ -14,11 +14,13 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kvx import Translator
+from kvx.runtime.bundle.folder import Bundle
 from kvx.runtime.decoding.decode import SearchLoop
 from kvx.runtime.decoding.results import DecodeStats, Sentence
 from kvx.runtime.decoding.search import Greedy
+from kvx.runtime.engine.loaded import LoadedModel
 from kvx.runtime.engine.workers import side_by_side
+from kvx.runtime.measuring.tables import markdown_table
 from kvx.runtime.options import TranslateOptions
 from kvx.runtime.text.lines import open_lines, read_lines
 
@@ -46,12 +48,12 @@ def settings(threads: int) -> list[Setting]:
     ]
 
 
-def seconds(translator: Translator, sources: list[Sentence], setting: Setting) -> float:
+def seconds(model: LoadedModel, sources: list[Sentence], setting: Setting) -> float:
     """Wall time to decode all sources, longest first."""
     options = TranslateOptions(rows=setting.rows, workers=setting.workers)
-    plan, workers = translator._model.plan(options)
+    plan, workers = model.plan(options)
     plan = replace(plan, group=setting.group)
-    loop = SearchLoop(translator._model.backend, plan, Greedy())
+    loop = SearchLoop(model.backend, plan, Greedy())
     started = time.perf_counter()
     count = sum(1 for _ in side_by_side([loop] * workers, sources, DecodeStats()))
     assert count == len(sources)
@@ -66,23 +68,26 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
-    translators = {n: Translator.load(arguments.bundle, threads=n) for n in {1, arguments.threads}}
+    bundle = Bundle.open(arguments.bundle)
+    models = {n: LoadedModel.load(bundle, threads=n) for n in {1, arguments.threads}}
     with open_lines(arguments.text) as stream:
-        texts = translators[1]._model.sources.read(read_lines(stream))
+        texts = models[1].sources.read(read_lines(stream))
         sources = [Sentence(index, text.ids) for index, text in enumerate(texts) if text.ids]
     sources.sort(key=lambda source: len(source.ids), reverse=True)
     measured: dict[Setting, list[float]] = {setting: [] for setting in settings(arguments.threads)}
     for _ in range(arguments.repeat):
         for setting, times in measured.items():
-            times.append(seconds(translators[setting.threads], sources, setting))
+            times.append(seconds(models[setting.threads], sources, setting))
     print(f"{len(sources)} sentences, {arguments.repeat} interleaved runs\n")
-    print("| threads | workers | rows | group | minimum s | median s | sentences/s |")
-    print("|---:|---:|---:|---:|---:|---:|---:|")
-    for setting, times in measured.items():
-        print(
-            f"| {setting.threads} | {setting.workers} | {setting.rows} | {setting.group} | {min(times):.2f} | "
-            f"{statistics.median(times):.2f} | {len(sources) / min(times):.0f} |"
+    header = ("threads", "workers", "rows", "group", "minimum s", "median s", "sentences/s")
+    rows = (
+        (
+            *(setting.threads, setting.workers, setting.rows, setting.group),
+            *(f"{min(times):.2f}", f"{statistics.median(times):.2f}", f"{len(sources) / min(times):.0f}"),
         )
+        for setting, times in measured.items()
+    )
+    print("\n".join(markdown_table(header, rows)))
 
 
 if __name__ == "__main__":

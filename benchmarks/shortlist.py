@@ -20,6 +20,7 @@ from pathlib import Path
 from kvx import TranslateOptions, Translation, Translator
 from kvx.runtime.decoding.results import DecodeStats
 from kvx.runtime.measuring.evaluation import ParallelText, corpus_scores
+from kvx.runtime.measuring.tables import markdown_table
 from kvx.runtime.text.lines import open_lines, read_lines
 
 
@@ -43,16 +44,17 @@ class Measured:
         self.seconds.append(time.perf_counter() - started)
 
 
-def row(beams: int, name: str, test_set: ParallelText, measured: Measured, plain: Measured) -> str:
-    """A line of the table."""
+def row(beams: int, name: str, test_set: ParallelText, measured: Measured, plain: Measured) -> tuple[object, ...]:
+    """A row of the table."""
     bleu, chrf = corpus_scores([one.text for one in measured.translations], test_set.references)
     pairs = zip(measured.translations, plain.translations, strict=True)
     equal = sum(one.ids == other.ids for one, other in pairs) / len(plain.translations)
     stats = measured.stats
     columns = f"{stats.columns / stats.listed_steps:.0f}" if stats.listed_steps else "–"
+    least, faster = min(measured.seconds[1:]), plain.median / measured.median
     return (
-        f"| {beams} | {name} | {bleu:.2f} | {chrf:.2f} | {measured.median:.2f} | {min(measured.seconds[1:]):.2f} | "
-        f"{plain.median / measured.median:.2f} | {columns} | {equal:.1%} | {stats.fallbacks} |"
+        *(beams, name, f"{bleu:.2f}", f"{chrf:.2f}", f"{measured.median:.2f}", f"{least:.2f}", f"{faster:.2f}"),
+        *(columns, f"{equal:.1%}", stats.fallbacks),
     )
 
 
@@ -80,10 +82,12 @@ def main() -> None:
             options = TranslateOptions(rows=arguments.rows, workers=1, window=len(test_set.sources), beam_size=size)
             options = replace(options, shortlist=arguments.shortlist) if listed else options
             found.run(translator, test_set.sources, options)
-    print("| beams | vocabulary | BLEU | chrF | median s | least s | × | C | equal | unknown |")
-    print("|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|")
-    for (size, listed), found in measured.items():
-        print(row(size, "shortlist" if listed else "whole", test_set, found, measured[size, False]))
+    header = ("beams", "vocabulary", "BLEU", "chrF", "median s", "least s", "×", "C", "equal", "unknown")
+    rows = (
+        row(size, "shortlist" if listed else "whole", test_set, found, measured[size, False])
+        for (size, listed), found in measured.items()
+    )
+    print("\n".join(markdown_table(header, rows, text={1})))
 
 
 if __name__ == "__main__":

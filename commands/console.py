@@ -14,7 +14,7 @@ import typer
 from kvx.runtime.errors import OptionError
 
 if TYPE_CHECKING:
-    from kvx.exporter.progress import Report
+    from kvx.exporter.progress import Progress as Listener
 
 
 def say(text: str) -> None:
@@ -32,15 +32,15 @@ def spinner(text: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def reporting() -> Iterator[Report]:
+def reporting() -> Iterator[Listener]:
     """What an export says: notes as lines on stderr, the phase that runs as a spinner where that is a terminal."""
     from rich.console import Console
 
-    from kvx.exporter.progress import Report
+    from kvx.exporter.progress import Progress as Listener
 
     with Console(stderr=True).status("starting") as status:
 
-        class Spinner(Report):
+        class Spinner(Listener):
             def phase(self, text: str) -> None:
                 status.update(text)
 

@@ -85,9 +85,9 @@ def _evaluate(
     """One backend's figures; its translations go to the file."""
     from kvx.runtime.measuring.evaluation import evaluate as run
 
-    translator = machine.load(bulk=True)
+    loaded = machine.load(bulk=True)
     with spinner(f"{machine.options.backend}: {len(test_set.sources)} sentences"):
-        result, lines = run(translator, test_set, options, tokenize=tokenize)
+        result, lines = run(loaded, test_set, options, tokenize=tokenize)
     if path:
         write_lines(path, lines)
     return result

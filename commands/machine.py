@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self, get_args
 
 from kvx import Translator
 from kvx.commands.console import require, say
+from kvx.exporter.proof.limits import ParityOptions
 from kvx.runtime.backends.device import Device
 from kvx.runtime.bundle.folder import CHECKPOINT_FILE, Bundle, newest_bundle
 from kvx.runtime.bundle.manifest import GRAPH_FILES
@@ -76,14 +77,14 @@ class Machine:
         """Raises BundleError where the bundle lacks what the backend needs."""
         self.bundle.require(*GRAPH_FILES.get(self.options.backend, (CHECKPOINT_FILE,)))
 
-    def load(self, *, bulk: bool) -> Translator:
-        """A translator of the bundle; for `bulk` work on the CPU every worker has one thread."""
+    def load(self, *, bulk: bool) -> LoadedModel:
+        """The bundle in memory; for `bulk` work on the CPU every worker has one thread."""
         if self.options.backend in EAGER:
             return self._load_eager()
         threads, workers = self.options.threads, self.options.workers
         if workers is None and bulk and self.options.backend == "onnx" and self.device == "cpu":
             workers = threads or available_threads()
-        loaded = LoadedModel.load(
+        return LoadedModel.load(
             self.bundle,
             backend=self.options.backend,
             threads=threads,
@@ -91,9 +92,8 @@ class Machine:
             spin=self.options.spin,
             devices=Device.parse_list(self.device),
         )
-        return Translator(loaded)
 
-    def _load_eager(self) -> Translator:
+    def _load_eager(self) -> LoadedModel:
         """The bundle's own checkpoint on eager PyTorch, which only the command line offers."""
         require("torch", extra="export")
         if self.device != "cpu":
@@ -106,7 +106,7 @@ class Machine:
         import torch
 
         from kvx.models.eager import NoCacheBackend, TorchBackend
-        from kvx.models.importers.reference import load_checkpoint
+        from kvx.models.importers import load_checkpoint
 
         self.check()
         self.bundle.check_hashes()
@@ -115,7 +115,7 @@ class Machine:
         model = load_checkpoint(self.bundle.folder / CHECKPOINT_FILE).model
         backend = TorchBackend if self.options.backend == "torch" else NoCacheBackend
         eager = backend(model, attention_layer=self.bundle.manifest.features.attention)
-        return Translator(LoadedModel(self.bundle, eager))
+        return LoadedModel(self.bundle, eager)
 
 
 def load_and_say(model: Path | None, options: MachineOptions, *, bulk: bool) -> Translator:
@@ -125,12 +125,14 @@ def load_and_say(model: Path | None, options: MachineOptions, *, bulk: bool) -> 
     loaded = machine.load(bulk=bulk)
     if model is None or options.device == "auto":
         say(f"{path} on {options.backend}, {machine.device}")
-    return loaded
+    return Translator(loaded)
 
 
-def ready_torch() -> None:
-    """What a proof needs. One thread for torch takes no longer: on busy cores several wait for each other."""
+def ready_torch(parity: ParityOptions) -> None:
+    """What an export or a proof needs. One thread for torch takes no longer: on busy cores several only wait."""
     require(*EXPORT_NEEDS, extra="export")
+    if parity.verify_reference is not None:
+        require("sacrebleu", extra="evaluate")
     import torch
 
     torch.set_num_threads(1)
@@ -142,6 +144,6 @@ def _place(bundle: Bundle, options: MachineOptions) -> str:
         return options.device
     if options.backend != "onnx" or bundle.manifest.lowering != "cuda":
         return "cpu"
-    from kvx.runtime.backends.onnx import cuda_lacks
+    from kvx.runtime.backends.sessions import cuda_lacks
 
     return "cuda" if cuda_lacks() is None else "cpu"

@@ -49,17 +49,19 @@ class Parameter:
     help: str
     convert: Callable[[Any], Any]
 
-    def for_typer(self) -> inspect.Parameter:
-        """The parameter as Typer takes it from a signature."""
+    def for_typer(self, flags: Mapping[str, str]) -> inspect.Parameter:
+        """The parameter as Typer takes it from a signature; its help names other options by their flags."""
         return inspect.Parameter(
             self.name,
             inspect.Parameter.KEYWORD_ONLY,
-            annotation=Annotated[self.type if self.default is not None else self.type | None, self._option()],
+            annotation=Annotated[self.type if self.default is not None else self.type | None, self._option(flags)],
             default=inspect.Parameter.empty if self.default is MISSING else self.default,
         )
 
-    def _option(self) -> Any:  # noqa: ANN401  # as typer.Option itself
-        return typer.Option(*self.flags, help=self.help, metavar="<str>" if self.type == list[str] else None)
+    def _option(self, flags: Mapping[str, str]) -> Any:  # noqa: ANN401  # as typer.Option itself
+        return typer.Option(
+            *self.flags, help=spelled(self.help, flags), metavar="<str>" if self.type == list[str] else None
+        )
 
 
 class Described:
@@ -104,26 +106,30 @@ def with_described_options(command: Callable[..., None]) -> Callable[..., None]:
 
     An option that two of them have is one option, and both get its value.
     """
+    own = inspect.signature(command, eval_str=True).parameters
+    groups = {name: group for name, parameter in own.items() if (group := _group(parameter)) is not None}
+    options = {one.name: one for group in reversed(groups.values()) for one in group.parameters()}
+    flags = {name: max(one.flags, key=len).partition("/")[0] for name, one in options.items()}
     parameters: dict[str, inspect.Parameter] = {}
-    groups: dict[str, Described] = {}
-    for parameter in inspect.signature(command, eval_str=True).parameters.values():
-        group = next((part for part in get_args(parameter.annotation) if isinstance(part, Described)), None)
-        if group is None:
-            parameters[parameter.name] = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+    for name, parameter in own.items():
+        if name not in groups:
+            parameters[name] = parameter
             continue
-        groups[parameter.name] = group
-        for one in group.parameters():
-            parameters.setdefault(one.name, one.for_typer())
-    own = inspect.signature(command).parameters
+        for one in groups[name].parameters():
+            parameters.setdefault(one.name, options[one.name].for_typer(flags))
 
     @functools.wraps(command)
     def call(**given: object) -> None:
         made = {name: group.value(given) for name, group in groups.items()}
-        command(**made, **{name: value for name, value in given.items() if name in own})
+        command(**made, **{name: value for name, value in given.items() if name in own and name not in made})
 
     call.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
     call.__annotations__ = {name: parameter.annotation for name, parameter in parameters.items()}
     return call
+
+
+def _group(parameter: inspect.Parameter) -> Described | None:
+    return next((part for part in get_args(parameter.annotation) if isinstance(part, Described)), None)
 
 
 def spellings(app: typer.Typer, command: str | None) -> dict[str, str]:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvx.commands.console import say, spinner
+from kvx.commands.options import Described, with_described_options
 from kvx.runtime.bundle.folder import Bundle
+from kvx.runtime.shortlist.lexicon import LexiconOptions, import_shortlist, train_shortlist
 from kvx.runtime.text.lines import open_lines, read_file, read_lines
 
 if TYPE_CHECKING:
@@ -18,26 +20,21 @@ BundleOption = Annotated[Path, typer.Option("--bundle", help="The bundle whose t
 OutputOption = Annotated[
     Path, typer.Option("-o", "--output", help="The shortlist (.npz), which appears once it is complete.")
 ]
-PerSourceOption = Annotated[int, typer.Option(help="The most target pieces for each source piece.")]
-FrequentOption = Annotated[int, typer.Option(help="The number of frequent target pieces that every sentence may use.")]
 
 
+@with_described_options
 def train(
+    *,
     bundle: BundleOption,
     source: Annotated[Path, typer.Option(help="The sources, one per line.")],
     target: Annotated[Path, typer.Option(help="Their translations, line by line.")],
     output: OutputOption,
-    per_source: PerSourceOption = 50,
-    frequent: FrequentOption = 100,
-    iterations: Annotated[int, typer.Option(help="Iterations of IBM Model 1.")] = 5,
+    options: Annotated[LexiconOptions, Described(LexiconOptions)],
 ) -> None:
     """Learn a shortlist from parallel text."""
-    from kvx.runtime.shortlist import lexicon
-
-    options = lexicon.LexiconOptions(iterations=iterations, per_source=per_source, frequent=frequent)
     opened, sources, targets = Bundle.open(bundle), read_file(source), read_file(target)
     with spinner(f"learning from {len(sources)} lines"):
-        shortlist, coverage = lexicon.train_shortlist(opened, sources, targets, options)
+        shortlist, coverage = train_shortlist(opened, sources, targets, options)
         shortlist.write(output)
     say(
         f"{_describe(shortlist, output)}; {coverage.candidates:.0f} candidates a sentence, "
@@ -45,22 +42,20 @@ def train(
     )
 
 
+@with_described_options
 def import_(
+    *,
     table: Annotated[
         Path, typer.Argument(help='Lines of "target source probability", in the pieces of the bundle\'s tokenizers.')
     ],
     bundle: BundleOption,
     output: OutputOption,
-    per_source: PerSourceOption = 50,
-    frequent: FrequentOption = 100,
+    options: Annotated[LexiconOptions, Described(LexiconOptions, but=("iterations",))],
 ) -> None:
     """Make a shortlist from a lexical table (lex.s2t)."""
-    from kvx.runtime.shortlist import lexicon
-
-    options = lexicon.LexiconOptions(per_source=per_source, frequent=frequent)
     opened = Bundle.open(bundle)
     with open_lines(table) as stream, spinner(f"reading {table}"):
-        shortlist, read = lexicon.import_shortlist(opened, read_lines(stream), options)
+        shortlist, read = import_shortlist(opened, read_lines(stream), options)
         shortlist.write(output)
     if read.unknown:
         say(

@@ -1,4 +1,4 @@
-"""What the machine has to offer, and how much memory this process takes of it."""
+"""What the machine offers, and how much of its memory this process takes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import platform
 import re
 from pathlib import Path
 
+CPUINFO = Path("/proc/cpuinfo")
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
 WIDE_PRODUCTS = {"avx512_vnni", "avx_vnni", "amx_int8"}  # add products of bytes in 32 bits
@@ -15,7 +16,7 @@ RESET_PEAK = "5"  # proc(5): resets the peak to what is resident now
 
 
 def reset_peak() -> None:
-    """Makes `peak_bytes` count from here on, where the system can (Linux)."""
+    """Makes `peak_bytes` count from here on, on systems that can (Linux)."""
     with contextlib.suppress(OSError):
         CLEAR_REFS.write_text(RESET_PEAK, encoding="ascii")
 
@@ -34,9 +35,9 @@ def available_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def bytes_saturate(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether pairs of products of an unsigned and a signed byte may overflow here, in 16 bits: on x86 without VNNI,
-    and where nothing tells.
+def bytes_saturate(cpuinfo: Path = CPUINFO) -> bool:
+    """Whether pairs of products of an unsigned and a signed byte may overflow 16 bits here: on x86 without VNNI, and
+    where nothing tells.
     """
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return False
@@ -46,3 +47,12 @@ def bytes_saturate(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
         return True
     flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
     return WIDE_PRODUCTS.isdisjoint(flags)
+
+
+def cpu_model(cpuinfo: Path = CPUINFO) -> str:
+    """The name that the CPU gives itself, as far as the system tells."""
+    try:
+        found = re.search(r"^model name\s*:\s*(\S.*?)\s*$", cpuinfo.read_text(encoding="utf-8"), re.MULTILINE)
+    except (OSError, UnicodeDecodeError):
+        found = None
+    return found[1] if found else platform.processor() or platform.machine() or "unknown CPU"

@@ -1,4 +1,4 @@
-"""Devices by name, and what is missing where one cannot be had."""
+"""Devices by name, and what is missing where one cannot be used."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MISSING = re.compile(r"^(.+\.so[^:]*): cannot open shared object file")
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """Where sessions run and buffers are: the `kind`, "cpu" or "cuda", and which of its kind."""
+    """Where sessions run and buffers are: the `kind`, "cpu" or "cuda", and the index among those of its kind."""
 
     kind: str = "cpu"
     index: int = 0
@@ -28,15 +28,25 @@ class Device:
         kind, colon, index = name.partition(":")
         known = (kind == "cuda" and (index.isdecimal() or not colon)) or name == "cpu"
         if not known:
-            raise DeviceError(f"device {name!r}", expected="cpu, cuda or cuda:<index>", remedy="Correct the device.")
+            raise DeviceError(
+                f"There is no device {name!r}",
+                expected="cpu, cuda or cuda:<index>",
+                remedy="Correct `device`.",
+                option="device",
+            )
         return cls(kind, int(index or 0))
 
     @classmethod
     def parse_list(cls, names: str) -> tuple[Self, ...]:
-        """Several devices with commas between, each once. Raises DeviceError."""
+        """Several devices with commas between them, each named once. Raises DeviceError."""
         devices = tuple(cls.parse(name.strip()) for name in names.split(","))
         if len(set(devices)) < len(devices):
-            raise DeviceError(f"device {names!r}", expected="each device once", remedy="Correct the device.")
+            raise DeviceError(
+                f"The list of devices {names!r} names one of them twice",
+                expected="each device once",
+                remedy="Correct `device`.",
+                option="device",
+            )
         return devices
 
     def __str__(self) -> str:
@@ -47,19 +57,23 @@ class Device:
 HOST = Device()
 
 
-def not_to_be_had(device: Device, got: str, library: str | None) -> DeviceError:
-    """The error for a device that a session did not get, with the library whose lack explains it, if one does."""
+def unavailable(device: Device, got: str, library: str | None) -> DeviceError:
+    """The error for a session that does not run on the device that was asked for, as `got` says. It names the library
+    whose absence explains it, if there is one.
+    """
     if library is None:
-        remedy = "Check that the index exists and that the driver is new enough for CUDA 13 (nvidia-smi)"
+        remedy = "Check that a device of this index exists and that its driver is new enough for CUDA 13 (nvidia-smi)"
     elif library.startswith(DRIVER):
-        remedy = f"{library} is missing: install NVIDIA's driver, at least for CUDA 13"
+        remedy = f"The library {library} is missing: install NVIDIA's driver for CUDA 13 or newer"
     else:
-        remedy = f"{library} is missing: pip install '{CUDA_EXTRA}' brings it"
-    return DeviceError(got, expected=f"device {device}", remedy=f"{remedy}, or use --device cpu.")
+        remedy = f"The library {library} is missing: install it with pip install '{CUDA_EXTRA}'"
+    return DeviceError(got, expected=f"the device {device}", remedy=f"{remedy}, or use `device` cpu.", option="device")
 
 
 def missing_library(provider: Path) -> str | None:
-    """What keeps a provider from being loaded, by its name where it is a library that is missing, or None."""
+    """What keeps a provider from being loaded: the name of the library that is missing, if that is the reason. None
+    where it can be loaded.
+    """
     try:
         ctypes.CDLL(str(provider))
     except OSError as error:

@@ -16,16 +16,16 @@ from numpy.typing import NDArray
 
 from kvx.runtime.arrays import IntArray
 from kvx.runtime.backends.device import Device
+from kvx.runtime.backends.sessions import Graph, is_out_of_memory
 from kvx.runtime.bundle.signature import Signature, TensorSpec
 from kvx.runtime.decoding.cache import Capacity
 from kvx.runtime.decoding.device_loop import LoopState
-from kvx.runtime.errors import CapacityError
+from kvx.runtime.errors import CapacityError, KvxError
 
 ONNX_TYPES = {"float32": 1, "int64": 7, "bool": 9, "float16": 10, "bfloat16": 16}  # onnx.TensorProto.DataType
 NO_CAPTURE = -1
 WARM_UP_RUNS = 2
 MOST_IDLE = 2  # each of the size of a cache
-OUT_OF_MEMORY = ("failed to allocate", "out of memory", "bad_alloc", "bad allocation")
 
 MakeRows = Callable[[Capacity], "DeviceRows"]
 
@@ -34,34 +34,23 @@ _graph_ids = itertools.count(1)
 
 
 class DeviceRows:
-    """See LoopRows. `session` runs the looped step and `encoder` the encoder, both on `device`.
+    """See LoopRows. The `encoder` and the looped step, `loop`, run on the same device.
 
     With `capture` the step is captured as a CUDA graph, once, while all rows are idle; where ONNX Runtime refuses, it
     runs uncaptured, which the log says. A session that captures may not be run by two threads at a time: all rows of
     one session share its `lock`.
     """
 
-    def __init__(
-        self,
-        encoder: ort.InferenceSession,
-        encoder_signature: Signature,
-        session: ort.InferenceSession,
-        signature: Signature,
-        capacity: Capacity,
-        device: Device,
-        *,
-        capture: bool,
-        lock: threading.Lock,
-    ) -> None:
+    def __init__(self, encoder: Graph, loop: Graph, capacity: Capacity, *, capture: bool, lock: threading.Lock) -> None:
         self.capacity = capacity
         self._lock = lock
         self._encoder = encoder
-        self._encoder_signature = encoder_signature
-        self._session = session
-        self._device = device
-        self._values = {spec.name: zeros(spec, capacity, device) for spec in signature.inputs}
-        self._specs = {spec.name: spec for spec in signature.inputs}
-        self._binding = self._bind(signature)
+        self._loop = loop
+        self._session = loop.session()
+        self._device = loop.settings.device
+        self._values = {spec.name: zeros(spec, capacity, self._device) for spec in loop.signature.inputs}
+        self._specs = {spec.name: spec for spec in loop.signature.inputs}
+        self._binding = self._bind(loop.signature)
         self._graph_id = NO_CAPTURE
         self._options = _run_options(NO_CAPTURE)
         self.write(LoopState.idle(capacity))
@@ -70,18 +59,20 @@ class DeviceRows:
 
     def encode(self, row: int, input_ids: IntArray, source_lengths: IntArray) -> None:
         """input_ids [n, S], source_lengths [n] → the cross keys and values of the rows from `row` on, in place."""
-        binding = self._encoder.io_binding()
-        for name, array in (("input_ids", input_ids), ("source_lengths", source_lengths)):
-            value = ort.OrtValue.ortvalue_from_numpy(array, self._device.kind, self._device.index)
-            binding.bind_ortvalue_input(name, value)
-        for name, past in self._encoder_signature.presents.items():
-            spec, value = self._specs[past], self._values[past]
-            shape = spec.shape({**self.capacity.sizes, "B": len(input_ids)})
-            first = value.data_ptr() + row * (value.tensor_size_in_bytes() // self.capacity.rows)
-            kind, index = self._device.kind, self._device.index
-            binding.bind_output(name, kind, index, ONNX_TYPES[spec.dtype], shape, first)
-        self._encoder.run_with_iobinding(binding)
-        binding.synchronize_outputs()
+        session = self._encoder.session()
+        with self._encoder.running:
+            binding = session.io_binding()
+            for name, array in (("input_ids", input_ids), ("source_lengths", source_lengths)):
+                value = ort.OrtValue.ortvalue_from_numpy(array, self._device.kind, self._device.index)
+                binding.bind_ortvalue_input(name, value)
+            for name, past in self._encoder.signature.presents.items():
+                spec, value = self._specs[past], self._values[past]
+                shape = spec.shape({**self.capacity.sizes, "B": len(input_ids)})
+                first = value.data_ptr() + row * (value.tensor_size_in_bytes() // self.capacity.rows)
+                kind, index = self._device.kind, self._device.index
+                binding.bind_output(name, kind, index, ONNX_TYPES[spec.dtype], shape, first)
+            session.run_with_iobinding(binding)
+            binding.synchronize_outputs()
 
     def write(self, state: LoopState) -> None:
         """Sets all of the state."""
@@ -89,8 +80,8 @@ class DeviceRows:
             self._values[name].update_inplace(getattr(state, name))
 
     def run(self, steps: int) -> None:
-        """So many steps, each feeding the next; the host waits for the last."""
-        with self._lock:
+        """This number of steps, each feeding the next; the host waits for the last."""
+        with self._lock, self._loop.running:
             for _ in range(steps):
                 self._session.run_with_iobinding(self._binding, self._options)
             self._binding.synchronize_outputs()
@@ -118,18 +109,18 @@ class DeviceRows:
         self.run(WARM_UP_RUNS)
         graph_id = next(_graph_ids)
         try:
-            with self._lock:
+            with self._lock, self._loop.running:
                 self._session.run_with_iobinding(self._binding, _run_options(graph_id))
                 self._binding.synchronize_outputs()
-        except Exception as error:  # ONNX Runtime raises a type of its own for each status
-            _log.warning("steps run uncaptured: %s", str(error).strip().splitlines()[0][:300])
+        except KvxError as error:
+            _log.warning("steps run uncaptured: %s", error.got)
         else:
             self._graph_id, self._options = graph_id, _run_options(graph_id)
         self.write(LoopState.idle(self.capacity))
 
 
 class IdleRows:
-    """Rows that no decode has at the moment, a few of them, so that what is allocated and captured serves again."""
+    """A few rows that no decode has at the moment, so that what is allocated and captured serves again."""
 
     def __init__(self, make: MakeRows, device: Device) -> None:
         self._make = make
@@ -146,9 +137,9 @@ class IdleRows:
         except GeneratorExit:  # nobody wants more of them
             self._give_back(rows)
             raise
-        except BaseException as error:  # who knows what state they are in
+        except BaseException as error:  # their state is unknown
             rows.release()
-            if isinstance(error, Exception) and _is_out_of_memory(error):
+            if isinstance(error, Exception) and is_out_of_memory(error):
                 raise _no_memory(capacity, size, capacity.rows // 2, self._device) from None
             raise
         else:
@@ -168,11 +159,11 @@ class IdleRows:
                 self._idle.pop(0).release()
 
     def _allocate(self, capacity: Capacity, size: int) -> DeviceRows:
-        """New rows, if need be in the place of idle ones. What was tried in vain is given back."""
+        """New rows, in the place of idle ones if there is no other room. What was tried in vain is given back."""
         try:
             return self._make(capacity)
         except Exception as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         self._drop_idle()
         fitting = capacity.rows
@@ -192,7 +183,7 @@ class IdleRows:
         try:
             self._make(capacity).release()
         except Exception as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             return False
         return True
@@ -200,10 +191,11 @@ class IdleRows:
 
 def _no_memory(capacity: Capacity, size: int, fitting: int, device: Device) -> CapacityError:
     return CapacityError(
-        f"{capacity.rows} rows of {capacity.target} target and {capacity.source} source positions, {size:,} bytes, "
-        f"for which {device} has no memory",
+        f"There is no memory on {device} for {capacity.rows} rows of {capacity.target} target and {capacity.source} "
+        f"source positions, {size:,} bytes",
         expected=f"at most {fitting} rows",
-        remedy="Plan fewer rows (--rows) or fewer new tokens (--max-new-tokens), or free memory of the device.",
+        remedy="Plan fewer `rows` or fewer `max_new_tokens`, or free memory of the device.",
+        option="rows",
     )
 
 
@@ -222,13 +214,8 @@ def _host_zeros(spec: TensorSpec, shape: tuple[int, ...]) -> NDArray[Any] | ort.
     return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, ONNX_TYPES["bfloat16"])
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or any(sign in text for sign in OUT_OF_MEMORY)
-
-
 def _run_options(graph_id: int) -> ort.RunOptions:
-    """Of a run whose end the host does not wait for."""
+    """The options of a run whose end the host does not wait for."""
     options = ort.RunOptions()
     options.add_run_config_entry("gpu_graph_id", str(graph_id))
     options.add_run_config_entry("disable_synchronize_execution_providers", "1")

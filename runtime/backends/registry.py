@@ -1,51 +1,188 @@
-"""A bundle's backends, made while the hashes of its files are checked."""
+"""The backends, one row each, and how those of a bundle are made while the hashes of its files are checked."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+import logging
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
-from kvx.runtime.backends.device import Device
+from kvx.runtime.backends.device import HOST, Device
 from kvx.runtime.bundle.folder import Bundle
 from kvx.runtime.bundle.manifest import GRAPH_FILES
 from kvx.runtime.decoding.backend import Backend
 from kvx.runtime.errors import DeviceError
+from kvx.runtime.system import available_threads
+
+AUTO = "auto"
+
+_log = logging.getLogger("kvx")
+
+
+class MakeBackend(Protocol):
+    """Makes a backend for a bundle on a device; it imports what it needs only then."""
+
+    def __call__(
+        self, bundle: Bundle, device: Device, *, threads: int | None, workers: int | None, spin: bool
+    ) -> Backend:
+        """The backend. Raises BundleError, DeviceError and OptionError."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackendRow:
+    """One backend.
+
+    `files` of a bundle it needs; the hashes of files that end as `checked` says are compared, those of the tokenizers
+    always. `module` is what it needs installed, which the command `install` brings. `own_threads`: each of its decodes
+    has compute threads of its own, which several workers share and which may spin. `cuda_lacks` says what is missing
+    for CUDA, None where nothing is; a backend without it runs on the CPU alone.
+    """
+
+    name: str
+    files: tuple[str, ...]
+    checked: tuple[str, ...]
+    module: str
+    install: str
+    make: MakeBackend
+    own_threads: bool = False
+    cuda_lacks: Callable[[], str | None] | None = None
+
+
+def _make_onnx(bundle: Bundle, device: Device, *, threads: int | None, workers: int | None, spin: bool) -> Backend:
+    from kvx.runtime.backends.onnx import OnnxBackend
+
+    arguments = bundle.folder, bundle.manifest.dimensions, bundle.manifest.features
+    return OnnxBackend(*arguments, threads=threads, workers=workers, spin=spin, device=device)
+
+
+def _onnx_cuda_lacks() -> str | None:
+    from kvx.runtime.backends.sessions import cuda_lacks
+
+    return cuda_lacks()
+
+
+def _make_torchscript(
+    bundle: Bundle, device: Device, *, threads: int | None, workers: int | None, spin: bool
+) -> Backend:
+    from kvx.runtime.backends.torchscript import TorchScriptBackend
+
+    return TorchScriptBackend(bundle.folder, bundle.manifest.dimensions, bundle.manifest.features, threads=threads)
+
+
+_rows = {
+    row.name: row
+    for row in (
+        BackendRow(
+            name="onnx",
+            files=GRAPH_FILES["onnx"],
+            checked=(".onnx", ".data", ".npy"),
+            module="onnxruntime",
+            install="pip install 'kvx[gpu]', or 'kvx[cpu]' for a machine without an NVIDIA GPU",
+            make=_make_onnx,
+            own_threads=True,
+            cuda_lacks=_onnx_cuda_lacks,
+        ),
+        BackendRow(
+            name="torchscript",
+            files=GRAPH_FILES["torchscript"],
+            checked=(".ts",),
+            module="torch",
+            install="pip install 'kvx[export]'",
+            make=_make_torchscript,
+        ),
+    )
+}
+
+
+def register(row: BackendRow) -> None:
+    """Adds a backend, whose name must be new. Whoever composes a program does this once, before anything is loaded."""
+    assert _rows.setdefault(row.name, row) == row, f"there is a backend {row.name} already"
+
+
+def backend_names() -> tuple[str, ...]:
+    """The names of all backends."""
+    return tuple(_rows)
+
+
+def backend_row(name: str) -> BackendRow:
+    """The row of a backend. Raises DeviceError for an unknown name."""
+    if name not in _rows:
+        *first, last = _rows
+        raise DeviceError(
+            f"There is no backend {name!r}",
+            expected=f"{', '.join(first)} or {last}",
+            remedy="Correct `backend`.",
+            option="backend",
+        )
+    return _rows[name]
+
+
+def place(bundle: Bundle, name: str, device: str) -> tuple[Device, ...]:
+    """The devices that a backend of this name shall run on: those that `device` lists or, where it is "auto", CUDA for
+    a bundle that was exported for it where the backend finds all that it needs, else the CPU. Raises DeviceError.
+    """
+    row = backend_row(name)
+    if device == AUTO:
+        usable = row.cuda_lacks is not None and bundle.manifest.lowering == "cuda" and row.cuda_lacks() is None
+        return (Device("cuda") if usable else HOST,)
+    devices = Device.parse_list(device)
+    _check_devices(row, devices)
+    return devices
+
+
+def check_files(bundle: Bundle, name: str) -> None:
+    """Raises BundleError where the bundle lacks a file that the backend needs, DeviceError for an unknown backend."""
+    bundle.require(*backend_row(name).files)
 
 
 def load_backends(
     bundle: Bundle, name: str, devices: Sequence[Device], *, threads: int | None, workers: int | None, spin: bool
 ) -> list[Backend]:
-    """A backend for each device. An altered file is a BundleError, which explains whatever a backend made of it."""
+    """A backend for each device. An altered file is a BundleError, which explains any failure of a backend.
+
+    Raises BundleError, DeviceError and OptionError.
+    """
+    row, started = backend_row(name), time.perf_counter()
+    _check_devices(row, devices)
+    _check_installed(row)
+    bundle.require(*row.files)
+    checked = [file for file in bundle.manifest.files if file.endswith((*row.checked, ".model"))]
+    make = partial(row.make, bundle, threads=threads, workers=workers, spin=spin)
     with ThreadPoolExecutor(max_workers=1) as pool:
-        hashes = pool.submit(bundle.check_hashes, _files_in_use(bundle, name))
+        hashes = pool.submit(bundle.check_hashes, checked)
         try:
-            return [_make_backend(bundle, name, one, threads=threads, workers=workers, spin=spin) for one in devices]
+            backends = [make(device) for device in devices]
         finally:
             hashes.result()
+    where, seconds = ", ".join(map(str, devices)), time.perf_counter() - started
+    _log.info(
+        "loaded %s with %s on %s, %d threads, in %.2f s",
+        *(bundle.folder, name, where, threads or available_threads(), seconds),
+    )
+    return backends
 
 
-def _files_in_use(bundle: Bundle, backend: str) -> list[str]:
-    endings = {"onnx": (".onnx", ".data", ".npy"), "torchscript": (".ts",)}.get(backend, ())
-    return [name for name in bundle.manifest.files if name.endswith((*endings, ".model"))]
+def _check_devices(row: BackendRow, devices: Sequence[Device]) -> None:
+    elsewhere = [device for device in devices if device != HOST]
+    if elsewhere and row.cuda_lacks is None:
+        raise DeviceError(
+            f"The backend {row.name} cannot run on {elsewhere[0]}",
+            expected="the device cpu",
+            remedy="Use `device` cpu, or another `backend`.",
+            option="device",
+        )
 
 
-def _make_backend(
-    bundle: Bundle, name: str, device: Device, *, threads: int | None, workers: int | None, spin: bool
-) -> Backend:
-    arguments = (bundle.folder, bundle.manifest.dimensions, bundle.manifest.features)
-    if name == "onnx":
-        from kvx.runtime.backends import onnx
-
-        bundle.require(*GRAPH_FILES[name])
-        return onnx.OnnxBackend(*arguments, threads=threads, workers=workers, spin=spin, device=device)
-    if name == "torchscript":
-        if importlib.util.find_spec("torch") is None:
-            raise DeviceError(
-                "backend torchscript without torch", expected="torch", remedy="pip install 'kvx[export]', or use onnx."
-            )
-        from kvx.runtime.backends import torchscript
-
-        bundle.require(*GRAPH_FILES[name])
-        return torchscript.TorchScriptBackend(*arguments, threads=threads, device=str(device))
-    raise DeviceError(f"backend {name!r}", expected="onnx or torchscript", remedy="Correct the backend.")
+def _check_installed(row: BackendRow) -> None:
+    if importlib.util.find_spec(row.module) is None:
+        raise DeviceError(
+            f"The backend {row.name} needs {row.module}, which is not installed",
+            expected=f"{row.module} in this Python environment",
+            remedy=f"Install it with {row.install}, or use another `backend`.",
+            option="backend",
+        )

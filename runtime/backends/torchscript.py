@@ -10,61 +10,39 @@ import numpy as np
 import torch
 
 from kvx.runtime.arrays import IntArray, Tensors
+from kvx.runtime.backends.graphs import THREADS, GraphBackend
 from kvx.runtime.bundle.manifest import GRAPH_FILES
-from kvx.runtime.bundle.signature import (
-    Dimensions,
-    Signature,
-    StepFeatures,
-    cache_specs,
-    encoder_signature,
-    step_signature,
-)
+from kvx.runtime.bundle.signature import Dimensions, Signature, StepFeatures
 from kvx.runtime.decoding.backend import Step, StepOutput
 from kvx.runtime.decoding.cache import KVCache
-from kvx.runtime.errors import BundleError, DeviceError, OptionError
+from kvx.runtime.errors import BundleError
+from kvx.runtime.rules import refuse, wrong_value
 
 ENCODER_FILE, STEP_FILE = GRAPH_FILES["torchscript"]
 
 
-class TorchScriptBackend:
-    """Two traced modules; a step writes straight into the cache's buffers, whose memory its tensors share.
+class TorchScriptBackend(GraphBackend):
+    """Two traced modules on the CPU; a step writes straight into the cache's buffers, whose memory its tensors share.
 
-    `threads` sets torch's compute threads, which are one setting of the whole process. CPU only.
+    `threads` sets torch's compute threads, which are one setting of the whole process. Raises OptionError, and
+    BundleError for a module that is not the contract's.
     """
 
     name = "torchscript"
-    query_tokens = False
     decodes = 1  # torch's compute threads are one pool, which a second decode would only fight for
 
     def __init__(
-        self,
-        folder: Path,
-        dimensions: Dimensions,
-        features: StepFeatures,
-        *,
-        threads: int | None = None,
-        device: str = "cpu",
+        self, folder: Path, dimensions: Dimensions, features: StepFeatures, *, threads: int | None = None
     ) -> None:
-        if device != "cpu":
-            raise DeviceError(f"device {device!r} for torchscript", expected="cpu", remedy="Use --device cpu.")
-        if threads is not None and threads < 1:
-            raise OptionError(f"threads = {threads}", expected="1 or more", remedy="Correct it or leave it out.")
+        super().__init__(dimensions, features)
         if threads is not None:
+            refuse(wrong_value("threads", threads, THREADS))
             torch.set_num_threads(threads)
-        self.features = features
-        self.cache_specs = self.beam_cache_specs = cache_specs(dimensions)
-        self.step_signature = step_signature(dimensions, features)
-        self.encoder_signature = encoder_signature(dimensions)
         self._encoder = _load(folder / ENCODER_FILE, self.encoder_signature)
         self._step = _load(folder / STEP_FILE, self.step_signature)
 
-    def encode(self, input_ids: IntArray, source_lengths: IntArray) -> Tensors:
-        """input_ids [B, S], source_lengths [B] → cross keys and values [B, H, S, D] by the cache's names."""
-        outputs = self.run_encoder({"input_ids": input_ids, "source_lengths": source_lengths})
-        return {past: outputs[present] for present, past in self.encoder_signature.presents.items()}
-
     def bind(self, cache: KVCache) -> Step:
-        """The step over the cache's buffers."""
+        """The step for one token of each row, input_ids [n], over the cache's buffers."""
         names = [spec.name for spec in self.step_signature.inputs]
 
         def step(input_ids: IntArray) -> StepOutput:
@@ -83,8 +61,8 @@ class TorchScriptBackend:
         return step
 
     def bind_chunk(self, cache: KVCache) -> Step:
-        """The step for several tokens of a row, which this backend does not have."""
-        raise NotImplementedError
+        """There is no such step: `query_tokens` is false."""
+        raise NotImplementedError("torchscript takes one token of a row at a time")
 
     def run_encoder(self, feeds: Tensors) -> Tensors:
         """The encoder module as it is: its inputs by name → its outputs by name."""
@@ -104,7 +82,7 @@ def _run(module: torch.jit.ScriptModule, signature: Signature, feeds: Tensors) -
 def _named(signature: Signature, outputs: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
     if len(outputs) != len(signature.outputs):
         raise BundleError(
-            f"a TorchScript module with {len(outputs)} outputs",
+            f"A TorchScript module has {len(outputs)} outputs",
             expected=f"{len(signature.outputs)}: {', '.join(spec.name for spec in signature.outputs)}",
             remedy="Export the bundle again with this version of kvx.",
         )
@@ -118,14 +96,14 @@ def _load(path: Path, signature: Signature) -> torch.jit.ScriptModule:
             module: torch.jit.ScriptModule = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
         except (RuntimeError, ValueError, OSError) as error:
             raise BundleError(
-                f"{path.name} that TorchScript cannot load ({str(error).strip().splitlines()[0][:300]})",
-                expected="a module written by kvx export",
-                remedy="Export the bundle again.",
+                f"TorchScript cannot load {path.name} ({str(error).strip().splitlines()[0][:300]})",
+                expected="a module that kvx export wrote",
+                remedy="Export the bundle again with this version of kvx.",
             ) from None
     got = [argument.name for argument in module.forward.schema.arguments[1:]]  # type: ignore[attr-defined]
     if len(got) != len(signature.inputs):
         raise BundleError(
-            f"{path.name} with {len(got)} inputs",
+            f"{path.name} has {len(got)} inputs",
             expected=f"{len(signature.inputs)}: {', '.join(spec.name for spec in signature.inputs)}",
             remedy="Export the bundle again with this version of kvx.",
         )

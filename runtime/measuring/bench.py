@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import platform
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,61 +15,76 @@ from numpy.typing import NDArray
 import kvx
 from kvx.runtime.arrays import FloatArray
 from kvx.runtime.decoding.backend import Backend, StepOutput
+from kvx.runtime.decoding.decode import decode
 from kvx.runtime.decoding.device_loop import LoopBackend
 from kvx.runtime.decoding.plan import Plan
 from kvx.runtime.decoding.results import DecodeStats, Sentence
 from kvx.runtime.decoding.rows import Choice, Rows
-from kvx.runtime.decoding.schedule import Schedule
 from kvx.runtime.decoding.search import Greedy
+from kvx.runtime.engine.call import translate, translate_all
+from kvx.runtime.engine.loaded import LoadedModel
 from kvx.runtime.errors import CapacityError, OptionError
+from kvx.runtime.measuring.tables import MEBIBYTE, markdown_table, mebibytes
 from kvx.runtime.options import TranslateOptions
-from kvx.runtime.system import available_threads, peak_bytes, reset_peak
-from kvx.runtime.translator import Translator
+from kvx.runtime.rules import Option, Problem, Rule, count, refuse, wrong_values
+from kvx.runtime.system import available_threads, cpu_model, peak_bytes, reset_peak
 
-CPUINFO = Path("/proc/cpuinfo")
 FIRST_TEXT = "Hello."
 RUNS_OVER_TEXTS = 3
+MOST_ROWS = 2**16
+MOST_REPEATS = 10_000
+LARGEST_SEED = 2**64 - 1
+ROW_COUNT = count(MOST_ROWS)
+POSITIONS = count(2**24)
+
+
+def _ascending(least: int) -> Rule:
+    """Whole numbers in ascending order, at least this many of them."""
+
+    def holds(value: object) -> bool:
+        if not isinstance(value, tuple) or len(value) < least or not all(map(ROW_COUNT.holds, value)):
+            return False
+        return all(low < high for low, high in itertools.pairwise(value))
+
+    some = "one or more whole numbers" if least else "whole numbers"
+    return Rule(f"{some} from 1 to {MOST_ROWS} in ascending order", holds)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchOptions:
-    """What to measure.
+    """What to measure. Every source has drawn ids. Raises OptionError."""
 
-    `rows`: row counts, each decoded for `tokens` steps. `lengths`: target lengths of the cost per token, decoded with
-    `length_rows` rows, or as many as fit. Every sentence has `source_tokens` ids, drawn from `seed`. `repeat` and
-    `length_repeat`: how often each is measured. Both lists ascend; without lengths that part is left out. Raises
-    OptionError.
-    """
-
-    rows: tuple[int, ...] = (1, 8, 32, 128)
-    source_tokens: int = 20
-    tokens: int = 24
-    lengths: tuple[int, ...] = (50, 100, 200, 400, 700, 1000)
-    length_rows: int = 32
-    repeat: int = 5
-    length_repeat: int = 3
-    seed: int = 0
+    rows: Annotated[tuple[int, ...], Option(_ascending(1), "Row counts to measure, separated by commas.")] = (
+        1,
+        8,
+        32,
+        128,
+    )
+    lengths: Annotated[
+        tuple[int, ...],
+        Option(
+            _ascending(0), "Target lengths for the cost per token, separated by commas; an empty list measures none."
+        ),
+    ] = (50, 100, 200, 400, 700, 1000)
+    tokens: Annotated[int, Option(POSITIONS, "Steps that are measured for each row count.")] = 24
+    source_tokens: Annotated[int, Option(POSITIONS, "Tokens of every source, bos and eos counted.")] = 20
+    length_rows: Annotated[
+        int, Option(ROW_COUNT, "Rows for the cost per token, or as many of them as fit the default cache.")
+    ] = 32
+    repeat: Annotated[int, Option(count(MOST_REPEATS), "How often each row count is measured.")] = 5
+    length_repeat: Annotated[
+        int, Option(count(MOST_REPEATS), "How often the target lengths are measured.", hidden=True)
+    ] = 3
+    seed: Annotated[int, Option(count(LARGEST_SEED, least=0), "What the ids are drawn from.", hidden=True)] = 0
 
     def __post_init__(self) -> None:
-        counts = ("source_tokens", "tokens", "length_rows", "repeat", "length_repeat")
-        least = {**dict.fromkeys(counts, 1), "seed": 0}
-        problems = [f"{name} = {getattr(self, name)}" for name, low in least.items() if getattr(self, name) < low]
-        if not self.rows or not _ascend_from_one(self.rows):
-            problems.append(f"rows = {self.rows}")
-        if not _ascend_from_one(self.lengths):
-            problems.append(f"lengths = {self.lengths}")
-        if problems:
-            raise OptionError(
-                ", ".join(problems),
-                expected="counts from 1 up, ascending where there are several, at least one of rows, a seed from 0 up",
-                remedy="Correct the options.",
-            )
+        refuse(wrong_values(self))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """What is measured: the bundle's name, and the `threads`, `workers` and `spin` that its translator is loaded with
-    (None: the default).
+    """What is measured: the bundle's name, and the `threads`, `workers` and `spin` that it is loaded with (None:
+    the default).
     """
 
     bundle: str
@@ -106,7 +119,7 @@ class Host:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartCost:
-    """Seconds from the start of loading until the translator was there, and until its first translation was;
+    """Seconds from the start of loading until the model was there, and until its first translation was;
     `peak_mib` of resident memory by then, None where the system does not say.
     """
 
@@ -132,8 +145,8 @@ class TextSpeed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowCost:
-    """A decode of so many rows, in milliseconds: median and least of its steps, and encoding with all steps divided by
-    the rows, the median of the repeats.
+    """A decode of this many `rows`, in milliseconds: the median and the least of its steps, and the median over the
+    repeats of encoding and all steps together, divided by the rows.
     """
 
     rows: int
@@ -153,7 +166,7 @@ class LengthCost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LengthCurve:
-    """The cost of target lengths with so many `rows`. `left_out` are the lengths beyond the model's target positions;
+    """The cost of target lengths with this many `rows`. `left_out` are the lengths beyond the model's target positions;
     `ratio` is a token's mean cost at the longest length over that at the shortest, None without lengths.
     """
 
@@ -204,60 +217,67 @@ class DecodeTimes(NamedTuple):
 
 
 def bench(
-    make_translator: Callable[[], Translator],
+    make_model: Callable[[], LoadedModel],
     subject: Subject,
     texts: Sequence[str] | None = None,
     options: BenchOptions | None = None,
     *,
-    make_bulk: Callable[[], Translator] | None = None,
+    make_bulk: Callable[[], LoadedModel] | None = None,
 ) -> BenchResult:
-    """Loads the subject and measures it; `texts` are translated as `translate_iter` does by default, by a translator
-    of their own where `make_bulk` gives one.
+    """Loads the subject and measures it; `texts` are translated as `translate_iter` does by default, by a model of
+    their own where `make_bulk` gives one.
 
     Raises OptionError for what the model has no positions for, CapacityError for rows that cannot fit, InputError for
     texts that cannot be translated.
     """
     options = options or BenchOptions()
     reset_peak()
-    start, translator = _start(make_translator, next((text for text in texts or () if text.strip()), FIRST_TEXT))
-    manifest = translator.manifest
-    if isinstance(translator._model.backend, LoopBackend) and translator._model.backend.loops:
+    start, loaded = _start(make_model, next((text for text in texts or () if text.strip()), FIRST_TEXT))
+    manifest = loaded.manifest
+    if isinstance(loaded.backend, LoopBackend) and loaded.backend.loops:
         raise OptionError(
-            "a device whose steps feed themselves",
-            expected="a backend whose cache is on the host, which is what is measured here",
-            remedy="Measure it with benchmarks/gpu.py.",
+            "The steps on this device feed themselves and cannot be measured one by one",
+            expected="a backend whose cache is on the host",
+            remedy="Use `device` cpu, or measure the device with benchmarks/gpu.py.",
+            option="device",
         )
     _check_positions(options, manifest.model)
-    plans = [_plan(translator, options, rows=rows, tokens=options.tokens) for rows in options.rows]
+    plans = [_plan(loaded, options, rows=rows, tokens=options.tokens) for rows in options.rows]
     return BenchResult(
         subject=subject,
         machine=Host.here(),
-        backend=translator._model.backend.name,
+        backend=loaded.backend.name,
         precision=manifest.precision,
         lowering=manifest.lowering,
         model=manifest.model,
         options=options,
         start=start,
-        texts=_text_speed(make_bulk() if make_bulk else translator, texts, subject.workers) if texts else None,
-        rows=tuple(_row_cost(translator, plan, options) for plan in plans),
-        lengths=_length_curve(translator, options),
+        texts=_text_speed(make_bulk() if make_bulk else loaded, texts, subject.workers) if texts else None,
+        rows=tuple(_row_cost(loaded, plan, options) for plan in plans),
+        lengths=_length_curve(loaded, options),
         peak_mib=_peak_mib(),
     )
 
 
+class StepClock:
+    """Notes when each step of a decode begins: `decode` asks before each of them whether it is cancelled."""
+
+    def __init__(self) -> None:
+        self.begun: list[float] = []
+
+    def __call__(self) -> bool:
+        """Notes the time; nothing is cancelled."""
+        self.begun.append(time.perf_counter())
+        return False
+
+
 def decode_times(backend: Backend, plan: Plan, sources: Sequence[Sentence]) -> DecodeTimes:
-    """Decodes as many sources as the plan has rows, each to the plan's limit, as `decode` does, repacking included."""
-    search, started = Unending(), time.perf_counter()
-    schedule = Schedule(backend, iter(sources), plan, search, DecodeStats())
-    step, rows = backend.bind(schedule.cache), schedule.rows
-    schedule.fill()
-    ends = [time.perf_counter()]
-    while schedule.fill():
-        output = step(rows.next_ids())
-        for _ in schedule.record(search.choose(output, output.logits, rows)):
-            pass
-        ends.append(time.perf_counter())
-    return DecodeTimes(ends[0] - started, np.diff(ends))
+    """Decodes as many sources as the plan has rows, each to the plan's limit, repacking included."""
+    clock, started = StepClock(), time.perf_counter()
+    for _ in decode(backend, sources, Unending(), plan, cancelled=clock):
+        pass
+    ended = time.perf_counter()
+    return DecodeTimes(clock.begun[0] - started, np.diff([*clock.begun, ended]))
 
 
 def table(result: BenchResult) -> Iterator[str]:
@@ -266,7 +286,7 @@ def table(result: BenchResult) -> Iterator[str]:
     start, options = result.start, result.options
     yield (
         f"loaded in {start.load_seconds:.2f} s, first translation after {start.first_translation_seconds:.2f} s, "
-        f"peak {_mebibytes(start.peak_mib)}"
+        f"peak {_mib(start.peak_mib)}"
     )
     yield ""
     yield from _row_lines(result.rows)
@@ -276,7 +296,7 @@ def table(result: BenchResult) -> Iterator[str]:
     yield ""
     if result.texts is not None:
         yield _text_line(result.texts)
-    yield f"peak of all {_mebibytes(result.peak_mib)}"
+    yield f"peak of all {_mib(result.peak_mib)}"
 
 
 def headline(result: Mapping[str, Any]) -> tuple[str, str]:
@@ -292,43 +312,32 @@ def headline(result: Mapping[str, Any]) -> tuple[str, str]:
     )
 
 
-def cpu_model(cpuinfo: Path = CPUINFO) -> str:
-    """What the CPU calls itself, as far as the system tells."""
-    try:
-        found = re.search(r"^model name\s*:\s*(\S.*?)\s*$", cpuinfo.read_text(encoding="utf-8"), re.MULTILINE)
-    except (OSError, UnicodeDecodeError):
-        found = None
-    return found[1] if found else platform.processor() or platform.machine() or "unknown CPU"
-
-
-def _ascend_from_one(counts: Sequence[int]) -> bool:
-    return all(low < high for low, high in zip((0, *counts), counts, strict=False))
-
-
 def _check_positions(options: BenchOptions, model: Mapping[str, int]) -> None:
     """Raises OptionError unless the model has the positions for the steps by row count."""
     needs = (("source_tokens", "source_positions"), ("tokens", "target_positions"))
-    beyond = [(name, positions) for name, positions in needs if getattr(options, name) > model[positions]]
-    if beyond:
-        raise OptionError(
-            ", ".join(f"{name} = {getattr(options, name)}" for name, _ in beyond),
-            expected=", ".join(f"at most the model's {model[name]} {name.replace('_', ' ')}" for _, name in beyond),
-            remedy="Measure fewer tokens.",
+    refuse(
+        Problem(
+            name,
+            f"`{name}` is {getattr(options, name)}",
+            f"at most {model[positions]} for `{name}`, the model's {positions.replace('_', ' ')}",
         )
+        for name, positions in needs
+        if getattr(options, name) > model[positions]
+    )
 
 
-def _start(make_translator: Callable[[], Translator], text: str) -> tuple[StartCost, Translator]:
+def _start(make_model: Callable[[], LoadedModel], text: str) -> tuple[StartCost, LoadedModel]:
     started = time.perf_counter()
-    translator = make_translator()
-    loaded = time.perf_counter()
-    translator.translate([text])
+    loaded = make_model()
+    load_seconds = time.perf_counter() - started
+    translate_all(loaded, [text], TranslateOptions())
     seconds = time.perf_counter() - started
-    cost = StartCost(load_seconds=loaded - started, first_translation_seconds=seconds, peak_mib=_peak_mib())
-    return cost, translator
+    cost = StartCost(load_seconds=load_seconds, first_translation_seconds=seconds, peak_mib=_peak_mib())
+    return cost, loaded
 
 
-def _text_speed(translator: Translator, texts: Sequence[str], workers: int | None) -> TextSpeed:
-    runs = [_translate_all(translator, texts, TranslateOptions(workers=workers)) for _ in range(RUNS_OVER_TEXTS)]
+def _text_speed(loaded: LoadedModel, texts: Sequence[str], workers: int | None) -> TextSpeed:
+    runs = [_translate_all(loaded, texts, TranslateOptions(workers=workers)) for _ in range(RUNS_OVER_TEXTS)]
     seconds, stats = min(runs, key=lambda run: run[0])
     return TextSpeed(
         sentences=len(texts),
@@ -341,19 +350,17 @@ def _text_speed(translator: Translator, texts: Sequence[str], workers: int | Non
     )
 
 
-def _translate_all(
-    translator: Translator, texts: Sequence[str], options: TranslateOptions
-) -> tuple[float, DecodeStats]:
+def _translate_all(loaded: LoadedModel, texts: Sequence[str], options: TranslateOptions) -> tuple[float, DecodeStats]:
     stats, started = DecodeStats(), time.perf_counter()
-    for _ in translator.translate_iter(texts, options, stats):
+    for _ in translate(loaded, texts, options, stats):
         pass
     return time.perf_counter() - started, stats
 
 
-def _row_cost(translator: Translator, plan: Plan, options: BenchOptions) -> RowCost:
+def _row_cost(loaded: LoadedModel, plan: Plan, options: BenchOptions) -> RowCost:
     """The first decode, which allocates, is not counted."""
-    sources = _sources(options, translator.manifest.model, plan.rows)
-    _, *runs = (decode_times(translator._model.backend, plan, sources) for _ in range(options.repeat + 1))
+    sources = _sources(options, loaded.manifest.model, plan.rows)
+    _, *runs = (decode_times(loaded.backend, plan, sources) for _ in range(options.repeat + 1))
     steps = np.concatenate([run.steps for run in runs])
     sentences = [(run.encode + run.steps.sum()) / plan.rows for run in runs]
     return RowCost(
@@ -364,17 +371,17 @@ def _row_cost(translator: Translator, plan: Plan, options: BenchOptions) -> RowC
     )
 
 
-def _length_curve(translator: Translator, options: BenchOptions) -> LengthCurve:
+def _length_curve(loaded: LoadedModel, options: BenchOptions) -> LengthCurve:
     """One decode to the longest length passes all others; a step's cost is the median of its repeats."""
-    model = translator.manifest.model
+    model = loaded.manifest.model
     lengths = [length for length in options.lengths if length <= model["target_positions"]]
     left_out = options.lengths[len(lengths) :]
     if not lengths:
         return LengthCurve(rows=options.length_rows, costs=(), left_out=left_out, ratio=None)
-    rows = max(1, min(options.length_rows, _rows_that_fit(translator, options, lengths[-1])))
-    plan = _plan(translator, options, rows=rows, tokens=lengths[-1])
+    rows = max(1, min(options.length_rows, _rows_that_fit(loaded, options, lengths[-1])))
+    plan = _plan(loaded, options, rows=rows, tokens=lengths[-1])
     sources = _sources(options, model, rows)
-    runs = [decode_times(translator._model.backend, plan, sources).steps for _ in range(options.length_repeat)]
+    runs = [decode_times(loaded.backend, plan, sources).steps for _ in range(options.length_repeat)]
     totals = 1000 * np.median(runs, axis=0).cumsum()
     costs = tuple(_length_cost(length, float(totals[length - 1])) for length in lengths)
     return LengthCurve(rows=rows, costs=costs, left_out=left_out, ratio=costs[-1].token_ms / costs[0].token_ms)
@@ -384,20 +391,22 @@ def _length_cost(length: int, total_ms: float) -> LengthCost:
     return LengthCost(length=length, total_ms=total_ms, token_ms=total_ms / length)
 
 
-def _plan(translator: Translator, options: BenchOptions, *, rows: int, tokens: int) -> Plan:
+def _plan(loaded: LoadedModel, options: BenchOptions, *, rows: int, tokens: int) -> Plan:
     """A plan in which all rows run side by side. Raises CapacityError where they do not fit."""
-    fit = _rows_that_fit(translator, options, tokens)
+    fit = _rows_that_fit(loaded, options, tokens)
     if rows > fit:
         raise CapacityError(
-            f"{rows} rows of {tokens} target and {options.source_tokens} source positions",
-            expected=f"at most {fit} such rows, which fill the default cache",
-            remedy="Measure fewer rows or fewer tokens.",
+            f"The default cache has no room for {rows} rows of {tokens} target and {options.source_tokens} source "
+            "positions",
+            expected=f"at most {fit} such rows",
+            remedy="Measure fewer `rows` or fewer `tokens`.",
+            option="rows",
         )
-    return Plan.of(translator.manifest, translator._model.backend.cache_specs, rows=rows, max_new_tokens=tokens)
+    return Plan.of(loaded.manifest, loaded.backend.cache_specs, rows=rows, max_new_tokens=tokens)
 
 
-def _rows_that_fit(translator: Translator, options: BenchOptions, tokens: int) -> int:
-    plan = Plan.of(translator.manifest, translator._model.backend.cache_specs, rows=1, max_new_tokens=tokens)
+def _rows_that_fit(loaded: LoadedModel, options: BenchOptions, tokens: int) -> int:
+    plan = Plan.of(loaded.manifest, loaded.backend.cache_specs, rows=1, max_new_tokens=tokens)
     source = max(options.source_tokens, plan.capacity(target=1, source=options.source_tokens).source)
     return plan.cache_bytes // plan.seat_bytes(source)
 
@@ -412,14 +421,18 @@ def _sources(options: BenchOptions, model: Mapping[str, int], count: int) -> lis
 
 def _peak_mib() -> float | None:
     peak = peak_bytes()
-    return None if peak is None else peak / 2**20
+    return None if peak is None else peak / MEBIBYTE
 
 
-def _row_lines(costs: Sequence[RowCost]) -> Iterator[str]:
+def _mib(mebi: float | None) -> str:
+    return mebibytes(None if mebi is None else mebi * MEBIBYTE)
+
+
+def _row_lines(costs: Sequence[RowCost]) -> list[str]:
     header = ("rows", "ms/step", "least", "ms/sentence", "tokens/s")
     rows = (
         (
-            str(cost.rows),
+            cost.rows,
             f"{cost.step_ms:.2f}",
             f"{cost.least_step_ms:.2f}",
             f"{cost.sentence_ms:.2f}",
@@ -427,13 +440,13 @@ def _row_lines(costs: Sequence[RowCost]) -> Iterator[str]:
         )
         for cost in costs
     )
-    return _aligned([header, *rows])
+    return markdown_table(header, rows)
 
 
 def _length_lines(curve: LengthCurve) -> Iterator[str]:
     if curve.costs:
-        rows = ((str(cost.length), f"{cost.total_ms:.1f}", f"{cost.token_ms:.3f}") for cost in curve.costs)
-        yield from _aligned([("target length", "ms in all", "ms/token"), *rows])
+        rows = ((cost.length, f"{cost.total_ms:.1f}", f"{cost.token_ms:.3f}") for cost in curve.costs)
+        yield from markdown_table(("target length", "ms in all", "ms/token"), rows)
         first, last = curve.costs[0].length, curve.costs[-1].length
         yield f"{curve.rows} rows; a token of {last} costs {curve.ratio:.2f} × one of {first}"
     if curve.left_out:
@@ -444,17 +457,5 @@ def _text_line(speed: TextSpeed) -> str:
     return (
         f"{speed.sentences} texts in {speed.seconds:.2f} s: {speed.sentences_per_second:.1f} sentences/s, "
         f"{speed.tokens_per_second:.0f} tokens/s, {speed.occupancy:.0%} of rows in use, "
-        f"peak {_mebibytes(speed.peak_mib)}"
+        f"peak {_mib(speed.peak_mib)}"
     )
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Cells as a Markdown table of columns aligned to the right, the first row its header."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["| " + " | ".join(map(str.rjust, row, widths)) + " |" for row in rows]
-    rule = "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|"
-    yield from (lines[0], rule, *lines[1:])
-
-
-def _mebibytes(count: float | None) -> str:
-    return "?" if count is None else f"{count:.0f} MiB"

@@ -1,4 +1,4 @@
-"""A test set through a translator: quality, speed and memory. Needs sacrebleu."""
+"""A test set through a model: quality, speed and memory. Needs sacrebleu."""
 
 from __future__ import annotations
 
@@ -9,15 +9,31 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from kvx.runtime.decoding.results import DecodeStats
+from kvx.runtime.engine.call import translate
 from kvx.runtime.errors import InputError, OptionError
+from kvx.runtime.measuring.tables import markdown_table, mebibytes
 from kvx.runtime.system import peak_bytes, reset_peak
 from kvx.runtime.translation import Translation
 
 if TYPE_CHECKING:
     from sacrebleu.metrics.base import Metric as SacrebleuMetric
 
+    from kvx.runtime.engine.loaded import LoadedModel
     from kvx.runtime.options import TranslateOptions
-from kvx.runtime.translator import Translator
+
+COLUMNS = (
+    "backend",
+    "BLEU",
+    "chrF",
+    "seconds",
+    "sentences/s",
+    "tokens/s",
+    "×",
+    "steps",
+    "rows in use",
+    "cache",
+    "peak",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +80,14 @@ class ParallelText:
     def __post_init__(self) -> None:
         if len(self.sources) != len(self.references) or not self.sources:
             raise InputError(
-                f"{len(self.sources)} sources and {len(self.references)} references",
-                expected="as many references as sources, and at least one",
+                f"There are {len(self.sources)} sources and {len(self.references)} references",
+                expected="one reference for each source, and at least one source",
                 remedy="Check that both files belong together.",
             )
 
 
 def evaluate(
-    translator: Translator, test_set: ParallelText, options: TranslateOptions, *, tokenize: str | None = None
+    loaded: LoadedModel, test_set: ParallelText, options: TranslateOptions, *, tokenize: str | None = None
 ) -> tuple[Evaluation, list[str]]:
     """Translates the sources and compares with the references → the evaluation and the hypotheses.
 
@@ -84,7 +100,7 @@ def evaluate(
     reset_peak()
     started = time.perf_counter()
     try:
-        translations.extend(translator.translate_iter(test_set.sources, options, stats))
+        translations.extend(translate(loaded, test_set.sources, options, stats))
         complete = True
     except KeyboardInterrupt:
         if not translations:
@@ -94,7 +110,7 @@ def evaluate(
     tokens = sum(len(translation.ids) for translation in translations)
     references = list(islice(test_set.references, len(hypotheses)))
     evaluation = Evaluation(
-        name=translator._model.backend.name,
+        name=loaded.backend.name,
         bleu=_score(bleu, hypotheses, references),
         chrf=_score(chrf, hypotheses, references),
         sentences=len(hypotheses),
@@ -115,21 +131,8 @@ def evaluate(
 def comparison(evaluations: Sequence[Evaluation]) -> list[str]:
     """The evaluations side by side, as the lines of a Markdown table; speed relative to the slowest."""
     slowest = min(result.sentences_per_second for result in evaluations)
-    header = [
-        "backend",
-        "BLEU",
-        "chrF",
-        "seconds",
-        "sentences/s",
-        "tokens/s",
-        "×",
-        "steps",
-        "rows in use",
-        "cache",
-        "peak",
-    ]
     rows = [
-        [
+        (
             result.name if result.complete else f"{result.name} (first {result.sentences})",
             f"{result.bleu.score:.2f}",
             f"{result.chrf.score:.2f}",
@@ -137,28 +140,14 @@ def comparison(evaluations: Sequence[Evaluation]) -> list[str]:
             f"{result.sentences_per_second:.1f}",
             f"{result.tokens_per_second:.0f}",
             f"{result.sentences_per_second / slowest:.1f}",
-            str(result.steps),
+            result.steps,
             f"{result.occupancy:.0%}",
-            _mebibytes(result.cache_bytes),
-            _mebibytes(result.peak_bytes),
-        ]
+            mebibytes(result.cache_bytes),
+            mebibytes(result.peak_bytes),
+        )
         for result in evaluations
     ]
-    return _table([header, *rows])
-
-
-def _table(rows: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "| " + " | ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(cells)) + " |"
-        for cells in (list(zip(row, widths, strict=True)) for row in rows)
-    ]
-    rule = "|" + "|".join("-" * (width + 1) + ("-" if not i else ":") for i, width in enumerate(widths)) + "|"
-    return [lines[0], rule, *lines[1:]]
-
-
-def _mebibytes(count: int | None) -> str:
-    return "?" if count is None else f"{count / 2**20:.0f} MiB"
+    return markdown_table(COLUMNS, rows, text={0})
 
 
 def corpus_scores(hypotheses: list[str], references: Sequence[str]) -> tuple[float, float]:
@@ -173,17 +162,19 @@ def _metrics(tokenize: str | None) -> tuple[SacrebleuMetric, SacrebleuMetric]:
 
     if tokenize is not None and tokenize not in BLEU.TOKENIZERS:
         raise OptionError(
-            f"tokenizer {tokenize!r}",
+            f"There is no tokenizer {tokenize!r}",
             expected=f"one of sacrebleu's: {', '.join(sorted(map(str, BLEU.TOKENIZERS)))}",
-            remedy="Correct --tokenize.",
+            remedy="Correct `tokenize`.",
+            option="tokenize",
         )
     try:
         return BLEU(tokenize=tokenize), CHRF()
     except (ImportError, RuntimeError) as error:
         raise OptionError(
-            f"tokenizer {tokenize!r}, which sacrebleu cannot load ({str(error).strip().splitlines()[0]})",
-            expected="one that is installed",
-            remedy="Install what it needs, or choose another.",
+            f"sacrebleu cannot load the tokenizer {tokenize!r} ({str(error).strip().splitlines()[0]})",
+            expected="a tokenizer that is installed",
+            remedy="Install what it needs, or choose another with `tokenize`.",
+            option="tokenize",
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Attention as one HTML page: an inline SVG, no scripts, nothing loaded from elsewhere.
+"""Attention as one HTML page.
 
 Letters: T target tokens, S source positions, which are bos, the pieces of the source, and eos.
 """
@@ -11,7 +11,7 @@ from html import escape
 
 from kvx.runtime.arrays import FloatArray
 from kvx.runtime.errors import InputError
-from kvx.runtime.measuring.curves import DIGIT, STYLE, SVG_NAMESPACE, page
+from kvx.runtime.measuring.page import DIGIT, STYLE, SVG_NAMESPACE, page
 
 CELL = 28  # in units of the SVG
 GAP = 8
@@ -40,10 +40,10 @@ def attention_html(
     expected = (len(target_pieces), len(columns))
     if attention.shape != expected or not target_pieces:
         raise InputError(
-            f"attention of the shape {list(attention.shape)}",
+            f"The attention has the shape {list(attention.shape)}",
             expected=f"{list(expected)}: a row for each target piece, columns for bos, {len(source_pieces)} source "
             "pieces and eos",
-            remedy="Give the pieces of the very sentence.",
+            remedy="Give the pieces of the sentence that the attention belongs to.",
         )
     drawn = _Drawing([_label(piece) for piece in columns], [_label(piece) for piece in target_pieces])
     lines = itertools.chain(drawn.axes(), drawn.cells(attention), drawn.legend())

@@ -21,12 +21,12 @@ from kvx.runtime.text.lines import complete_binary_file
 FORMAT_VERSION = 1
 LARGEST_FILE = 2**28  # bytes, of the file and of what is packed in it
 ARRAYS = ("vocab_sizes", "tokenizers", "offsets", "targets", "frequent")
-TRAIN = "Make one for this bundle with kvx shortlist train."
+TRAIN = "Make a shortlist for this bundle with kvx shortlist train."
 
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """What makes ids mean what they mean: a tokenizer's pieces, its eos, and the sha256 (hex) of its file."""
+    """What gives ids their meaning: the number of a tokenizer's pieces, its eos, and the sha256 (hex) of its file."""
 
     size: int
     eos: int
@@ -63,7 +63,7 @@ class Shortlist:
     def __post_init__(self) -> None:
         if problems := list(self._problems()):
             raise InputError(
-                f"a shortlist with {', '.join(problems)}",
+                f"The shortlist has {', '.join(problems)}",
                 expected=f"ids of {self.source_vocab.size} source and {self.target_vocab.size} target pieces",
                 remedy=TRAIN,
             )
@@ -115,14 +115,14 @@ class Shortlist:
         expected = (source_vocab, target_vocab)
         if sizes != [one.size for one in expected] or hashes != [one.sha256 for one in expected]:
             raise InputError(
-                f"{path}, a shortlist for tokenizers of {sizes} pieces with sha256 {hashes!r:.160}",
-                expected=f"one from {source_vocab} to {target_vocab}",
+                f"The shortlist {path} is for tokenizers of {sizes} pieces with sha256 {hashes!r:.160}",
+                expected=f"a shortlist from {source_vocab} to {target_vocab}",
                 remedy=TRAIN,
             )
         try:
             return cls(source_vocab, target_vocab, arrays["offsets"], arrays["targets"], arrays["frequent"])
         except InputError as error:
-            raise InputError(f"{path}: {error.got}", expected=error.expected, remedy=error.remedy) from None
+            raise _unusable(path, error.got, error.expected) from None
 
     def _problems(self) -> Iterator[str]:
         for name, dtype in (("offsets", np.int64), ("targets", np.int32), ("frequent", np.int32)):
@@ -149,33 +149,33 @@ def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     except InputError:
         raise
     except OSError as error:
-        raise _unreadable(path, f"not to be read ({error.strerror or error})") from None
+        raise _unusable(path, f"It cannot be read ({error.strerror or error})") from None
     except Exception as error:  # zipfile and numpy have a dozen kinds for damaged content
-        raise _unreadable(path, f"damaged or something else ({type(error).__name__}: {error!s:.80})") from None
+        raise _unusable(path, f"It is damaged or something else ({type(error).__name__}: {error!s:.80})") from None
 
 
 def _unpack(path: Path) -> dict[str, NDArray[Any]]:
     if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
-        raise _unreadable(path, "no file")
+        raise _unusable(path, "It is not a file")
     with zipfile.ZipFile(path) as archive:
         unpacked = sum(entry.file_size for entry in archive.infolist())
         if max(unpacked, path.stat().st_size) > LARGEST_FILE:
-            raise _unreadable(path, f"larger than {LARGEST_FILE:,} bytes")
+            raise _unusable(path, f"It is larger than {LARGEST_FILE:,} bytes")
         version = _member(archive, "format_version").item()
         if version != FORMAT_VERSION:
-            raise _unreadable(path, f"a shortlist of format version {version!r:.20}, not {FORMAT_VERSION}")
+            raise _unusable(path, f"It has the format version {version!r:.20}, not {FORMAT_VERSION}")
         return {name: _member(archive, name) for name in ARRAYS}
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
     with archive.open(f"{name}.npy") as file:
-        # Without a size, zipfile would first unpack whatever there is, whatever size is given.
+        # Without a size, zipfile would first unpack everything, however small the size that the archive states.
         content = file.read(archive.getinfo(file.name).file_size)
     array = np.load(io.BytesIO(content), allow_pickle=False)
     if not isinstance(array, np.ndarray):
-        raise TypeError(f"{name} is no array")
+        raise TypeError(f"{name} is not an array")
     return array
 
 
-def _unreadable(path: Path, how: str) -> InputError:
-    return InputError(f"{path}, which is {how}", expected="a shortlist that kvx shortlist wrote", remedy=TRAIN)
+def _unusable(path: Path, got: str, expected: str = "a shortlist that kvx shortlist wrote") -> InputError:
+    return InputError(f"{path} cannot be used. {got}", expected=expected, remedy=TRAIN)

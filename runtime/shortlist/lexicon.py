@@ -11,19 +11,22 @@ import math
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Annotated, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvx.runtime.bundle.folder import SOURCE_TOKENIZER_FILE, TARGET_TOKENIZER_FILE, Bundle
-from kvx.runtime.errors import InputError, OptionError
+from kvx.runtime.errors import InputError
+from kvx.runtime.rules import Option, count, number, refuse, wrong_values
 from kvx.runtime.shortlist.candidates import Shortlist, Vocabulary
 from kvx.runtime.text.sources import encode_text, load_tokenizer
 from kvx.runtime.text.tokenizers.sentencepiece import Tokenizer
 
 Ids = NDArray[np.int32]
 
+MOST_ITERATIONS = 10_000
+MOST_TARGETS = 2**24  # no vocabulary is larger
 MOST_CELLS = 2**26  # some 300,000 sentences of 14 pieces; beyond, memory is counted in gigabytes
 CHUNK_CELLS = 2**20
 MOST_ENTRIES = 2**26  # of a table, 16 bytes each
@@ -33,26 +36,19 @@ ROUNDING = 1e-3  # of printed probabilities
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LexiconOptions:
-    """How a lexicon is learnt and what is kept of it.
+    """How a lexicon is learnt and what is kept of it. Raises OptionError."""
 
-    `iterations` of EM. `per_source`: the most targets of a source piece. `frequent`: how many of the most frequent
-    target pieces are candidates of every sentence. `least_probability`: what a target must reach. Raises OptionError.
-    """
-
-    iterations: int = 5
-    per_source: int = 50
-    frequent: int = 100
-    least_probability: float = 1e-5
+    iterations: Annotated[int, Option(count(MOST_ITERATIONS), "Iterations of IBM Model 1.")] = 5
+    per_source: Annotated[int, Option(count(MOST_TARGETS), "Most target pieces of a source piece.")] = 50
+    frequent: Annotated[
+        int, Option(count(MOST_TARGETS), "How many of the most frequent target pieces every sentence may use.")
+    ] = 100
+    least_probability: Annotated[
+        float, Option(number(0, 1), "Least probability of a target piece that is kept.", hidden=True)
+    ] = 1e-5
 
     def __post_init__(self) -> None:
-        values = ((name, getattr(self, name)) for name in ("iterations", "per_source", "frequent"))
-        problems = [f"{name} = {value}" for name, value in values if value < 1]
-        if not 0 <= self.least_probability <= 1:
-            problems.append(f"least_probability = {self.least_probability}")
-        if problems:
-            raise OptionError(
-                ", ".join(problems), expected="counts from 1 up, a probability from 0 to 1", remedy="Correct them."
-            )
+        refuse(wrong_values(self))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,15 +63,15 @@ class ParallelIds:
     def __post_init__(self) -> None:
         if len(self.sources) != len(self.targets):
             raise InputError(
-                f"{len(self.sources)} sources and {len(self.targets)} targets",
-                expected="as many targets as sources",
-                remedy="Check that both belong together.",
+                f"There are {len(self.sources)} sources and {len(self.targets)} targets",
+                expected="one target for each source",
+                remedy="Check that both files belong together.",
             )
         empty = [name for name in ("sources", "targets") if not any(map(len, getattr(self, name)))]
         if empty:
             raise InputError(
-                f"{' and '.join(empty)} without a word",
-                expected="sentences and translations",
+                f"There is no word in the {' and '.join(empty)}",
+                expected="sentences and their translations",
                 remedy="Check the files.",
             )
 
@@ -161,7 +157,7 @@ class Model1:
 
 
 def train(text: ParallelIds, source_size: int, target_size: int, iterations: int) -> Lexicon:
-    """The lexicon of a text by so many iterations of Model 1."""
+    """The lexicon of a text by this number of iterations of Model 1."""
     model = Model1(text, source_size, target_size)
     for _ in range(iterations):
         model.iterate()
@@ -179,9 +175,9 @@ def _cut_into_cells(
     ends = np.cumsum(widths)
     if ends[-1] > MOST_CELLS:
         raise InputError(
-            f"parallel text with {ends[-1]:,} pairs of tokens within its sentences",
+            f"The parallel text has {ends[-1]:,} pairs of tokens within its sentences",
             expected=f"at most {MOST_CELLS:,}",
-            remedy="Take fewer or shorter lines: a shortlist needs no more.",
+            remedy="Use fewer or shorter lines, which are enough for a shortlist.",
         )
     cuts = np.searchsorted(ends, np.arange(0, ends[-1] + CHUNK_CELLS, CHUNK_CELLS), side="right")
     found = []
@@ -212,18 +208,19 @@ class Table:
 
 
 def read_table(lines: Iterable[str], source_tokenizer: Tokenizer, target_tokenizer: Tokenizer) -> Table:
-    """A table with "target source probability" a line, white space between, as fast_align's and Marian's lex.s2t.
+    """A table whose lines are "target source probability" with white space between them, as lex.s2t of fast_align and
+    Marian.
 
-    Lines with NULL or an unknown piece are passed over. How common a target is, which a table does not say, is taken
-    to be the sum of its probabilities. Raises InputError for any other line, and where most pieces are unknown.
+    Lines with NULL or an unknown piece are skipped. A table does not say how common a target is: the sum of its
+    probabilities stands for that. Raises InputError for any other line, and where most pieces are unknown.
     """
     source_ids, target_ids = _ids_by_piece(source_tokenizer), _ids_by_piece(target_tokenizer)
     sources, targets, probabilities = array("i"), array("i"), array("d")
     entries, unknown = 0, list[int]()
-    for number, line in enumerate(lines, 1):
-        if number > MOST_ENTRIES:
-            raise _bad_entry("one line more", number)
-        target, source, probability = _read_entry(line, number)
+    for at, line in enumerate(lines, 1):
+        if at > MOST_ENTRIES:
+            raise _bad_entry("The table has more lines than can be read", at)
+        target, source, probability = _read_entry(line, at)
         if NULL_WORD in (source, target):
             continue
         entries += 1
@@ -232,41 +229,41 @@ def read_table(lines: Iterable[str], source_tokenizer: Tokenizer, target_tokeniz
             targets.append(target_ids[target])
             probabilities.append(probability)
         else:
-            unknown.append(number)
+            unknown.append(at)
     if entries == 0 or 2 * len(unknown) > entries:
         raise InputError(
-            f"a table of which {len(unknown)} of {entries} entries have pieces that the tokenizers do not know",
+            f"The tokenizers do not know the pieces of {len(unknown)} of {entries} entries in the table",
             expected="a table of the bundle's own pieces",
-            remedy="Make it from text that the bundle's tokenizers have cut into pieces.",
+            remedy="Make it from text that the bundle's tokenizers have split into pieces.",
             line=unknown[0] if unknown else None,
         )
     lexicon = _without_repeats(np.array(sources), np.array(targets), np.array(probabilities), len(target_tokenizer))
     return Table(lexicon, entries, len(unknown), unknown[0] if unknown else None)
 
 
-def _read_entry(line: str, number: int) -> tuple[bytes, bytes, float]:
-    """Fields are divided by ASCII white space: a piece may hold any other."""
+def _read_entry(line: str, at: int) -> tuple[bytes, bytes, float]:
+    """Fields are separated by ASCII white space: a piece may contain any other."""
     try:
         target, source, last = line.encode().split()
         probability = float(last)
     except ValueError:
         probability = math.nan
     if not 0 <= probability <= 1 + ROUNDING:
-        raise _bad_entry(f"{line!r:.80}", number)
+        raise _bad_entry(f"The line {line!r:.80} is not an entry", at)
     return target, source, probability
 
 
 def _bad_entry(got: str, number: int) -> InputError:
     return InputError(
         got,
-        expected=f'"target source probability", the last from 0 to 1, on at most {MOST_ENTRIES:,} lines',
+        expected=f'"target source probability" with a probability from 0 to 1, on at most {MOST_ENTRIES:,} lines',
         remedy="Check that this is a lexical table.",
         line=number,
     )
 
 
 def _without_repeats(sources: Ids, targets: Ids, probabilities: NDArray[np.float64], target_size: int) -> Lexicon:
-    """Of a pair that stands there more than once, the most probable."""
+    """The lexicon with the most probable entry of each pair."""
     order = np.lexsort((-probabilities, targets, sources))
     keys = sources[order].astype(np.int64) * target_size + targets[order]
     first = order[np.diff(keys, prepend=-1) > 0]

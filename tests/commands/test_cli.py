@@ -108,7 +108,7 @@ class TestErrors:
         found = invoke_as_it_is(*(["--debug"] if by_option else []), "inspect", "nowhere")
         assert (found.code, found.out) == (2, "")
         assert found.err.startswith("Traceback (most recent call last):\n")
-        assert "kvx.runtime.errors.BundleError" in found.err
+        assert "kvx.BundleError: nowhere" in found.err
         assert re.search(r"^kvx: error: .*nowhere", found.err, re.MULTILINE)
 
     @pytest.mark.parametrize("value", ["", "0", "false"])

@@ -60,7 +60,7 @@ def test_an_output_that_exists_is_replaced_only_where_asked_for(small: list[str]
     before = Manifest.read(output)
     again = invoke(*small, "-o", output)
     assert again.code == 2
-    assert "which exists" in again.err
+    assert "exists already" in again.err
     assert "--force" in again.err
     assert Manifest.read(output) == before
     assert invoke(*small, "-o", output, "--force").code == 0
@@ -71,7 +71,7 @@ def test_an_output_that_exists_is_replaced_only_where_asked_for(small: list[str]
 def test_the_attention_of_a_layer_comes_where_asked_for(small: list[str], tmp_path: Path) -> None:
     alone = invoke(*small, "-o", tmp_path / "refused", "--attention-layer", "0")
     assert alone.code == 2
-    assert "--attention-layer 0 without --with-attention" in alone.err
+    assert "--attention-layer 0 has no effect without --with-attention" in alone.err
     layers = []
     for name, more in (("last", []), ("first", ["--attention-layer", "0"])):
         assert invoke(*small, "-o", tmp_path / name, "--with-attention", *more).code == 0
@@ -126,10 +126,10 @@ def test_the_checkpoints_own_folder_is_never_replaced(small: list[str], tmp_path
     [
         (["nowhere/model.pt"], "nowhere/model.pt"),
         (["CHECKPOINT", "--source-tokenizer", "nowhere"], "nowhere"),
-        (["CHECKPOINT", "--max-new-tokens", "0"], "max_new_tokens 0"),
-        (["CHECKPOINT", "--max-new-tokens", "21"], "max_new_tokens 21"),
+        (["CHECKPOINT", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
+        (["CHECKPOINT", "--max-new-tokens", "21"], "--max-new-tokens is 21"),
         (["CHECKPOINT", "--heads", "3"], "heads"),
-        (["CHECKPOINT", "--tolerance", "0"], "tolerance 0"),
+        (["CHECKPOINT", "--tolerance", "0"], "--tolerance is 0"),
         (["CHECKPOINT", "-o", "FILE/bundle"], "FILE/bundle"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

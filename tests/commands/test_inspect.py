@@ -42,7 +42,7 @@ def test_json_is_the_manifest(run: Run, numbers_bundle: Path) -> None:
 
 def test_a_bundle_without_a_proof_says_so(run: Run, bundle: Path) -> None:
     replace(Manifest.read(bundle), parity=None).write(bundle)
-    assert "parity: not proven (exported with --no-verify)\n" in run("inspect", bundle).out
+    assert "parity: not proven (exported without a proof)\n" in run("inspect", bundle).out
 
 
 @pytest.mark.parametrize(

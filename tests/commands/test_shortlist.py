@@ -143,9 +143,9 @@ def test_more_iterations_are_surer(train: list[str], bundle: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("options", "mention"),
     [
-        (["--per-source", "0"], "per_source = 0"),
-        (["--frequent", "-1"], "frequent = -1"),
-        (["--iterations", "0"], "iterations = 0"),
+        (["--per-source", "0"], "--per-source is 0"),
+        (["--frequent", "-1"], "--frequent is -1"),
+        (["--iterations", "0"], "--iterations is 0"),
         (["--bundle", "nowhere"], "nowhere"),
         (["--source", "nowhere"], "nowhere"),
         (["--target", "."], "cannot be read"),
@@ -163,8 +163,8 @@ def test_training_that_cannot_work_is_refused(
     [
         (b"one\ntwo\n", b"eins\n", ["2 sources and 1 targets"]),
         (b"", b"eins\n", ["0 sources and 1 targets"]),
-        (b"", b"", ["sources and targets without a word"]),
-        (b"\n \n", b"eins\nzwei\n", ["sources without a word"]),
+        (b"", b"", ["no word in the sources and targets"]),
+        (b"\n \n", b"eins\nzwei\n", ["no word in the sources"]),
         (b"one\n\xff\n", b"eins\nzwei\n", ["Line 2", "UTF-8"]),
     ],
 )
@@ -226,9 +226,9 @@ def test_a_table_that_cannot_be_used_is_refused(
 @pytest.mark.parametrize(
     ("options", "mention"),
     [
-        (["--per-source", "0"], "per_source = 0"),
-        (["--frequent", "0"], "frequent = 0"),
-        (["--bundle", "no"], "no, which"),
+        (["--per-source", "0"], "--per-source is 0"),
+        (["--frequent", "0"], "--frequent is 0"),
+        (["--bundle", "no"], "no holds no manifest.json"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -240,7 +240,7 @@ def test_importing_that_cannot_work_is_refused(
 
 def test_a_missing_table_is_refused(import_: list[str], tmp_path: Path) -> None:
     (tmp_path / "table").unlink()
-    refused(invoke(import_), tmp_path / "list.npz", "table that cannot be read")
+    refused(invoke(import_), tmp_path / "list.npz", "table cannot be read")
 
 
 class TestTranslating:
@@ -275,7 +275,7 @@ class TestTranslating:
 
     def test_evaluate_takes_one(self, shortlist_bundle: Path, listed: Path) -> None:
         files = ("--source", listed.parent / "source", "--reference", listed.parent / "target")
-        line = ["evaluate", shortlist_bundle, *files, "--shortlist", listed]
+        line: list[str | Path] = ["evaluate", shortlist_bundle, *files, "--shortlist", listed]
         found = kvx(*line)
         assert found.code == 0
         assert "| onnx" in found.out
@@ -283,14 +283,18 @@ class TestTranslating:
     def test_evaluate_refuses_backends_that_have_no_such_steps(self, shortlist_bundle: Path, listed: Path) -> None:
         files = ("--source", listed.parent / "source", "--reference", listed.parent / "target")
         line = ["evaluate", str(shortlist_bundle), "--backend", "onnx,torch"]
-        refused(invoke(line, *files, "--shortlist", listed), listed.parent / "nothing", "--shortlist with --backend")
+        refused(
+            invoke(line, *files, "--shortlist", listed),
+            listed.parent / "nothing",
+            "--shortlist is given with the backends onnx,torch",
+        )
 
     def test_a_bundle_without_the_graph_is_refused(self, numbers_bundle: Path, listed: Path) -> None:
         refused(
             self.translate("--model", numbers_bundle, "--shortlist", listed, "one"),
             listed.parent / "nothing",
-            "list.npz",
-            "--with-shortlist",
+            "--shortlist does not work with the onnx backend of this bundle",
+            "exported with a shortlist",
         )
 
     def test_no_file_is_refused(self, shortlist_bundle: Path, tmp_path: Path) -> None:
@@ -299,4 +303,8 @@ class TestTranslating:
 
     def test_export_refuses_it_without_onnx(self, tmp_path: Path) -> None:
         line = ["export", str(CHECKPOINT / "model.pt"), "-o", str(tmp_path / "new"), "--format", "torchscript"]
-        refused(invoke(line, "--with-shortlist"), tmp_path / "new", "--with-shortlist with --format torchscript")
+        refused(
+            invoke(line, "--with-shortlist"),
+            tmp_path / "new",
+            "--with-shortlist does not go together with --format torchscript",
+        )

@@ -1,4 +1,4 @@
-"""What the processor is found to offer."""
+"""What the machine is found to offer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvx.runtime.system import available_threads, bytes_saturate
+from kvx.runtime.system import available_threads, bytes_saturate, cpu_model
 
 
 @pytest.fixture(autouse=True)
@@ -44,3 +44,10 @@ def test_other_processors_have_no_such_products(tmp_path: Path, monkeypatch: pyt
 
 def test_there_is_a_thread() -> None:
     assert available_threads() >= 1
+
+
+def test_the_cpus_name_is_the_systems(tmp_path: Path) -> None:
+    path = tmp_path / "cpuinfo"
+    path.write_text("processor\t: 0\nmodel\t\t: 85\nmodel name\t: Fast (R) 9000 \nstepping\t: 1\n", encoding="utf-8")
+    assert cpu_model(path) == "Fast (R) 9000"
+    assert cpu_model(tmp_path / "none")

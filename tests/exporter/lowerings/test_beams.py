@@ -189,5 +189,5 @@ def test_another_graph_in_its_place_is_refused(tiny_bundle: Path, tmp_path: Path
     other = shutil.copytree(tiny_bundle, tmp_path / "other")
     shutil.copyfile(other / STEP_FILE, other / BEAMS_FILE)
     backend = open_bundle(other)
-    with pytest.raises(BundleError, match=r"decoder_beams\.onnx with the outputs"):
+    with pytest.raises(BundleError, match=r"decoder_beams\.onnx has the outputs"):
         backend.bind(cache_of(backend, input_ids, 2))

@@ -11,17 +11,14 @@ from typer.testing import CliRunner
 
 from kvx import InputError, OptionError, Translator
 from kvx.cli import app
-from kvx.exporter.export import ExportOptions, export
-from kvx.tests.conftest import NUMBERS
+from kvx.tests.commands.running import invoke
 
 TEXTS = ["one", "twelve thousand three hundred and four", "", "ninety-nine", "seven hundred and six"] * 3
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bundles") / "attending"
-    export(ExportOptions(checkpoint=NUMBERS / "model.pt", output=folder, attention=True, verify=False))
-    return folder
+def bundle(attention_bundle: Path) -> Path:
+    return attention_bundle
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +89,9 @@ def test_the_command_prints_pairs_and_draws_a_page(bundle: Path, tmp_path: Path)
 def test_a_page_of_an_empty_text_or_of_several_is_refused(bundle: Path, tmp_path: Path, translator: Translator) -> None:
     page = str(tmp_path / "attention.html")
     for texts in (["one", "two"], [" "]):
-        result = CliRunner().invoke(app, ["translate", "--model", str(bundle), "--plot-attention", page, *texts])
-        assert result.exit_code == 2
-        assert "one text" in result.stderr or "empty text" in result.stderr
+        found = invoke("translate", "--model", bundle, "--plot-attention", page, *texts)
+        assert found.code == 2
+        assert "one text" in found.err or "empty text" in found.err
     assert not Path(page).exists()
     with pytest.raises(InputError, match="prefix"):
         translator.translate(["one"], prefixes=[])

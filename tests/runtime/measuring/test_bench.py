@@ -18,11 +18,14 @@ import pytest
 
 from kvx import CapacityError, InputError, OptionError, Translator
 from kvx.runtime.arrays import IntArray, Tensors
+from kvx.runtime.bundle.folder import Bundle
 from kvx.runtime.decoding.backend import Backend, Step, StepOutput
 from kvx.runtime.decoding.cache import KVCache
 from kvx.runtime.decoding.rows import Rows
-from kvx.runtime.measuring.bench import BenchOptions, BenchResult, Subject, Unending, bench, cpu_model, table
-from kvx.runtime.measuring.curves import SVG_NAMESPACE, curves_html
+from kvx.runtime.engine.loaded import LoadedModel
+from kvx.runtime.measuring.bench import BenchOptions, BenchResult, Subject, Unending, bench, table
+from kvx.runtime.measuring.curves import curves_html
+from kvx.runtime.measuring.page import SVG_NAMESPACE
 
 TEXTS = ("one", "", "forty-two", "nine hundred")
 SVG = f"{{{SVG_NAMESPACE}}}"
@@ -33,7 +36,7 @@ SUBJECT = Subject(bundle="tiny")
 
 
 def measure(bundle: Path, options: BenchOptions = QUICK, texts: tuple[str, ...] | None = None) -> BenchResult:
-    return bench(lambda: Translator.load(bundle), SUBJECT, texts, options)
+    return bench(lambda: LoadedModel.load(Bundle.open(bundle)), SUBJECT, texts, options)
 
 
 @pytest.fixture(scope="module")
@@ -76,12 +79,12 @@ class Counting:
 @pytest.fixture(scope="module")
 def counted(tiny_bundle: Path) -> Counting:
     """What the backend saw of the quick measurement, the first translation left out."""
-    translator = Translator.load(tiny_bundle)
-    counting = Counting(translator._model.backend)
+    loaded = LoadedModel.load(Bundle.open(tiny_bundle))
+    counting = Counting(loaded.backend)
 
-    def load() -> Translator:
-        translator._model.backends = (cast(Backend, counting),)
-        return translator
+    def load() -> LoadedModel:
+        loaded.backends = (cast(Backend, counting),)
+        return loaded
 
     bench(load, SUBJECT, None, QUICK)
     del counting.stepped[0]
@@ -147,12 +150,12 @@ def test_every_row_takes_every_step(counted: Counting) -> None:
 
 
 def test_sources_are_as_long_as_asked_for(tiny_bundle: Path) -> None:
-    translator = Translator.load(tiny_bundle)
-    counting = Counting(translator._model.backend)
-    translator._model.backends = (cast(Backend, counting),)
-    translator.translate(["Hello."])
+    loaded = LoadedModel.load(Bundle.open(tiny_bundle))
+    counting = Counting(loaded.backend)
+    loaded.backends = (cast(Backend, counting),)
+    Translator(loaded).translate(["Hello."])
     first = counting.encoded
-    bench(lambda: translator, SUBJECT, None, QUICK)
+    bench(lambda: loaded, SUBJECT, None, QUICK)
     assert counting.encoded == 2 * first + 5 * (3 * 1 + 3 * 3 + 2 * 2)
 
 
@@ -163,7 +166,7 @@ def test_fewer_rows_take_the_lengths_where_the_cache_is_too_small(
     row = manifest.cache_bytes(target=20, source=24)
     monkeypatch.setattr("kvx.runtime.decoding.plan.DEFAULT_CACHE_BYTES", 3 * row)
     assert measure(tiny_bundle, replace(QUICK, length_rows=64)).lengths.rows == 3
-    with pytest.raises(CapacityError, match="500 rows of 4 target and 5 source"):
+    with pytest.raises(CapacityError, match="no room for 500 rows of 4 target and 5 source"):
         measure(tiny_bundle, replace(QUICK, rows=(1, 500)))
 
 
@@ -171,7 +174,7 @@ def test_fewer_rows_take_the_lengths_where_the_cache_is_too_small(
 def test_the_search_takes_the_best_token_and_never_ends(eos: int) -> None:
     logits = np.array([[5, 1, 0, 0], [0, 1, 5, 0], [0, 1, 0, 5]], np.float32)
     kept = logits.copy()
-    rows: Rows = types.SimpleNamespace(eos=eos)  # type: ignore[assignment]  # all that it looks at
+    rows: Rows = types.SimpleNamespace(eos=eos, scored=False)  # type: ignore[assignment]  # all that it looks at
     choice = Unending().choose(StepOutput(logits), logits, rows)
     assert choice.ids.tolist() == ([1, 2, 3] if eos == 0 else [0, 0, 3])
     assert not choice.over.any()
@@ -197,20 +200,22 @@ def test_bad_options_are_refused_all_at_once() -> None:
             rows=(), source_tokens=0, tokens=-1, lengths=(9, 3), length_rows=0, repeat=0, length_repeat=0, seed=-1
         )
     for problem in (
-        *("rows = ()", "source_tokens = 0", "tokens = -1", "lengths = (9, 3)"),
-        *("length_rows = 0", "repeat = 0", "length_repeat = 0", "seed = -1"),
+        *("`rows` is ()", "`source_tokens` is 0", "`tokens` is -1", "`lengths` is (9, 3)"),
+        *("`length_rows` is 0", "`repeat` is 0", "`length_repeat` is 0", "`seed` is -1"),
     ):
         assert problem in caught.value.got
 
 
-@pytest.mark.parametrize("counts", [(0, 1), (-1,), (2, 2), (3, 1)])
+@pytest.mark.parametrize("counts", [(0, 1), (-1,), (2, 2), (3, 1), (1, 2**16 + 1), (True, 2)])
 def test_lists_must_ascend_from_one(counts: tuple[int, ...]) -> None:
     with pytest.raises(OptionError, match=r"rows.*lengths"):
         BenchOptions(rows=counts, lengths=counts)
 
 
 def test_more_tokens_than_the_model_has_positions_are_refused_together(tiny_bundle: Path) -> None:
-    with pytest.raises(OptionError, match=r"source_tokens = 25, tokens = 21.*24 source positions.*20 target positions"):
+    with pytest.raises(
+        OptionError, match=r"`source_tokens` is 25\. `tokens` is 21\..* 24 .*source positions.* 20 .*target positions"
+    ):
         measure(tiny_bundle, replace(QUICK, source_tokens=25, tokens=21))
 
 
@@ -223,7 +228,8 @@ def test_the_json_form_round_trips(result: BenchResult) -> None:
 def test_it_says_what_ran_and_where(tiny_bundle: Path) -> None:
     subject = Subject(bundle="shop", threads=2, workers=1, spin=True)
     options = replace(QUICK, rows=(1,), lengths=(), repeat=1)
-    found = bench(lambda: Translator.load(tiny_bundle, threads=2, workers=1, spin=True), subject, None, options)
+    bundle = Bundle.open(tiny_bundle)
+    found = bench(lambda: LoadedModel.load(bundle, threads=2, workers=1, spin=True), subject, None, options)
     said = "\n".join(table(found))
     for part in (
         *("shop on onnx", "1 + 2 layers", f"d_model 16, {found.precision}, lowering {found.lowering}"),
@@ -236,13 +242,6 @@ def test_the_tables_columns_are_aligned(result: BenchResult) -> None:
     lines = [line for line in table(result) if line.startswith("|")]
     assert len({len(line) for line in lines[:4]}) == len({len(line) for line in lines[4:]}) == 1
     assert len(lines) == 4 + 5
-
-
-def test_the_cpus_name_is_the_systems(tmp_path: Path) -> None:
-    cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text("processor\t: 0\nmodel\t\t: 85\nmodel name\t: Fast (R) 9000 \nstepping\t: 1\n", encoding="utf-8")
-    assert cpu_model(cpuinfo) == "Fast (R) 9000"
-    assert cpu_model(tmp_path / "none")
 
 
 class Page(HTMLParser):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,8 +11,12 @@ from typing import TYPE_CHECKING
 import pytest
 import sacrebleu
 
-from kvx import InputError, OptionError, Translation, Translator
+from kvx import InputError, OptionError, Translation
+from kvx.runtime.bundle.folder import Bundle
 from kvx.runtime.decoding.results import DecodeStats
+from kvx.runtime.engine.call import translate
+from kvx.runtime.engine.loaded import LoadedModel
+from kvx.runtime.measuring import evaluation
 from kvx.runtime.measuring.evaluation import ParallelText, evaluate
 from kvx.runtime.options import TranslateOptions
 
@@ -35,10 +40,13 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
     return source, reference
 
 
-def test_metrics_are_sacrebleus(numbers_translator: Translator) -> None:
-    found, hypotheses = evaluate(
-        numbers_translator, ParallelText(SOURCES, REFERENCES), TranslateOptions(), tokenize="char"
-    )
+@pytest.fixture(scope="module")
+def numbers(numbers_bundle: Path) -> LoadedModel:
+    return LoadedModel.load(Bundle.open(numbers_bundle))
+
+
+def test_metrics_are_sacrebleus(numbers: LoadedModel) -> None:
+    found, hypotheses = evaluate(numbers, ParallelText(SOURCES, REFERENCES), TranslateOptions(), tokenize="char")
     bleu = sacrebleu.corpus_bleu(hypotheses, [list(REFERENCES)], tokenize="char")
     assert found.bleu.score == bleu.score
     assert "tok:char" in found.bleu.signature
@@ -48,17 +56,17 @@ def test_metrics_are_sacrebleus(numbers_translator: Translator) -> None:
     assert found.sentences == 4
 
 
-def test_an_interrupted_run_says_what_it_had(numbers_translator: Translator, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = numbers_translator.translate_iter
-
-    def interrupted(texts: tuple[str, ...], options: TranslateOptions, stats: DecodeStats) -> Iterator[Translation]:
-        for number, translation in enumerate(whole(texts, options, stats)):
+def test_an_interrupted_run_says_what_it_had(numbers: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(
+        loaded: LoadedModel, texts: tuple[str, ...], options: TranslateOptions, stats: DecodeStats
+    ) -> Iterator[Translation]:
+        for number, translation in enumerate(translate(loaded, texts, options, stats)):
             if number == 2:
                 raise KeyboardInterrupt
             yield translation
 
-    monkeypatch.setattr(numbers_translator, "translate_iter", interrupted)
-    found, hypotheses = evaluate(numbers_translator, ParallelText(SOURCES, REFERENCES), TranslateOptions())
+    monkeypatch.setattr(evaluation, "translate", interrupted)
+    found, hypotheses = evaluate(numbers, ParallelText(SOURCES, REFERENCES), TranslateOptions())
     assert not found.complete
     assert found.sentences == len(hypotheses) == 2
     assert found.chrf.score == pytest.approx(100)
@@ -66,16 +74,17 @@ def test_an_interrupted_run_says_what_it_had(numbers_translator: Translator, mon
 
 @pytest.mark.parametrize(("sources", "references"), [(("a", "b"), ("a",)), ((), ())])
 def test_files_that_do_not_belong_together_are_refused(sources: tuple[str, ...], references: tuple[str, ...]) -> None:
-    with pytest.raises(InputError, match=f"{len(sources)} sources and {len(references)} references"):
+    with pytest.raises(InputError, match=f"are {len(sources)} sources and {len(references)} references"):
         ParallelText(sources, references)
 
 
-def test_an_unknown_tokenizer_is_refused(numbers_translator: Translator) -> None:
+def test_an_unknown_tokenizer_is_refused(numbers: LoadedModel) -> None:
     with pytest.raises(OptionError, match=r"13a.*zh"):
-        evaluate(numbers_translator, ParallelText(SOURCES, REFERENCES), TranslateOptions(), tokenize="klingon")
+        evaluate(numbers, ParallelText(SOURCES, REFERENCES), TranslateOptions(), tokenize="klingon")
 
 
 def test_several_backends_stand_side_by_side(numbers_bundle: Path, files: tuple[Path, Path], tmp_path: Path) -> None:
+    pytest.importorskip("torch")
     done = _kvx(
         *("evaluate", numbers_bundle, "--source", files[0], "--reference", files[1]),
         *("--backend", "onnx,torch,torch-no-cache", "--json", "figures.json", "--hypotheses", "out.txt"),
@@ -98,12 +107,12 @@ def test_several_backends_stand_side_by_side(numbers_bundle: Path, files: tuple[
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--limit", "0"], "--limit 0"),
-        (["--backend", "onnx,tpu"], "--backend tpu"),
-        (["--rows", "0"], "rows = 0"),
-        (["--workers", "0"], "workers = 0"),
+        (["--limit", "0"], "limit`? is 0"),
+        (["--backend", "onnx,tpu"], "--backend is onnx,tpu"),
+        (["--rows", "0"], "rows`? is 0"),
+        (["--workers", "0"], "workers`? is 0"),
         (["--cache-mb", "0.0001"], "which hold 0 such rows"),
-        (["--cache-mb", "-1"], "--cache-mb -1"),
+        (["--cache-mb", "-1"], "--cache-mb is -1"),
         (["--tokenize", "klingon"], "klingon"),
     ],
 )
@@ -114,7 +123,7 @@ def test_what_cannot_be_evaluated_is_refused(
         *("evaluate", numbers_bundle, "--source", files[0], "--reference", files[1], *arguments), cwd=files[0].parent
     )
     assert done.returncode == 2
-    assert says in done.stderr
+    assert re.search(says, done.stderr)
     assert "Traceback" not in done.stderr
 
 
@@ -154,6 +163,7 @@ class TestScore:
 
 
 def _same_bleu_on_every_backend(bundle: Path, seed: Seed, folder: Path, expected: float, *limit: str) -> None:
+    pytest.importorskip("torch")
     done = _kvx(
         *("evaluate", bundle, "--source", seed.folder / "test_2016.de", "--reference", seed.folder / "test_2016.en"),
         *("--backend", "onnx,torchscript,torch,torch-no-cache", "--json", "figures.json", *limit),

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
 
 import numpy as np
@@ -8,8 +10,8 @@ import pytest
 
 from kvx import InputError
 from kvx.runtime.arrays import FloatArray
-from kvx.runtime.measuring.curves import SVG_NAMESPACE
 from kvx.runtime.measuring.heatmap import attention_html
+from kvx.runtime.measuring.page import SVG_NAMESPACE
 
 SVG = f"{{{SVG_NAMESPACE}}}"
 SOURCE, TARGET = ("▁ein", "▁Haus"), ("▁a", "▁hou", "se")
@@ -93,3 +95,10 @@ def test_pieces_and_title_are_escaped_and_readable(attention: FloatArray) -> Non
 def test_pieces_of_another_sentence_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(InputError, match=r"\[3, 4\]: a row for each target piece"):
         attention_html(np.zeros(shape, np.float32), SOURCE, TARGET, "x")
+
+
+def test_drawing_attention_imports_no_benchmark() -> None:
+    script = "import kvx.runtime.measuring.heatmap, sys; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    assert "kvx.runtime.measuring.page" in loaded
+    assert {"kvx.runtime.measuring.bench", "kvx.runtime.measuring.curves"}.isdisjoint(loaded)

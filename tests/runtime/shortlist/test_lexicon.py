@@ -132,9 +132,9 @@ class TestModel1:
     ("sources", "targets", "says"),
     [
         ([[1]], [[1], [2]], "1 sources and 2 targets"),
-        ([], [], "sources and targets without a word"),
-        ([[], []], [[1], [2]], "sources without a word"),
-        ([[1]], [[]], "targets without a word"),
+        ([], [], "no word in the sources and targets"),
+        ([[], []], [[1], [2]], "no word in the sources"),
+        ([[1]], [[]], "no word in the targets"),
     ],
 )
 def test_text_that_is_not_parallel_is_refused(sources: list[list[int]], targets: list[list[int]], says: str) -> None:
@@ -145,9 +145,10 @@ def test_text_that_is_not_parallel_is_refused(sources: list[list[int]], targets:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"iterations": 0, "per_source": -1, "frequent": 0}, "iterations = 0, per_source = -1, frequent = 0"),
-        ({"least_probability": 1.5}, "least_probability = 1.5"),
-        ({"least_probability": math.nan}, "least_probability = nan"),
+        ({"iterations": 0, "per_source": -1, "frequent": 0}, "`iterations` is 0. `per_source` is -1. `frequent` is 0"),
+        ({"least_probability": 1.5}, "`least_probability` is 1.5"),
+        ({"iterations": 10_001, "frequent": 2**24 + 1}, "`iterations` is 10001. `frequent` is 16777217"),
+        ({"least_probability": math.nan}, "`least_probability` is nan"),
     ],
 )
 def test_options_that_cannot_work_are_all_named(options: dict[str, Any], says: str) -> None:
@@ -287,7 +288,7 @@ class TestTable:
 
     def test_a_table_of_other_pieces_is_refused(self, tokenizers: tuple[Tokenizer, Tokenizer]) -> None:
         lines = ["sieben ▁seven 0.5", "Haus house 0.5", "Buch book 0.5"]
-        with pytest.raises(InputError, match=r"Line 2: .* 2 of 3 entries .* do not know"):
+        with pytest.raises(InputError, match=r"Line 2: .* do not know .* 2 of 3 entries"):
             read_table(lines, *tokenizers)
 
     @pytest.mark.parametrize("lines", [[], ["NULL NULL 1"]])

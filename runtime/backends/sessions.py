@@ -1,0 +1,245 @@
+"""Sessions of ONNX Runtime: how they are set up, loaded when they are needed, checked against the contract and run."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import onnxruntime as ort
+
+from kvx.runtime.arrays import Tensors
+from kvx.runtime.backends.device import Device, missing_library, unavailable
+from kvx.runtime.bundle.signature import Axis, Signature, TensorSpec
+from kvx.runtime.decoding.cache import KVCache
+from kvx.runtime.errors import BundleError, CapacityError, KvxError
+from kvx.runtime.system import bytes_saturate
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+CUDA_LIBRARY = Path(ort.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
+ERRORS_ONLY_AS_EXCEPTIONS = 4
+SLOWER_FUSIONS = ["SkipLayerNormFusion"]  # 0.3 ms instead of 0.05 for 256 tokens of 256 channels on a CPU
+OUT_OF_MEMORY = ("failed to allocate", "out of memory", "bad_alloc", "bad allocation")
+LONGEST_REASON = 300
+ELEMENT_TYPES = {
+    "tensor(int64)": "int64",
+    "tensor(bool)": "bool",
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(bfloat16)": "bfloat16",
+}
+
+_log = logging.getLogger("kvx")
+_looking, _looked = threading.Lock(), list[str | None]()  # once for the process
+
+
+class SessionSettings(NamedTuple):
+    """How a session runs: its compute threads, whether they spin, its device, and whether products of float32 may round
+    their factors to 11 bits, as TF32 does.
+    """
+
+    threads: int
+    spin: bool
+    device: Device
+    tf32: bool
+
+
+class Graph:
+    """One graph of the bundle and its signature. Its session is made once, when it is first needed: most services never
+    score, or never have several rows a sentence.
+
+    `fresh` are the outputs that are not written in place. `running` is the context for every run of its session: what
+    ONNX Runtime raises there becomes an error of kvx.
+    """
+
+    def __init__(self, path: Path, signature: Signature, settings: SessionSettings, *, captured: bool = False) -> None:
+        self.signature = signature
+        self.fresh = tuple(spec for spec in signature.outputs if spec.name not in signature.presents)
+        self.settings = settings
+        self.exists = path.is_file()
+        self.running = Failing(f"ONNX Runtime cannot run {path.name}")
+        self._path = path
+        self._captured = captured
+        self._lock = threading.Lock()
+        self._session: ort.InferenceSession | None = None
+
+    def load(self) -> None:
+        """Makes the session now. Raises BundleError where the graph cannot be loaded or is not the contract's."""
+        self._loaded(logging.DEBUG)
+
+    def session(self) -> ort.InferenceSession:
+        """What runs the graph. Raises BundleError where it cannot be loaded or is not the contract's."""
+        return self._session or self._loaded(logging.INFO)
+
+    def run(self, feeds: Tensors) -> Tensors:
+        """Inputs by name → outputs by name, out of place."""
+        session, names = self.session(), [spec.name for spec in self.signature.outputs]
+        with self.running:
+            return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+
+    def bind(self, cache: KVCache, tokens: Tensors, n: int) -> ort.IOBinding:
+        """Binds the leading n rows, and their sentences, of the cache and of the other tensors, `present` onto `past`.
+
+        The leading rows of a C-ordered array are contiguous: the values share its memory.
+        """
+        session, signature = self.session(), self.signature
+        lengths = {"past_lengths": cache.lengths, "source_lengths": cache.source_lengths}
+        buffers: Tensors = {**tokens, **lengths, **cache.buffers}
+        leading: dict[Axis, int | None] = {"B": n, "G": n // cache.capacity.beams, "C": None}
+        axes = {spec.name: spec.axes[0] for spec in (*signature.inputs, *signature.outputs)}
+        with self.running:
+            values = {name: ort.OrtValue.ortvalue_from_numpy(buffers[name][: leading[axes[name]]]) for name in buffers}
+            binding, presents = session.io_binding(), signature.presents
+            for spec in signature.inputs:
+                binding.bind_ortvalue_input(spec.name, values[spec.name])
+            for spec in signature.outputs:
+                binding.bind_ortvalue_output(spec.name, values[presents.get(spec.name, spec.name)])
+        return binding
+
+    def run_bound(self, binding: ort.IOBinding) -> None:
+        """Runs over what is bound."""
+        with self.running:
+            self.session().run_with_iobinding(binding)
+
+    def _loaded(self, level: int) -> ort.InferenceSession:
+        with self._lock:
+            if self._session is None:
+                started = time.perf_counter()
+                session = _session(self._path, self.settings, captured=self._captured)
+                _check_contract(session, self.signature, self._path.name)
+                self._session = session
+                _log.log(level, "loaded %s in %.2f s", self._path, time.perf_counter() - started)
+            return self._session
+
+
+class Failing:
+    """A context in which every exception of ONNX Runtime, which has a type for each status, becomes a CapacityError where
+    memory is short and else a BundleError. `got` is the sentence for what failed.
+    """
+
+    __slots__ = ("_got",)
+
+    def __init__(self, got: str) -> None:
+        self._got = got
+
+    def __enter__(self) -> None:
+        """Nothing is done beforehand: a step enters this context, too."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Raises the error of kvx."""
+        if isinstance(error, Exception) and not isinstance(error, KvxError):
+            raise _failure(f"{self._got} ({reason(error)})", short=is_out_of_memory(error)) from error
+
+
+def reason(error: Exception) -> str:
+    """What an exception says, in one line."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:LONGEST_REASON]
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an exception says that memory is short."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(sign in text for sign in OUT_OF_MEMORY)
+
+
+def _failure(got: str, *, short: bool) -> KvxError:
+    if short:
+        return CapacityError(
+            got,
+            expected="enough free memory",
+            remedy="Plan fewer `rows` or fewer `max_new_tokens`, or free memory of the device.",
+        )
+    return BundleError(
+        got,
+        expected="a graph that kvx export wrote",
+        remedy="Export the bundle again with this version of kvx.",
+    )
+
+
+def cuda_lacks() -> str | None:
+    """What keeps ONNX Runtime's CUDA provider from being loaded, or None. The libraries that pip has installed are
+    found first. Our own words say what is missing, not what is printed or logged meanwhile.
+    """
+    with _looking, contextlib.redirect_stdout(io.StringIO()):
+        if not _looked:
+            ort.preload_dlls()
+            _looked.append(missing_library(CUDA_LIBRARY))
+    return _looked[0]
+
+
+def _session(path: Path, settings: SessionSettings, *, captured: bool) -> ort.InferenceSession:
+    options = _options(settings)
+    wanted, providers = _providers(settings, captured=captured)
+    if wanted != CPU and (lacks := cuda_lacks()) is not None:
+        raise unavailable(settings.device, f"ONNX Runtime cannot run on {settings.device}", lacks)
+    with Failing(f"ONNX Runtime cannot load {path.name}"):
+        session = ort.InferenceSession(path, options, providers=providers, disabled_optimizers=SLOWER_FUSIONS)
+    got = session.get_providers()[0]
+    if got != wanted:
+        place = got.removesuffix("ExecutionProvider")
+        raise unavailable(settings.device, f"ONNX Runtime made a session on {place} instead", cuda_lacks())
+    return session
+
+
+def _options(settings: SessionSettings) -> ort.SessionOptions:
+    """Spinning ends with each run: threads that spin on, of another session too, take the cores from those that work.
+    Where products of bytes would saturate, weights are made unsigned as they are loaded: slower, with equal results.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = settings.threads
+    options.log_severity_level = ERRORS_ONLY_AS_EXCEPTIONS
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(settings.spin)))
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.x64quantprecision", str(int(bytes_saturate())))
+    return options
+
+
+def _providers(settings: SessionSettings, *, captured: bool) -> tuple[str, list[Any]]:
+    """Float32 bundles promise the translations of float32, so TF32, ONNX Runtime's default, is not for them; with 16
+    bits it rounds nothing that is not rounded anyway.
+    """
+    device = settings.device
+    if device.kind == "cpu":
+        return CPU, [CPU]
+    if CUDA not in ort.get_available_providers():
+        return CUDA, [CPU]
+    options = {"device_id": device.index, "enable_cuda_graph": str(int(captured)), "use_tf32": str(int(settings.tf32))}
+    return CUDA, [(CUDA, options), CPU]
+
+
+def _check_contract(session: ort.InferenceSession, signature: Signature, file: str) -> None:
+    """Names, element types and fixed axes of the graph must be the contract's."""
+    for side, got, expected in (
+        ("inputs", session.get_inputs(), signature.inputs),
+        ("outputs", session.get_outputs(), signature.outputs),
+    ):
+        described = tuple(
+            TensorSpec(node.name, ELEMENT_TYPES.get(node.type, node.type), tuple(node.shape)) for node in got
+        )
+        if len(described) != len(expected) or not all(map(_agrees, described, expected)):
+            raise BundleError(
+                f"{file} has the {side} {[f'{spec.name} {list(spec.axes)}' for spec in described]}",
+                expected=f"{[f'{spec.name} {list(spec.axes)}' for spec in expected]}",
+                remedy="Export the bundle again with this version of kvx.",
+            )
+
+
+def _agrees(got: TensorSpec, expected: TensorSpec) -> bool:
+    """Fixed axes must be equal; a free axis may be called anything but must be free."""
+    return (
+        got.name == expected.name
+        and got.dtype == expected.dtype
+        and len(got.axes) == len(expected.axes)
+        and all(
+            have == want if isinstance(want, int) else not isinstance(have, int)
+            for have, want in zip(got.axes, expected.axes, strict=True)
+        )
+    )

@@ -1,0 +1,60 @@
+"""What the ONNX backend adds to the contract: steps bound beforehand, and errors of ONNX Runtime in our own words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvx import BundleError, CapacityError
+from kvx.runtime.backends.onnx import STEP_FILE, BoundChunk, BoundStep, OnnxBackend
+from kvx.runtime.backends.sessions import Failing, is_out_of_memory
+from kvx.runtime.bundle.manifest import Manifest
+from kvx.runtime.decoding.cache import Capacity, KVCache
+
+
+@pytest.fixture(scope="module")
+def backend(numbers_bundle: Path) -> OnnxBackend:
+    manifest = Manifest.read(numbers_bundle)
+    return OnnxBackend(numbers_bundle, manifest.dimensions, manifest.features, threads=1)
+
+
+def test_one_token_and_several_are_two_bound_steps(backend: OnnxBackend) -> None:
+    cache = KVCache(backend.cache_specs, Capacity(2, 4, 4))
+    assert isinstance(backend.bind(cache), BoundStep)
+    assert isinstance(backend.bind_chunk(cache), BoundChunk)
+
+
+def test_what_onnx_runtime_raises_in_a_run_is_an_error_that_names_the_file(backend: OnnxBackend) -> None:
+    feeds = {
+        spec.name: np.zeros(spec.shape({"B": 1, "T": 4, "S": 4}), spec.dtype) for spec in backend.step_signature.inputs
+    }
+    feeds["past_lengths"] = np.array([4])  # beyond the capacity
+    with pytest.raises(BundleError, match=f"cannot run {STEP_FILE}") as caught:
+        backend.run_step(feeds)
+    assert caught.value.__cause__ is not None
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("raised", "becomes"),
+    [
+        (RuntimeError("BFCArena: Failed to allocate memory\nand more"), CapacityError),
+        (MemoryError(), CapacityError),
+        (RuntimeError("Non-zero status code"), BundleError),
+        (RuntimeError(""), BundleError),
+    ],
+)
+def test_errors_are_told_apart_by_whether_memory_is_short(raised: Exception, becomes: type[Exception]) -> None:
+    with pytest.raises(becomes, match="It broke") as caught, Failing("It broke"):
+        raise raised
+    assert caught.value.__cause__ is raised
+    assert is_out_of_memory(caught.value if raised.args else raised) == (becomes is CapacityError)
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt(), CapacityError("Full", expected="room", remedy="Make room.")])
+def test_errors_of_ours_and_interrupts_pass_as_they_are(raised: BaseException) -> None:
+    with pytest.raises(type(raised)) as caught, Failing("It broke"):
+        raise raised
+    assert caught.value is raised
