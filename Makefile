@@ -1,18 +1,25 @@
-# make demo: install, export the demo checkpoint with its proof, translate with it. make test: lint, types, every test.
-.PHONY: demo test proof lint setup clean
+# make demo: install, export the demo checkpoint with its proof, translate with it.
+# make test: lint, types and every test but the long ones, which make proof runs.
+# make test-runtime PYTHON=python3.13: the tests of the runtime on another Python, without torch.
+.PHONY: demo test test-runtime bundles proof lint setup clean
 
 PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 KVX := $(VENV)/bin/kvx
-PARALLEL := -n auto --dist loadfile
+PARALLEL := -n auto
+TEST_BUNDLES := build/test-bundles
 
 demo: $(INSTALLED)
 	$(KVX) export artifacts/numbers-checkpoint/model.pt --output artifacts/numbers --force
 	$(KVX) translate --model artifacts/numbers "twelve thousand three hundred and four" "nine hundred and ninety-nine" "one"
 
-test: lint
-	$(VENV)/bin/pytest $(PARALLEL)
+test: lint $(TEST_BUNDLES)/.exported
+	KVX_TEST_BUNDLES=$(TEST_BUNDLES) $(VENV)/bin/pytest $(PARALLEL) --dist loadfile
+
+# The second environment has no torch. It tests bundles that the first one exported.
+test-runtime: $(TEST_BUNDLES)/.exported
+	scripts/test_runtime.sh "$(PYTHON)" $(TEST_BUNDLES)
 
 proof: $(INSTALLED)
 	$(VENV)/bin/pytest -m proof
@@ -21,6 +28,14 @@ lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+bundles: $(TEST_BUNDLES)/.exported
+
+# Exported once for all tests, and again where anything that an export depends on is newer.
+$(TEST_BUNDLES)/.exported: $(INSTALLED) tests/conftest.py $(shell find models exporter runtime -name '*.py')
+	rm -rf $(TEST_BUNDLES)
+	KVX_TEST_BUNDLES=$(TEST_BUNDLES) $(VENV)/bin/pytest $(PARALLEL) --dist loadgroup tests/test_shared_bundles.py
+	touch $@
 
 setup: $(INSTALLED)
 
@@ -33,4 +48,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-3.* build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

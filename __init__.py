@@ -1,6 +1,13 @@
 """kvx: encoder-decoder Transformers, exported once with an explicit cache, proven, and run without torch."""
 
-from kvx.runtime.engine.scoring import Ranking, Score
+from kvx.runtime.arrays import FloatArray, IntArray
+from kvx.runtime.bundle.manifest import FileEntry, Manifest, SpecialIds
+from kvx.runtime.bundle.signature import Dimensions, Signature, StepFeatures, TensorSpec
+from kvx.runtime.decoding.decode import Cancelled
+from kvx.runtime.decoding.filters import Filter, FilterRows
+from kvx.runtime.decoding.results import DecodeStats, FinishReason
+from kvx.runtime.decoding.search import BeamSearch, Greedy, Sampling
+from kvx.runtime.engine.scoring import RankBy, Ranking, Score
 from kvx.runtime.errors import (
     BundleError,
     CapacityError,
@@ -12,26 +19,53 @@ from kvx.runtime.errors import (
     ParityError,
     TokenizerError,
 )
-from kvx.runtime.options import TranslateOptions
+from kvx.runtime.options import TranslateKeywords, TranslateOptions
+from kvx.runtime.text.sources import OnLong
+from kvx.runtime.text.targets import Target
 from kvx.runtime.translation import Translation
 from kvx.runtime.translator import Translator
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BeamSearch",
     "BundleError",
+    "Cancelled",
     "CapacityError",
     "CheckpointError",
+    "DecodeStats",
     "DeviceError",
+    "Dimensions",
+    "FileEntry",
+    "Filter",
+    "FilterRows",
+    "FinishReason",
+    "FloatArray",
+    "Greedy",
     "InputError",
+    "IntArray",
     "KvxError",
+    "Manifest",
+    "OnLong",
     "OptionError",
     "ParityError",
+    "RankBy",
     "Ranking",
+    "Sampling",
     "Score",
+    "Signature",
+    "SpecialIds",
+    "StepFeatures",
+    "Target",
+    "TensorSpec",
     "TokenizerError",
+    "TranslateKeywords",
     "TranslateOptions",
     "Translation",
     "Translator",
     "__version__",
 ]
+
+for _public in __all__:
+    if isinstance(_class := globals()[_public], type) and _class.__module__.startswith("kvx."):
+        _class.__module__ = "kvx"

@@ -27,7 +27,7 @@ from kvx.runtime.text.lines import open_lines, output_file, read_file, read_line
 
 if TYPE_CHECKING:
     from kvx import Translation, Translator
-    from kvx.exporter.progress import Report
+    from kvx.exporter.progress import Progress as Listener
     from kvx.runtime.decoding.results import DecodeStats
     from kvx.runtime.measuring.evaluation import Evaluation
     from kvx.runtime.options import TranslateOptions
@@ -214,9 +214,9 @@ def export(
     if verify_reference is not None:
         _require("sacrebleu", extra="evaluate")
     _steady_torch()
-    from kvx.exporter.export import ExportOptions
     from kvx.exporter.export import export as run
-    from kvx.exporter.proof.trial import ParityOptions
+    from kvx.exporter.options import ExportOptions
+    from kvx.exporter.proof.limits import ParityOptions
     from kvx.runtime.bundle.description import describe_parity
 
     options = ExportOptions(
@@ -233,9 +233,13 @@ def export(
         attention=attention,
         attention_layer=attention_layer,
         verify=verify_,
-        verify_text=verify_text,
-        verify_reference=verify_reference,
-        parity=ParityOptions(tolerance=tolerance, equal_lines=equal_lines, bleu_lost=bleu_lost),
+        parity=ParityOptions(
+            tolerance=tolerance,
+            equal_lines=equal_lines,
+            bleu_lost=bleu_lost,
+            verify_text=verify_text,
+            verify_reference=verify_reference,
+        ),
         force=force,
         shortlist=with_shortlist,
     )
@@ -262,12 +266,18 @@ def verify(
         _require("sacrebleu", extra="evaluate")
     _steady_torch()
     from kvx.exporter.proof.bundle import verify as run
-    from kvx.exporter.proof.trial import ParityOptions
+    from kvx.exporter.proof.limits import ParityOptions
     from kvx.runtime.bundle.description import describe_parity
 
     with _reporting() as report:
-        options = ParityOptions(tolerance=tolerance, equal_lines=equal_lines, bleu_lost=bleu_lost)
-        found = run(bundle, checkpoint, options, verify_text, verify_reference, report)
+        options = ParityOptions(
+            tolerance=tolerance,
+            equal_lines=equal_lines,
+            bleu_lost=bleu_lost,
+            verify_text=verify_text,
+            verify_reference=verify_reference,
+        )
+        found = run(bundle, checkpoint, options, report)
     for line in describe_parity(found.to_dict()):
         typer.echo(line)
     if not found.passed:
@@ -912,7 +922,7 @@ def _eager_translator(path: Path, machine: Machine) -> Translator:
 
     from kvx import Translator
     from kvx.models.eager import NoCacheBackend, TorchBackend
-    from kvx.models.importers.reference import load_checkpoint
+    from kvx.models.importers import load_checkpoint
     from kvx.runtime.bundle.folder import CHECKPOINT_FILE, Bundle
     from kvx.runtime.engine.loaded import LoadedModel
 
@@ -975,15 +985,15 @@ def _counter(command: TranslateCommand) -> Iterator[Callable[[int], None]]:
 
 
 @contextlib.contextmanager
-def _reporting() -> Iterator[Report]:
+def _reporting() -> Iterator[Listener]:
     """What an export says: notes as lines on stderr, the phase that runs as a spinner where that is a terminal."""
     from rich.console import Console
 
-    from kvx.exporter.progress import Report
+    from kvx.exporter.progress import Progress as Listener
 
     with Console(stderr=True).status("starting") as status:
 
-        class Spinner(Report):
+        class Spinner(Listener):
             def phase(self, text: str) -> None:
                 status.update(text)
 

@@ -21,7 +21,7 @@ import torch
 from sentencepiece import sentencepiece_model_pb2
 
 from kvx.models.config import ModelConfig
-from kvx.models.importers.reference import Checkpoint, save_checkpoint
+from kvx.models.importers import Checkpoint, save_checkpoint
 from kvx.models.transformer import Transformer
 
 BASE = ModelConfig(

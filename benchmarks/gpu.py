@@ -37,9 +37,8 @@ from numpy.typing import NDArray
 
 from kvx.benchmarks.base_model import BASE
 from kvx.benchmarks.peers import Process
-from kvx.exporter.export import Lowered
+from kvx.exporter.lowerings.lowered import Lowered
 from kvx.exporter.precision.halves import in_precision
-from kvx.exporter.proof.trial import LIMITS
 from kvx.exporter.writing.graphs import EncoderGraph, StepGraph
 from kvx.exporter.writing.loop import LoopGraph
 from kvx.exporter.writing.onnx import write_onnx
@@ -49,7 +48,8 @@ from kvx.models.transformer import Transformer
 from kvx.runtime.arrays import IntArray
 from kvx.runtime.backends.device import Device
 from kvx.runtime.backends.onnx import ENCODER_FILE, STEP_FILE, OnnxBackend
-from kvx.runtime.bundle.manifest import ELEMENTS, LOOP_FILE, Precision, SpecialIds
+from kvx.runtime.bundle.manifest import LOOP_FILE, SpecialIds
+from kvx.runtime.bundle.precision import PRECISIONS, Precision
 from kvx.runtime.bundle.signature import Dimensions, StepFeatures
 from kvx.runtime.decoding.cache import Capacity
 from kvx.runtime.decoding.device_loop import LoopRows, LoopState
@@ -276,7 +276,7 @@ def prove(model: Transformer, loops: dict[str, Loop], precision: Precision, step
     inside = np.arange(steps) < limits[:, None]
     chosen = np.take_along_axis(logits, state.past_ids[:PROOF_ROWS, :steps, None], axis=-1)[..., 0]
     margins = (logits.max(axis=-1) - chosen)[inside]
-    allowed = 2 * LIMITS[precision].tolerance * max(1.0, float(np.abs(logits).max()))
+    allowed = 2 * PRECISIONS[precision].limits.tolerance * max(1.0, float(np.abs(logits).max()))
     places = np.array_equal(state.past_lengths, [*limits, *[0] * PROOF_IDLE]) and bool(state.past_finished.all())
     alike = all(_equal(state, other, inside) for other in states)
     return {
@@ -408,7 +408,7 @@ def open_backends(
     folder: Path, config: ModelConfig, precision: Precision, device: str
 ) -> Iterator[tuple[str, OnnxBackend]]:
     """kvx with captured steps, where there is a device to capture them, and with steps launched one by one."""
-    dimensions = Dimensions.of_model(config.to_dict(), ELEMENTS.get(precision, "float32"))
+    dimensions = Dimensions.of_model(config.to_dict(), PRECISIONS[precision].element)
     place = Device.parse(device)
     for name, capture in (("kvx, captured", True), ("kvx", False)):
         if not capture or place.kind != "cpu":

@@ -32,8 +32,9 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from kvx.benchmarks.base_model import BASE, CONTROL, write_base_model
-from kvx.exporter.export import ExportOptions, export
-from kvx.models.importers.reference import Checkpoint, load_checkpoint, save_checkpoint
+from kvx.exporter.export import export
+from kvx.exporter.options import ExportOptions
+from kvx.models.importers import Checkpoint, load_checkpoint, save_checkpoint
 from kvx.models.transformer import Transformer
 from kvx.runtime.bundle.folder import Bundle
 from kvx.runtime.bundle.manifest import Precision

@@ -5,54 +5,44 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Annotated, Self
 
 from kvx.runtime.errors import CheckpointError
+from kvx.runtime.rules import Option, count, flag, wrong_values
 
 LARGEST_SIZE = 2**24
 MOST_LAYERS = 1024
+SIZE, LAYERS = count(LARGEST_SIZE), count(MOST_LAYERS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """Everything that the weights of a pre-norm encoder-decoder Transformer do not say by themselves.
 
-    Sizes are counts; `d_model`, `d_ff` are widths. `source_positions` and `target_positions` are the rows of the two
-    position tables, bos and eos included. Raises CheckpointError naming every field that is wrong.
+    Raises one CheckpointError that names every field that is wrong.
     """
 
-    source_vocab_size: int
-    target_vocab_size: int
-    d_model: int
-    heads: int
-    d_ff: int
-    encoder_layers: int
-    decoder_layers: int
-    source_positions: int
-    target_positions: int
-    attention_bias: bool = False
+    source_vocab_size: Annotated[int, Option(SIZE, "The rows of the source embedding.")]
+    target_vocab_size: Annotated[int, Option(SIZE, "The rows of the target embedding.")]
+    d_model: Annotated[int, Option(SIZE, "The width of the model.")]
+    heads: Annotated[int, Option(SIZE, "The heads of each attention, which divide d_model.")]
+    d_ff: Annotated[int, Option(SIZE, "The width within the feed-forward parts.")]
+    encoder_layers: Annotated[int, Option(LAYERS, "The layers of the encoder.")]
+    decoder_layers: Annotated[int, Option(LAYERS, "The layers of the decoder.")]
+    source_positions: Annotated[int, Option(SIZE, "The rows of the source's position table, bos and eos included.")]
+    target_positions: Annotated[int, Option(SIZE, "The rows of the target's position table, bos and eos included.")]
+    attention_bias: Annotated[bool, Option(flag(), "Whether the projections of attention have biases.")] = False
 
     def __post_init__(self) -> None:
-        problems = list(self._problems())
-        if problems:
-            raise CheckpointError(
-                f"model configuration with {'; '.join(problems)}",
-                expected=f"sizes from 1 to {LARGEST_SIZE}, layers up to {MOST_LAYERS} and heads that divide d_model",
-                remedy="Correct the configuration (--heads sets the head count).",
-            )
-
-    def _problems(self) -> list[str]:
-        wrong = []
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            kind = bool if field.name == "attention_bias" else int
-            if type(value) is not kind:
-                wrong.append(f"{field.name} = {value!r} (not {kind.__name__})")
-            elif kind is int and not 1 <= value <= (MOST_LAYERS if field.name.endswith("_layers") else LARGEST_SIZE):
-                wrong.append(f"{field.name} = {value}")
+        wrong = [f"{problem.option} = {getattr(self, problem.option)!r}" for problem in wrong_values(self)]
         if not wrong and self.d_model % self.heads:
             wrong.append(f"{self.heads} heads that do not divide d_model {self.d_model}")
-        return wrong
+        if wrong:
+            raise CheckpointError(
+                f"The model configuration has {'; '.join(wrong)}",
+                expected=f"sizes from 1 to {LARGEST_SIZE}, layers up to {MOST_LAYERS} and heads that divide d_model",
+                remedy="Correct the configuration. The option `heads` sets the head count of a state dict.",
+            )
 
     @property
     def head_width(self) -> int:
@@ -71,7 +61,7 @@ class ModelConfig:
         missing, unknown = sorted(required - values.keys()), sorted(map(str, values.keys() - names))
         if missing or unknown:
             raise CheckpointError(
-                f"model configuration with missing fields {missing} and unknown fields {unknown}",
+                f"The model configuration has missing fields {missing} and unknown fields {unknown}",
                 expected=f"the fields {sorted(names)}",
                 remedy="Write the checkpoint with this version of kvx.",
             )

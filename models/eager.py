@@ -20,8 +20,10 @@ PAST_IDS = "past_ids"
 
 
 class TorchBackend:
-    """Eager PyTorch with the cache of the contract. `attention_layer`: the decoder layer, counted from 0, whose
-    attention steps of one token give; `ops`: other operators than the eager ones.
+    """Eager PyTorch with the cache of the contract.
+
+    Steps of one token give the attention of the decoder layer `attention_layer`, counted from 0. `ops` replaces the
+    eager operators.
     """
 
     name = "torch"
@@ -46,20 +48,22 @@ class TorchBackend:
         }
 
     def bind(self, cache: KVCache) -> Step:
-        """The step over the cache's buffers, which are written in place."""
+        """The step for one token of a row over the cache's buffers, which are written in place."""
+        return self._bind(cache, self._attention_layer)
 
+    def bind_chunk(self, cache: KVCache) -> Step:
+        """The step for several tokens of a row, input_ids [n, Q] → logits [n, Q, V]."""
+        return self._bind(cache, None)
+
+    def _bind(self, cache: KVCache, attention_layer: int | None) -> Step:
         @torch.inference_mode()
         def step(input_ids: IntArray) -> StepOutput:
             past, cross = self._keys_values(cache, "decoder"), self._keys_values(cache, "encoder")
-            ids, layer = torch.from_numpy(input_ids), self._attention_layer if input_ids.ndim == 1 else None
-            stepped = self.model.step(ids, *_lengths(cache), past, cross, self._ops, attention_layer=layer)
+            ids, lengths = torch.from_numpy(input_ids), _lengths(cache)
+            stepped = self.model.step(ids, *lengths, past, cross, self._ops, attention_layer=attention_layer)
             return StepOutput(logits=_array(stepped.logits), attention=_array(stepped.attention))
 
         return step
-
-    def bind_chunk(self, cache: KVCache) -> Step:
-        """The step for several tokens of a row, input_ids [n, Q] → logits [n, Q, V], where `query_tokens` is true."""
-        return self.bind(cache)
 
     def _keys_values(self, cache: KVCache, side: str) -> list[KeyValue]:
         n, layers = cache.active, self.model.config.decoder_layers
@@ -94,6 +98,10 @@ class NoCacheBackend(TorchBackend):
             return StepOutput(logits=_array(self.model.head(hidden[rows, lengths])), attention=_array(attention))
 
         return step
+
+    def bind_chunk(self, cache: KVCache) -> Step:
+        """There is no such step: `query_tokens` is false."""
+        raise NotImplementedError(f"{self.name} takes one token of a row at a time")
 
 
 def _lengths(cache: KVCache) -> tuple[Tensor, Tensor]:

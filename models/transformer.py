@@ -87,7 +87,7 @@ class DecoderLayer(nn.Module):
 
 class Stepped(NamedTuple):
     """What a step gives: logits [B, V] or [B, Q, V]; presents [B, H, T, D] and cross keys and values [B, H, S, D] of
-    every layer; attention [B, S], one layer's, where asked for.
+    every layer; attention [B, S] of one layer, or None.
     """
 
     logits: Tensor

@@ -85,15 +85,10 @@ class TranslateKeywords(TypedDict, total=False):
     scores: bool
     align: bool
     replace_unknown: bool
+    window: int | None
     rows: int | None
     workers: int | None
     cache_bytes: int | None
-
-
-class AllKeywords(TranslateKeywords, total=False):
-    """With the window, which a call with all its texts at hand does not have."""
-
-    window: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, init=False)
@@ -134,7 +129,7 @@ class TranslateOptions:
     filters: Annotated[tuple[Filter, ...], Option(CALLABLES, "Further constraints, as callables.", hidden=True)] = ()
     shortlist: Annotated[
         str | Path | None,
-        Option(path(), "A file of `kvx shortlist`: use its candidates only. Needs a bundle exported --with-shortlist."),
+        Option(path(), "A file of `kvx shortlist`: use its candidates only. Needs a bundle exported with a shortlist."),
     ] = None
     on_long: Annotated[
         OnLong,
@@ -145,14 +140,14 @@ class TranslateOptions:
         bool,
         Option(
             flag(),
-            "Also give the source piece that each token attends to most. Needs a bundle exported --with-attention.",
+            "Also give the source piece that each token attends to most. Needs a bundle exported with attention.",
         ),
     ] = False
     replace_unknown: Annotated[
         bool,
         Option(
             flag(),
-            "Put the aligned source word in the place of an unknown token. Needs a bundle exported --with-attention.",
+            "Put the aligned source word in the place of an unknown token. Needs a bundle exported with attention.",
         ),
     ] = False
     window: Annotated[
@@ -188,7 +183,7 @@ class TranslateOptions:
         ),
     ] = None
 
-    def __init__(self, **keywords: Unpack[AllKeywords]) -> None:
+    def __init__(self, **keywords: Unpack[TranslateKeywords]) -> None:
         given: dict[str, Any] = dict(keywords)
         _refuse_unknown(given)
         flat = {name: given.pop(name) for name in SEARCH_OPTIONS if name in given}
@@ -201,9 +196,9 @@ class TranslateOptions:
             object.__setattr__(self, "search", search)
         refuse(problems or self._contradictions())
 
-    def changed(self, **changes: Unpack[AllKeywords]) -> TranslateOptions:
+    def changed(self, **changes: Unpack[TranslateKeywords]) -> TranslateOptions:
         """These options with some others. Keywords of a search change the search that is there."""
-        own: AllKeywords = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[assignment]
+        own: TranslateKeywords = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[assignment]
         own.update(changes)
         return TranslateOptions(**own) if changes else self
 
@@ -212,26 +207,6 @@ class TranslateOptions:
         """Whether the weights of the cross-attention are needed."""
         return self.align or self.replace_unknown
 
-    def filters_of(self, reader: TargetReader) -> Filters:
-        """The filters that these describe, their texts read as pieces. The least length comes last: it gives way where
-        the others leave nothing but eos. Raises OptionError for what the vocabulary does not have.
-        """
-        filters: list[Filter] = []
-        if self.repetition_penalty not in (None, 1.0):
-            filters.append(RepetitionPenalty(self.repetition_penalty))
-        if self.end_penalty:
-            filters.append(EndPenalty(self.end_penalty))
-        if self.suppress:
-            filters.append(Suppress(reader.pieces(self.suppress, "suppress")))
-        if self.banned:
-            filters.append(Ban(tuple(reader.sequence(one, "banned") for one in self.banned)))
-        if self.no_repeated_ngrams is not None:
-            filters.append(NoRepeatedNgrams(self.no_repeated_ngrams))
-        filters.extend(self.filters)
-        if self.min_new_tokens is not None and self.min_new_tokens > 1:
-            filters.append(LeastTokens(self.min_new_tokens))
-        return Filters(tuple(filters))
-
     def _contradictions(self) -> Iterator[Problem]:
         beams = self.search.beams
         if self.rows is not None and self.rows < beams:
@@ -239,6 +214,27 @@ class TranslateOptions:
         if self.min_new_tokens is not None and self.min_new_tokens > (self.max_new_tokens or self.min_new_tokens):
             got = f"`min_new_tokens` is {self.min_new_tokens}, more than `max_new_tokens` ({self.max_new_tokens})"
             yield Problem("min_new_tokens", got, "`min_new_tokens` up to `max_new_tokens`")
+
+
+def filters_of(options: TranslateOptions, reader: TargetReader) -> Filters:
+    """The filters that options describe, their texts read as pieces. The least length comes last: it gives way where
+    the others leave nothing but eos. Raises OptionError for what the vocabulary does not have.
+    """
+    filters: list[Filter] = []
+    if options.repetition_penalty not in (None, 1.0):
+        filters.append(RepetitionPenalty(options.repetition_penalty))
+    if options.end_penalty:
+        filters.append(EndPenalty(options.end_penalty))
+    if options.suppress:
+        filters.append(Suppress(reader.pieces(options.suppress, "suppress")))
+    if options.banned:
+        filters.append(Ban(tuple(reader.sequence(one, "banned") for one in options.banned)))
+    if options.no_repeated_ngrams is not None:
+        filters.append(NoRepeatedNgrams(options.no_repeated_ngrams))
+    filters.extend(options.filters)
+    if options.min_new_tokens is not None and options.min_new_tokens > 1:
+        filters.append(LeastTokens(options.min_new_tokens))
+    return Filters(tuple(filters))
 
 
 def _search_options(search: type) -> dict[str, Option]:

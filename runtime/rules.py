@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from numbers import Integral
 from pathlib import Path
@@ -109,9 +109,13 @@ def anything(expected: str) -> Rule:
     return Rule(expected, lambda value: True)
 
 
-@functools.cache
 def described(owner: type) -> dict[str, Option]:
-    """The described fields of a dataclass or TypedDict, by name."""
+    """The described fields of a dataclass, by name."""
+    return _described(owner)
+
+
+@functools.cache
+def _described(owner: Hashable) -> dict[str, Option]:
     hints = get_type_hints(owner, include_extras=True)
     found = ((name, option_of(hint)) for name, hint in hints.items())
     return {name: option for name, option in found if option is not None}

@@ -267,7 +267,7 @@ def translate(model: Transformer, texts: list[str], tokenizers: Tokenizers) -> l
 
 def main() -> None:
     """Train, write and measure on the held-out numbers."""
-    from kvx.models.importers.reference import Checkpoint, save_checkpoint
+    from kvx.models.importers import Checkpoint, save_checkpoint
 
     parser = argparse.ArgumentParser(description="Train a small English → German number-words Transformer.")
     parser.add_argument("-o", "--output", type=Path, default=DEFAULT_OUTPUT, help="folder for the three files")

@@ -1,28 +1,40 @@
-"""Bundles exported once for the whole run, and the reference model where it is there."""
+"""Bundles exported once for the whole run, and the reference model where its files are present.
+
+The tests of the runtime also run where torch is not installed. The bundles then come from the folder that the
+environment variable KVX_TEST_BUNDLES names. `make bundles` fills it. Tests that need torch itself are skipped.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 
 from kvx import Translator
-from kvx.exporter.export import ExportOptions, export
-from kvx.models.config import ModelConfig
-from kvx.models.importers.reference import Checkpoint, load_checkpoint, save_checkpoint
-from kvx.models.transformer import Transformer
 from kvx.runtime.backends.onnx import OnnxBackend
 from kvx.runtime.bundle.manifest import BEAMS_FILE
 
-torch.set_num_threads(1)  # two threads on a busy machine wait for each other most of the time
+if TYPE_CHECKING:
+    from kvx.models.importers import Checkpoint
+    from kvx.models.transformer import Transformer
+
+if importlib.util.find_spec("torch") is not None:
+    import torch
+
+    torch.set_num_threads(1)  # two threads on a busy machine wait for each other most of the time
+
+Exported = Callable[..., Path]
 
 ROOT = Path(__file__).resolve().parent.parent
 NUMBERS = ROOT / "artifacts" / "numbers-checkpoint"
 SEED = ROOT.parent / "shared" / "seed"
+KEPT = Path(os.environ["KVX_TEST_BUNDLES"]).absolute() if "KVX_TEST_BUNDLES" in os.environ else None
 TINY: dict[str, Any] = {
     "d_model": 16,
     "heads": 2,
@@ -79,14 +91,37 @@ def seed() -> Seed:
 
 @pytest.fixture(scope="session")
 def seed_checkpoint(seed: Seed) -> Checkpoint:
+    pytest.importorskip("torch")
+    from kvx.models.importers import load_checkpoint
+
     return load_checkpoint(seed.checkpoint)
 
 
 @pytest.fixture(scope="session")
-def seed_bundle(seed: Seed, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bundles") / "seed"
-    export(ExportOptions(checkpoint=seed.checkpoint, output=folder))
-    return folder
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the bundles: kept ones, or those of this run alone."""
+    return tmp_path_factory.mktemp("bundles") if KEPT is None else KEPT
+
+
+@pytest.fixture(scope="session")
+def exported(bundles: Path) -> Exported:
+    """A function of a name, the path of a checkpoint and the options of an export → the bundle's folder."""
+
+    def bundle(name: str, checkpoint: Path, **options: str | bool) -> Path:
+        if not (bundles / name).is_dir():
+            pytest.importorskip("torch", reason="exporting a bundle needs torch")
+            from kvx.exporter.export import export
+            from kvx.exporter.options import ExportOptions
+
+            export(ExportOptions(checkpoint=checkpoint, output=bundles / name, **options))  # type: ignore[arg-type]
+        return bundles / name
+
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def seed_bundle(seed: Seed, exported: Exported) -> Path:
+    return exported("seed", seed.checkpoint)
 
 
 @pytest.fixture(scope="session")
@@ -95,10 +130,8 @@ def seed_translator(seed_bundle: Path) -> Translator:
 
 
 @pytest.fixture(scope="session")
-def numbers_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bundles") / "numbers"
-    export(ExportOptions(checkpoint=NUMBERS / "model.pt", output=folder))
-    return folder
+def numbers_bundle(exported: Exported) -> Path:
+    return exported("numbers", NUMBERS / "model.pt")
 
 
 @pytest.fixture(scope="session")
@@ -116,45 +149,60 @@ def beams_translator(numbers_bundle: Path) -> Translator:
 
 
 @pytest.fixture(scope="session")
-def shortlist_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shortlist_bundle(exported: Exported) -> Path:
     """The demo with what translating with a shortlist needs."""
-    folder = tmp_path_factory.mktemp("bundles") / "shortlist"
-    checkpoint = NUMBERS / "model.pt"
-    export(ExportOptions(checkpoint=checkpoint, output=folder, format="onnx", verify=False, shortlist=True))
-    return folder
+    return exported("shortlist", NUMBERS / "model.pt", format="onnx", verify=False, shortlist=True)
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def attention_bundle(exported: Exported) -> Path:
+    """The demo with steps that also give attention."""
+    return exported("attention", NUMBERS / "model.pt", attention=True, verify=False)
+
+
+@pytest.fixture(scope="session")
+def loop_bundle(exported: Exported) -> Path:
+    """The demo with the step that feeds itself, in operators that a CPU runs."""
+    return exported("loop", NUMBERS / "model.pt", format="onnx", loop=True, verify=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint_folder(bundles: Path) -> Path:
     """A random model of a few thousand weights with the demo's tokenizers, in kvx's own format."""
-    folder = tmp_path_factory.mktemp("tiny")
-    save_checkpoint(Checkpoint(tiny_model(), max_new_tokens=18), folder / "model.pt")
-    for name in ("source.model", "target.model"):
-        (folder / name).write_bytes((NUMBERS / name).read_bytes())
+    folder = bundles / "tiny-checkpoint"
+    if not folder.is_dir():
+        pytest.importorskip("torch", reason="making a checkpoint needs torch")
+        from kvx.models.importers import Checkpoint, save_checkpoint
+
+        folder.mkdir(parents=True)
+        save_checkpoint(Checkpoint(tiny_model(), max_new_tokens=18), folder / "model.pt")
+        for name in ("source.model", "target.model"):
+            (folder / name).write_bytes((NUMBERS / name).read_bytes())
     return folder
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bundles") / "tiny"
-    export(ExportOptions(checkpoint=tiny_checkpoint_folder / "model.pt", output=folder))
-    return folder
+def tiny_bundle(tiny_checkpoint_folder: Path, exported: Exported) -> Path:
+    return exported("tiny", tiny_checkpoint_folder / "model.pt")
 
 
 @pytest.fixture(scope="session")
-def standard_bundle(tiny_checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bundles") / "standard"
+def standard_bundle(tiny_checkpoint_folder: Path, exported: Exported) -> Path:
     checkpoint = tiny_checkpoint_folder / "model.pt"
-    export(ExportOptions(checkpoint=checkpoint, output=folder, format="onnx", lowering="standard", verify=False))
-    return folder
+    return exported("standard", checkpoint, format="onnx", lowering="standard", verify=False)
 
 
 @pytest.fixture(scope="session")
 def tiny() -> Transformer:
+    pytest.importorskip("torch")
     return tiny_model()
 
 
 def tiny_model() -> Transformer:
+    from kvx.models.config import ModelConfig
+    from kvx.models.importers import load_checkpoint
+    from kvx.models.transformer import Transformer
+
     numbers = load_checkpoint(NUMBERS / "model.pt").model.config
     vocabularies = {name: getattr(numbers, name) for name in ("source_vocab_size", "target_vocab_size")}
     torch.manual_seed(0)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from kvx import Translation, Translator
 from kvx.models.eager import NoCacheBackend, TorchBackend
-from kvx.models.importers.reference import Checkpoint
+from kvx.models.importers import Checkpoint
 from kvx.runtime.backends.onnx import OnnxBackend
 from kvx.runtime.backends.torchscript import TorchScriptBackend
 from kvx.runtime.bundle.folder import Bundle

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
+import importlib
+import inspect
 import os
 import re
 import shutil
@@ -11,12 +14,14 @@ import sys
 import sysconfig
 import tomllib
 import types
+import typing
 import venv
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import kvx
 from kvx.runtime import errors
@@ -68,6 +73,54 @@ def test_the_packages_are_the_folders_that_are_packages() -> None:
         listed = tomllib.load(file)["tool"]["setuptools"]["packages"]
     found = [".".join(["kvx", *path.parent.parts]) for path in SOURCES if path.name == "__init__.py"]
     assert sorted(listed) == sorted(found)
+
+
+def extras() -> dict[str, list[str]]:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        found: dict[str, list[str]] = tomllib.load(file)["project"]["optional-dependencies"]
+    return found
+
+
+def required(extra: str) -> set[str]:
+    """The packages that an extra brings, also those of the extras of kvx that it names, on every platform."""
+    found = set[str]()
+    for line in extras()[extra]:
+        name = re.split(r"[^\w.\[\],-]", line)[0]
+        inner = re.fullmatch(r"kvx\[([\w,]+)\]", name)
+        found |= set().union(*map(required, inner[1].split(","))) if inner else {name}
+    return found
+
+
+def test_the_user_chooses_onnx_runtime_by_an_extra() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        base = tomllib.load(file)["project"]["dependencies"]
+    assert [line for line in base if line.startswith("onnxruntime")] == []
+    assert required("cpu") == {"onnxruntime"}
+    for extra in set(extras()) - {"cpu", "gpu", "cuda", "dev"}:
+        assert not {name for name in required(extra) if name.startswith("onnxruntime")}
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "package"),
+    [
+        ("linux", "x86_64", "onnxruntime-gpu"),
+        ("win32", "AMD64", "onnxruntime-gpu"),
+        ("linux", "aarch64", "onnxruntime"),
+        ("darwin", "arm64", "onnxruntime"),
+        ("darwin", "x86_64", "onnxruntime"),
+    ],
+)
+def test_the_gpu_extra_installs_one_onnx_runtime_on_every_platform(system: str, machine: str, package: str) -> None:
+    platform = {"sys_platform": system, "platform_machine": machine}
+    requirements = [Requirement(line) for line in extras()["gpu"]]
+    chosen = [one.name for one in requirements if one.marker is None or one.marker.evaluate(platform)]
+    assert chosen == [package]
+
+
+def test_cuda_and_dev_bring_the_onnx_runtime_for_gpus() -> None:
+    assert required("gpu") < required("cuda")
+    assert required("gpu") < required("dev")
+    assert {"nvidia-cublas", "nvidia-cudnn-cu13"} <= required("cuda")
 
 
 def test_every_module_lies_in_a_package() -> None:
@@ -129,6 +182,8 @@ EXPORTER_ROOMS = (
     ("precision",),
     ("writing",),
     ("proof",),
+    ("options",),
+    ("graphs", "folder"),
     ("export",),
 )
 MODELS_ROOMS = (("config", "layers"), ("operators",), ("transformer",), ("importers", "eager"))
@@ -175,7 +230,7 @@ def test_decoding_knows_no_thread_and_no_file(path: Path) -> None:
 
 @pytest.mark.parametrize("path", in_package("models"), ids=str)
 def test_models_know_only_the_contract_of_the_runtime(path: Path) -> None:
-    contract = ("arrays", "errors", "bundle.signature", "decoding.backend", "decoding.cache")
+    contract = ("arrays", "errors", "rules", "bundle.signature", "decoding.backend", "decoding.cache")
     allowed = ("kvx.models", *(f"kvx.runtime.{name}" for name in contract))
     assert [name for name in imports(path) if inside(name, "kvx") and not inside(name, *allowed)] == []
 
@@ -209,9 +264,56 @@ def test_the_public_face_is_explicit_and_complete() -> None:
     assert all(hasattr(kvx, name) for name in kvx.__all__)
 
 
+def named_classes(hint: object) -> Iterator[type]:
+    """The classes of kvx in an annotation."""
+    if isinstance(hint, type) and not typing.get_args(hint) and hint.__module__.split(".")[0] == "kvx":
+        yield hint
+    for part in typing.get_args(hint):
+        yield from named_classes(part)
+
+
+def public_hints(owner: type) -> Iterator[object]:
+    """The annotations of what a class shows: its methods, properties and fields."""
+    for name, member in inspect.getmembers(owner):
+        function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+        if not name.startswith("_") and inspect.isfunction(function) and owner not in SEARCHES:
+            yield from typing.get_type_hints(function).values()
+    if dataclasses.is_dataclass(owner):
+        namespace = vars(sys.modules[OWN_MODULES[owner]])
+        yield from (eval(str(field.type), namespace) for field in dataclasses.fields(owner))
+
+
+SEARCHES = {kvx.BeamSearch, kvx.Greedy, kvx.Sampling}  # people make them; what they do with rows is the decoder's
+OWN_MODULES = {
+    value: name
+    for name, module in list(sys.modules.items())
+    if name.startswith("kvx.runtime")
+    for value in vars(module).values()
+    if isinstance(value, type) and value.__module__ == "kvx" and f"class {value.__name__}" in inspect.getsource(module)
+}
+
+
+@pytest.mark.parametrize("name", [name for name in kvx.__all__ if isinstance(getattr(kvx, name), type)])
+def test_what_public_signatures_name_is_public_too(name: str) -> None:
+    shown = {each for hint in public_hints(getattr(kvx, name)) for each in named_classes(hint)}
+    assert {each.__name__ for each in shown} <= set(kvx.__all__)
+    assert {each.__module__ for each in shown} <= {"kvx"}
+
+
+def test_public_classes_say_that_they_are_kvx() -> None:
+    classes = [getattr(kvx, name) for name in kvx.__all__ if isinstance(getattr(kvx, name), type)]
+    assert {one.__module__ for one in classes} == {"kvx"}
+    assert all(getattr(kvx, one.__name__) is one for one in classes)
+
+
+def test_a_translator_shows_nothing_but_what_people_call() -> None:
+    shown = {name for name in dir(kvx.Translator) if not name.startswith("_")}
+    assert shown == {"alternatives", "load", "manifest", "rank", "score", "translate", "translate_iter"}
+
+
 def test_every_error_is_exported() -> None:
-    own = {name: value for name, value in vars(errors).items() if getattr(value, "__module__", "") == errors.__name__}
-    found = {name: value for name, value in own.items() if isinstance(value, type)}
+    kinds = {name: value for name, value in vars(errors).items() if isinstance(value, type)}
+    found = {name: value for name, value in kinds.items() if issubclass(value, Exception)}
     assert found
     for name, error in found.items():
         assert issubclass(error, kvx.KvxError)
@@ -233,6 +335,17 @@ def test_no_file_names_a_folder_of_this_machine() -> None:
     pattern = re.compile(rb"(?<![\w.~-])" + re.escape(os.fsencode(root)) + rb"/")
     naming = [path.relative_to(ROOT) for path in listed_files() if pattern.search(path.read_bytes())]
     assert naming == []
+
+
+def test_the_way_of_a_sentence_leads_past_functions_that_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    stations = re.findall(r"^\d+\. \[`([\w.]+)`\]\(([\w/]+\.py)\)", text, re.MULTILINE)
+    assert 15 <= len(stations) <= 25
+    for name, file in stations:
+        station: object = importlib.import_module(module_name(Path(file)))
+        for part in name.split("."):
+            station = getattr(station, part)
+        assert callable(station)
 
 
 @pytest.fixture(scope="module")
@@ -257,6 +370,11 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     [metadata] = [name for name in names if name.name == "METADATA"]
     content = zipfile.ZipFile(wheel).read(str(metadata)).decode()
     assert f"\nVersion: {kvx.__version__}\n" in content
+    needed = [
+        Requirement(line.removeprefix("Requires-Dist: ")) for line in content.splitlines() if "Requires-Dist" in line
+    ]
+    assert {one.name for one in needed if one.marker is None} == {"numpy", "sentencepiece", "typer", "rich"}
+    assert set(re.findall(r"(?m)^Provides-Extra: (.+)$", content)) == set(extras())
 
 
 def test_the_wheel_runs_in_a_clean_environment(wheel: Path, numbers_bundle: Path, tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import pytest
 import sacrebleu
 
 from kvx import Translator
-from kvx.exporter.export import ExportOptions, export
+from kvx.exporter.export import export
+from kvx.exporter.options import ExportOptions
 from kvx.runtime.bundle.manifest import Precision
 
 if TYPE_CHECKING:

@@ -61,7 +61,7 @@ def _eager(bundle: Bundle, request: Request) -> LoadedModel:
     import torch
 
     from kvx.models.eager import NoCacheBackend, TorchBackend
-    from kvx.models.importers.reference import load_checkpoint
+    from kvx.models.importers import load_checkpoint
 
     torch.set_num_threads(request["threads"])
     model = load_checkpoint(Path(request["checkpoint"])).model

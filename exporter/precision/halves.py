@@ -9,7 +9,7 @@ Products, norms and softmax add up in float32 inside their kernels. Two things w
   with errors in logits of 0.007 instead of 0.010, and cost two kernels more at each of its three additions a layer.
   With `bf16` it is float32: in bfloat16, 8 bits of it, 294 lines instead of 298.
 
-What float16 cannot hold, nothing above 65504, is looked for in the proof.
+float16 holds nothing above 65504: the proof looks for larger values.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from torch import Tensor, nn
 from kvx.models.layers import LayerNorm, Linear
 from kvx.models.operators import Operators
 from kvx.models.transformer import Transformer
-from kvx.runtime.bundle.manifest import ELEMENTS, Precision
-
-RESIDUALS: dict[Precision, torch.dtype] = {"fp16": torch.float16, "bf16": torch.float32}
+from kvx.runtime.bundle.precision import PRECISIONS, Precision
 
 
 def in_precision(model: Transformer, precision: Precision) -> Transformer:
     """The model itself, or a copy in the types of the precision: the residual stream takes that of the positions."""
-    if precision not in ELEMENTS:
+    arithmetic = PRECISIONS[precision]
+    if not arithmetic.halved:
         return model
-    element: torch.dtype = getattr(torch, ELEMENTS[precision])
+    element: torch.dtype = getattr(torch, arithmetic.element)  # the contract's names are torch's
+    residual: torch.dtype = getattr(torch, arithmetic.residual)
     halved = copy.deepcopy(model)
     for module in halved.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)) and module is not halved.head:
             module.to(element)
     for embedding in (halved.source_embedding, halved.target_embedding):
-        embedding.positions = embedding.positions.to(RESIDUALS[precision])
+        embedding.positions = embedding.positions.to(residual)
     return halved
 
 
@@ -68,10 +68,10 @@ def widen(file: Path, wide: Path) -> None:
 
 
 class Peak(Operators):
-    """The eager operators, noting the largest magnitude that any projection gives and any norm is given.
+    """The eager operators, noting the largest magnitude among the outputs of projections and the inputs of norms.
 
     That bounds what float16 holds: attention adds up its products of queries and keys in float32 inside its kernels,
-    and gives a mean of values. Whatever is not finite counts as infinite.
+    and gives a mean of values. A value that is not finite counts as infinite.
     """
 
     def __init__(self) -> None:

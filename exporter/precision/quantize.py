@@ -18,14 +18,13 @@ Letters: N outputs and K inputs of a projection, V vocabulary, E model width.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from kvx.runtime.bundle.manifest import Precision
+from kvx.runtime.bundle.precision import Widths
 
 DOMAIN = "com.microsoft"
 BLOCK = 128
@@ -41,18 +40,6 @@ class Blocks(NamedTuple):
 
     codes: NDArray[np.uint8]
     scales: NDArray[np.float32]
-
-
-@dataclass(frozen=True, slots=True)
-class Widths:
-    """Bits of the weights in products and of those in lookups."""
-
-    products: int
-    lookups: int
-
-
-STEP_WIDTHS: dict[Precision, Widths] = {"int8": Widths(8, 8), "int4": Widths(4, 4)}
-ENCODER_WIDTHS: dict[Precision, Widths] = {"int8": Widths(8, 8), "int4": Widths(8, 4)}
 
 
 def quantize(model: ir.Model, widths: Widths, weights: Mapping[str, float | None]) -> None:
@@ -189,7 +176,7 @@ class _Quantizer:
 
 
 def _comes_from(value: ir.Value | None, operator: str) -> bool:
-    """Whether the value is what this operator gave, in whatever shape."""
+    """Whether this operator gave the value, in any shape."""
     producer = value.producer() if value is not None else None
     while producer is not None and producer.op_type == "Reshape":
         producer = producer.inputs[0].producer() if producer.inputs[0] is not None else None

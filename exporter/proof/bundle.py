@@ -13,113 +13,97 @@ import onnx
 import torch
 
 from kvx.exporter.precision.halves import widen
-from kvx.exporter.progress import Report
-from kvx.exporter.proof.loop import check_loop
-from kvx.exporter.proof.quality import VerificationText, prove_reduced
-from kvx.exporter.proof.trial import Check, ExportedGraphs, ParityOptions, ParityReport, Trial, prove
-from kvx.models.importers.reference import load_checkpoint
+from kvx.exporter.progress import Progress
+from kvx.exporter.proof.checks import Case, prove
+from kvx.exporter.proof.limits import ParityOptions
+from kvx.exporter.proof.quality import VerificationText
+from kvx.exporter.proof.report import Check, ParityReport
+from kvx.exporter.proof.trial import ExportedGraphs
+from kvx.models.importers import load_checkpoint
 from kvx.models.transformer import Transformer
 from kvx.runtime.backends.onnx import OnnxBackend
 from kvx.runtime.backends.torchscript import TorchScriptBackend
 from kvx.runtime.bundle.folder import CHECKPOINT_FILE, Bundle
-from kvx.runtime.bundle.manifest import LOOP_FILE, PROJECTION_FILE, Manifest, Precision
+from kvx.runtime.bundle.graphs import GRAPHS
+from kvx.runtime.bundle.manifest import Manifest
+from kvx.runtime.bundle.precision import PRECISIONS
 from kvx.runtime.bundle.signature import cache_specs
 from kvx.runtime.decoding.plan import Plan
 from kvx.runtime.errors import BundleError, InputError
 from kvx.runtime.measuring.evaluation import ParallelText
-from kvx.runtime.rules import Problem, refuse
+from kvx.runtime.rules import refuse
 from kvx.runtime.text.lines import open_lines, read_lines
 from kvx.runtime.text.sources import SourceReader, load_tokenizer
 
 
-def verify(
-    folder: Path,
-    checkpoint: Path,
-    options: ParityOptions,
-    verify_text: Path | None = None,
-    verify_reference: Path | None = None,
-    report: Report | None = None,
-) -> ParityReport:
+def verify(folder: Path, checkpoint: Path, options: ParityOptions, progress: Progress | None = None) -> ParityReport:
     """Proves an existing bundle against a checkpoint once more: files, configuration, graphs, translations.
 
-    Raises BundleError or CheckpointError where one of them cannot be opened at all, OptionError for what would judge
-    nothing; a difference is in the report.
+    A difference is in the report. Raises BundleError or CheckpointError where one of them cannot be opened at all, and
+    OptionError for limits and files that would judge nothing.
     """
-    report = report or Report()
+    progress = progress or Progress()
     manifest = Manifest.read(folder)
-    refuse(
-        Problem("", *one) for one in list(without_effect(manifest.precision, options, verify_text, verify_reference))
-    )
-    report.phase("comparing the files with their hashes")
+    refuse(options.without_effect(manifest.precision))
+    progress.phase("comparing the files with their hashes")
     checks = [_check_files(folder)]
     if checks[-1].passed:
-        report.phase("reading the checkpoint")
-        model = load_checkpoint(checkpoint, heads=manifest.model["heads"]).model
-        checks.append(_check_model(Bundle(folder, manifest), model))
+        progress.phase("reading the checkpoint")
+        bundle, model = Bundle(folder, manifest), load_checkpoint(checkpoint, heads=manifest.model["heads"]).model
+        checks.append(_check_model(bundle, model))
         if checks[-1].passed:
-            bundle = Bundle(folder, manifest)
-            text = read_verification(bundle, verify_text, verify_reference)
-            checks += prove_bundle(bundle, model, options, text, report)
+            checks += prove_bundle(bundle, model, options, read_verification(bundle, options), progress)
     return ParityReport(options.limits(manifest.precision).tolerance, tuple(checks))
 
 
-def without_effect(
-    precision: Precision, options: ParityOptions, text: Path | None, reference: Path | None
-) -> Iterator[tuple[str, str]]:
-    """What of a proof's limits and files there is nothing for, and what they need."""
-    need = "only with fewer bits and --verify-text"
-    missing = [
-        *(["without --verify-text"] if text is None else []),
-        *(["with --precision fp32"] if precision == "fp32" else []),
-    ]
-    if missing and reference is not None:
-        yield f"--verify-reference {' and '.join(missing)}", f"--verify-reference {need}"
-    if missing and options.equal_lines is not None:
-        yield f"--equal-lines {' and '.join(missing)}", f"--equal-lines {need}"
-    if options.bleu_lost is not None and reference is None:
-        yield "--bleu-lost without --verify-reference", "--bleu-lost only with --verify-reference"
-
-
 def prove_bundle(
-    bundle: Bundle, model: Transformer, options: ParityOptions, text: VerificationText | None, report: Report
+    bundle: Bundle, model: Transformer, options: ParityOptions, text: VerificationText | None, progress: Progress
 ) -> Iterator[Check]:
     """Every format of the bundle, run by the very backends that its users will run, also on the lines of a text."""
-    precision = bundle.manifest.precision
-    plan = Plan.of(bundle.manifest, cache_specs(bundle.manifest.dimensions))
-    if "onnx" in bundle.manifest.formats:
-        report.phase("checking the ONNX files")
+    manifest = bundle.manifest
+    if "onnx" in manifest.formats:
+        progress.phase("checking the ONNX files")
         yield _check_onnx(bundle)
     with _runnable(bundle) as runnable:
-        for name in bundle.manifest.formats:
+        for name in manifest.formats:
             try:
                 graphs = _open_graphs(runnable, name)
             except BundleError as error:
                 yield Check(name, "contract", False, str(error))
                 continue
-            widened = "" if runnable is bundle else "; bfloat16 is proven as float32, for want of kernels on a CPU"
-            yield Check(name, "contract", True, f"names, types and axes as the manifest gives them{widened}")
-            report.phase(f"proving {name} against eager PyTorch")
-            if precision == "fp32":
-                yield from prove(model, graphs, plan, options, text.sources if text else ())
-            else:
-                yield from prove_reduced(model, graphs, plan, options, precision, text)
-            if name == "onnx" and LOOP_FILE in bundle.manifest.files:
-                report.phase("proving the decoder that feeds itself")
-                trial = Trial(model, options, options.limits(precision).tolerance)
-                yield check_loop(trial, graphs, runnable.folder, plan)
+            yield Check(name, "contract", True, _as_described(manifest))
+            progress.phase(f"proving {name} against eager PyTorch")
+            case = Case(
+                model,
+                graphs,
+                Plan.of(manifest, cache_specs(manifest.dimensions)),
+                options,
+                precision=manifest.precision,
+                text=text,
+                folder=runnable.folder,
+                files=manifest.files,
+            )
+            yield from prove(case, progress)
+
+
+def _as_described(manifest: Manifest) -> str:
+    described, arithmetic = "names, types and axes as the manifest gives them", PRECISIONS[manifest.precision]
+    if arithmetic.runs_on_cpu:
+        return described
+    return f"{described}; {arithmetic.element} is proven as float32, because a CPU has no kernels for it"
 
 
 @contextlib.contextmanager
 def _runnable(bundle: Bundle) -> Iterator[Bundle]:
-    """The bundle, or what of it ONNX Runtime can run on a CPU."""
-    if bundle.manifest.precision != "bf16":
+    """The bundle, or a copy of its graphs that ONNX Runtime can run on a CPU."""
+    if PRECISIONS[bundle.manifest.precision].runs_on_cpu:
         yield bundle
         return
     with tempfile.TemporaryDirectory() as folder:
         for file in bundle.folder.glob("*.onnx"):
             widen(file, Path(folder) / file.name)
-        if PROJECTION_FILE in bundle.manifest.files:
-            shutil.copyfile(bundle.folder / PROJECTION_FILE, Path(folder) / PROJECTION_FILE)
+        for name in (name for graph in GRAPHS for name in graph.beside if name in bundle.manifest.files):
+            shutil.copyfile(bundle.folder / name, Path(folder) / name)
         yield Bundle(Path(folder), replace(bundle.manifest, precision="fp32"))
 
 
@@ -166,11 +150,12 @@ def _check_onnx(bundle: Bundle) -> Check:
     return Check("onnx", "ONNX checker", True, "valid, shapes inferred")
 
 
-def read_verification(bundle: Bundle, text: Path | None, reference: Path | None) -> VerificationText | None:
-    """The verification text, if there is one, with its references, if there are any.
+def read_verification(bundle: Bundle, options: ParityOptions) -> VerificationText | None:
+    """The verification text with its references, or None without one.
 
     Raises InputError where the files do not belong together.
     """
+    text, reference = options.verify_text, options.verify_reference
     if text is None:
         return None
     references: list[str] = []
@@ -187,7 +172,7 @@ def read_verification(bundle: Bundle, text: Path | None, reference: Path | None)
 
 
 def read_sources(bundle: Bundle, path: Path) -> Iterator[tuple[int, ...]]:
-    """The ids of a file's lines, the empty ones left out. Raises InputError where none is left."""
+    """The ids of a file's lines without the empty ones. Raises InputError where none is left."""
     empty = True
     with open_lines(path) as stream:
         for text in SourceReader(bundle).read(read_lines(stream)):
@@ -195,4 +180,4 @@ def read_sources(bundle: Bundle, path: Path) -> Iterator[tuple[int, ...]]:
                 empty = False
                 yield text.ids
     if empty:
-        raise InputError(f"{path} without a text", expected="at least one line of text", remedy="Check the file.")
+        raise InputError(f"{path} holds no text", expected="at least one line of text", remedy="Check the file.")

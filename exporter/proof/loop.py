@@ -15,10 +15,12 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from kvx.exporter.proof.trial import Check, Differences, Trial, compare_caches, inside, poison
+from kvx.exporter.proof.caches import compare_caches, inside, poison
+from kvx.exporter.proof.report import Check, Differences
+from kvx.exporter.proof.trial import Trial
 from kvx.runtime.arrays import FloatArray, IntArray
 from kvx.runtime.backends.onnx import loop_session
-from kvx.runtime.bundle.manifest import LOOP_FILE
+from kvx.runtime.bundle.graphs import LOOP_FILE
 from kvx.runtime.bundle.signature import LOOP_FEATURES, Dimensions, step_signature
 from kvx.runtime.decoding.backend import Backend
 from kvx.runtime.decoding.cache import Capacity, KVCache
@@ -104,7 +106,7 @@ def _start(trial: Trial, cache: KVCache, plan: Plan) -> State:
 
 
 def _limits(trial: Trial, rows: int) -> IntArray:
-    """From one token to as many as there are positions."""
+    """Limits from one token to all positions."""
     limits: IntArray = trial.random.integers(1, trial.steps + 1, rows)
     return limits
 
@@ -154,7 +156,7 @@ def _check_constants(found: Differences, file: Path, plan: Plan) -> None:
 
 
 def _makers_and_constants(file: Path) -> tuple[dict[str, onnx.NodeProto], dict[str, int]]:
-    """The node that gives each value, and the integers that are given, by name."""
+    """The node that gives each value, and the constant integers, by name."""
     graph = onnx.load(file, load_external_data=False).graph
     nodes = {output: node for node in graph.node for output in node.output}
     tensors = {tensor.name: tensor for tensor in graph.initializer}

@@ -47,7 +47,7 @@ class StepGraph(nn.Module):
         self, input_ids: Tensor, past_lengths: Tensor, source_lengths: Tensor, *caches: Tensor
     ) -> tuple[Tensor, ...]:
         """Ids and lengths [B], then key and value per layer: L self [B, H, T, D], L cross [B, H, S, D]
-        → logits [B, V], perhaps next_ids [B] and attention [B, S], 2·L self caches [B, H, T, D].
+        → logits [B, V], attention [B, S] where declared, 2·L self caches [B, H, T, D].
         """
         return self._step(input_ids, past_lengths, source_lengths, caches)
 
@@ -64,10 +64,9 @@ class StepGraph(nn.Module):
         stepped = self.model.step(
             input_ids, *lengths, past, cross, self.ops, attention_layer=layer, projection=projection
         )
-        next_ids = (stepped.logits.argmax(dim=-1),) if self.features.next_ids else ()
         attention = (stepped.attention,) if stepped.attention is not None else ()
         sources = flatten(stepped.sources) if self.features.source_presents else ()
-        return (stepped.logits, *next_ids, *attention, *flatten(stepped.presents), *sources)
+        return (stepped.logits, *attention, *flatten(stepped.presents), *sources)
 
 
 class ShortlistGraph(StepGraph):

@@ -1,7 +1,7 @@
 """The decoder step that feeds itself: greedy decoding whose whole state is bound in place.
 
-ONNX Runtime does not know that an output is bound onto an input, so whatever writes over an input comes, by the data
-that it needs, after every other reader of it: the token depends on all layers, the new length on the token, the place
+ONNX Runtime does not know that an output is bound onto an input. So a node that writes over an input depends, by its
+data, on every other reader of it: the token depends on all layers, the new length on the token, the place
 of the token on the new length.
 
 Letters: B rows, S source positions, T capacity of a row's cache, H heads, D head width, L decoder layers, V target

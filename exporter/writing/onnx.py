@@ -16,9 +16,10 @@ from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 from torch import nn
 
 from kvx.exporter.lowerings.standard import IR_VERSION, OPSET
-from kvx.exporter.precision.quantize import Widths, quantize
+from kvx.exporter.precision.quantize import quantize
 from kvx.exporter.writing.graphs import EncoderGraph, StepGraph, example_inputs
 from kvx.exporter.writing.loop import LoopGraph
+from kvx.runtime.bundle.precision import Widths
 from kvx.runtime.bundle.signature import PAST
 
 
@@ -30,7 +31,7 @@ def write_onnx(
     weights_of: Path | None = None,
 ) -> None:
     """One graph → an ONNX file that the checker passes, its weights beside it as `<path>.data`, which runtimes map into
-    memory; quantised where `widths` are given.
+    memory. With `widths` they are quantised.
 
     With `weights_of`, another graph in the same folder, they are shared with that one.
     """

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 
 from kvx.exporter.writing.graphs import EncoderGraph, StepGraph, example_inputs
+from kvx.exporter.writing.loop import LoopGraph
 
 
-def write_torchscript(graph: EncoderGraph | StepGraph, path: Path) -> None:
+def write_torchscript(graph: EncoderGraph | StepGraph | LoopGraph, path: Path) -> None:
     """One graph, traced and frozen → a TorchScript file. The step writes its caches in place."""
     with warnings.catch_warnings(), torch.no_grad():
         warnings.filterwarnings("ignore", message=r"`torch\.jit\.\w+` is deprecated", category=DeprecationWarning)

@@ -1,4 +1,4 @@
-"""What the backends over a bundle's exported graphs have in common, whatever runs the graphs."""
+"""What the backends over a bundle's exported graphs have in common."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ def check_files(bundle: Bundle, name: str) -> None:
 def load_backends(
     bundle: Bundle, name: str, devices: Sequence[Device], *, threads: int | None, workers: int | None, spin: bool
 ) -> list[Backend]:
-    """A backend for each device. An altered file is a BundleError, which explains whatever a backend made of it.
+    """A backend for each device. An altered file is a BundleError, which explains any failure of a backend.
 
     Raises BundleError, DeviceError and OptionError.
     """

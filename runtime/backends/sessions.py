@@ -118,8 +118,8 @@ class Graph:
 
 
 class Failing:
-    """A context in which whatever ONNX Runtime raises, a type of its own for each status, becomes a CapacityError where
-    memory is short and else a BundleError. `got` is the sentence for what failed.
+    """A context in which an exception of ONNX Runtime becomes a CapacityError where memory is short and else a
+    BundleError. `got` is the sentence for what failed.
     """
 
     __slots__ = ("_got",)

@@ -60,6 +60,10 @@ class TorchScriptBackend(GraphBackend):
 
         return step
 
+    def bind_chunk(self, cache: KVCache) -> Step:
+        """There is no such step: `query_tokens` is false."""
+        raise NotImplementedError("torchscript takes one token of a row at a time")
+
     def run_encoder(self, feeds: Tensors) -> Tensors:
         """The encoder module as it is: its inputs by name → its outputs by name."""
         return _run(self._encoder, self.encoder_signature, feeds)

@@ -41,7 +41,7 @@ def describe(bundle: Bundle) -> Iterator[str]:
 def describe_parity(parity: Mapping[str, Any] | None, *, tensors: bool = True) -> Iterator[str]:
     """Lines on a parity report in its JSON form, with the largest difference of each tensor or only of each check."""
     if parity is None:
-        yield "parity: not proven (exported with --no-verify)"
+        yield "parity: not proven (exported without a proof)"
         return
     yield f"parity with eager PyTorch: {'passed' if parity['passed'] else 'FAILED'} (tolerance {parity['tolerance']:g})"
     for check in parity["checks"]:

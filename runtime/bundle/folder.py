@@ -31,8 +31,8 @@ class Bundle:
             _check_name(folder, name)
             size = (folder / name).stat().st_size if (folder / name).is_file() else None
             if size != entry.bytes:
-                found = "not there" if size is None else f"{size} bytes long"
-                raise _altered(folder, f"{name}, {found}", f"{entry.bytes} bytes")
+                found = "is not there" if size is None else f"is {size} bytes long"
+                raise _altered(f"{folder / name} {found}", f"a file of {entry.bytes} bytes")
         return cls(folder, manifest)
 
     def check_hashes(self, names: Iterable[str] | None = None) -> None:
@@ -40,16 +40,16 @@ class Bundle:
         for name in self.manifest.files if names is None else names:
             got, expected = FileEntry.of(self.folder / name).sha256, self.manifest.files[name].sha256
             if got != expected:
-                raise _altered(self.folder, f"{name} with sha256 {got[:12]}…", f"{expected[:12]}…")
+                raise _altered(f"{self.folder / name} has the sha256 {got[:12]}…", f"{expected[:12]}…")
 
     def require(self, *names: str) -> None:
         """Raises BundleError unless the bundle holds these files."""
         missing = [name for name in names if name not in self.manifest.files]
         if missing:
             raise BundleError(
-                f"{self.folder} without {' and '.join(missing)}",
+                f"{self.folder} has no {' and no '.join(missing)}",
                 expected=f"one of the formats it has: {', '.join(self.manifest.formats)}",
-                remedy="Choose another backend, or export again with --format both, which float32 bundles may have.",
+                remedy="Choose another `backend`, or export the checkpoint again with `format` both, in fp32.",
             )
 
 
@@ -63,9 +63,10 @@ def newest_bundle(artifacts: Path) -> Path:
             continue
     if not found:
         raise BundleError(
-            f"no bundle below {artifacts}/",
+            f"There is no bundle below {artifacts}/",
             expected="one written by kvx export",
-            remedy="Name one with --model, or export a checkpoint first.",
+            remedy="Name one with `model`, or export a checkpoint first.",
+            option="model",
         )
     return max(found)[1]
 
@@ -76,11 +77,11 @@ def _check_name(folder: Path, name: str) -> None:
     plain = plain and name.isprintable() and len(name.encode()) <= LONGEST_NAME
     if not plain or (folder / name).is_symlink():
         raise BundleError(
-            f"{folder} with the file {name!r}",
+            f"{folder} lists the file {name!r}",
             expected="plain files inside the folder",
             remedy="Do not use this bundle: it may have been tampered with.",
         )
 
 
-def _altered(folder: Path, got: str, expected: str) -> BundleError:
-    return BundleError(f"{folder} with {got}", expected=expected, remedy="Copy the bundle again, or export it anew.")
+def _altered(got: str, expected: str) -> BundleError:
+    return BundleError(got, expected=expected, remedy="Copy the bundle again, or export the checkpoint again.")

@@ -7,36 +7,41 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self
 
-from kvx.runtime.bundle.signature import (
-    CHUNK_FEATURES,
-    LOOP_FEATURES,
-    Dimensions,
-    Signature,
-    StepFeatures,
-    cache_specs,
-    encoder_signature,
-    step_signature,
+from kvx.runtime.bundle.graphs import (
+    BEAMS_FILE,
+    CHUNK_FILE,
+    GRAPH_FILES,
+    GRAPHS,
+    LOOP_FILE,
+    PROJECTION_FILE,
+    SHORTLIST_FILE,
 )
+from kvx.runtime.bundle.precision import PRECISIONS, Precision, precision_named
+from kvx.runtime.bundle.signature import Dimensions, Signature, StepFeatures, cache_specs
 from kvx.runtime.errors import BundleError
+
+__all__ = [
+    "BEAMS_FILE",
+    "CHUNK_FILE",
+    "FORMAT_VERSION",
+    "GRAPH_FILES",
+    "LARGEST_MANIFEST",
+    "LOOP_FILE",
+    "MANIFEST_FILE",
+    "PROJECTION_FILE",
+    "SHORTLIST_FILE",
+    "FileEntry",
+    "Manifest",
+    "Precision",
+    "SpecialIds",
+]
 
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1
-CHUNK_FILE = "decoder_chunk.onnx"
-BEAMS_FILE = "decoder_beams.onnx"
-SHORTLIST_FILE = "decoder_shortlist.onnx"
-PROJECTION_FILE = "projection.npy"  # the rows of the output projection, float32 [V, E], that a shortlist picks from
-LOOP_FILE = "decoder_loop.onnx"
-GRAPH_FILES = {  # of each format: the encoder and the decoder step
-    "onnx": ("encoder.onnx", "decoder_step.onnx"),
-    "torchscript": ("encoder.ts", "decoder_step.ts"),
-}
-Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
-ELEMENTS: dict[Precision, str] = {"fp16": "float16", "bf16": "bfloat16"}  # of keys and values; else float32
-OLDER_PRECISIONS: dict[Any, Precision] = {"float32": "fp32"}
 LARGEST_MANIFEST = 16 * 2**20  # bytes
 LARGEST_SIZE = 2**24
 MOST_LAYERS = 1024
@@ -83,10 +88,11 @@ class SpecialIds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """A bundle's description. `precision` is that of the weights, with fp16 and bf16 also
-    of the keys and values and of what products take and give, `lowering` names the operators of the ONNX graphs,
-    `model` is the model's configuration, `created` an ISO 8601 time in UTC, `max_new_tokens` the default limit of a
-    translation, `parity` the report of the proof or None without one.
+    """A bundle's description.
+
+    `precision` names a row of PRECISIONS, `lowering` the operators of the ONNX graphs. `model` is the model's
+    configuration, `created` an ISO 8601 time in UTC, `max_new_tokens` the default limit of a translation, `features`
+    what the decoder step has beyond the contract's core, `parity` the report of the proof or None without one.
     """
 
     created: str
@@ -105,33 +111,21 @@ class Manifest:
     @property
     def dimensions(self) -> Dimensions:
         """L, H, D and V of the model, and the type of its keys and values."""
-        return Dimensions.of_model(self.model, ELEMENTS.get(self.precision, "float32"))
+        return Dimensions.of_model(self.model, PRECISIONS[self.precision].element)
 
     @property
     def graphs(self) -> dict[str, Signature]:
         """The graphs that the bundle has, by name."""
-        graphs = {
-            "encoder": encoder_signature(self.dimensions),
-            "decoder_step": step_signature(self.dimensions, self.features),
-        }
-        beside = {
-            CHUNK_FILE: CHUNK_FEATURES,
-            BEAMS_FILE: self.features.beams,
-            SHORTLIST_FILE: self.features.shortlisted,
-            LOOP_FILE: LOOP_FEATURES,
-        }
-        for file, features in beside.items():
-            if file in self.files:
-                graphs[file.removesuffix(".onnx")] = step_signature(self.dimensions, features)
-        return graphs
+        held = (graph for graph in GRAPHS if graph.is_in(self.files))
+        return {graph.name: graph.signature(self.dimensions, self.features) for graph in held}
 
     @property
     def formats(self) -> tuple[str, ...]:
         """The formats of which the bundle has a graph."""
-        return tuple(name for name, graphs in GRAPH_FILES.items() if not self.files.keys().isdisjoint(graphs))
+        return tuple(name for name, files in GRAPH_FILES.items() if not self.files.keys().isdisjoint(files))
 
     def cache_bytes(self, *, target: int, source: int) -> int:
-        """Cache bytes of one row with room for so many target and source positions."""
+        """Cache bytes of one row with room for these numbers of target and source positions."""
         return sum(spec.bytes({"B": 1, "T": target, "S": source}) for spec in cache_specs(self.dimensions))
 
     def write(self, folder: Path) -> None:
@@ -149,10 +143,8 @@ class Manifest:
         wrong += [f"model.{name}" for name in ("encoder_layers", "decoder_layers") if self.model[name] > MOST_LAYERS]
         if not 1 <= self.max_new_tokens <= self.model["target_positions"]:
             wrong.append("max_new_tokens")
-        if self.precision not in get_args(Precision):
-            wrong.append(f"precision {self.precision!r}")
         if not self.formats:
-            wrong.append("files, which hold no graph")
+            wrong.append("files (none of them is a graph)")
         if self.parity is not None and not _is_report(self.parity):
             wrong.append("parity")
         wrong += [f"features.{name}" for name in self._impossible_features()]
@@ -162,11 +154,11 @@ class Manifest:
             raise ValueError(f"impossible {', '.join(wrong)}")
 
     def _impossible_features(self) -> Iterator[str]:
-        """Those that no step of this model has."""
+        """The features that no step of this model has."""
         layer = self.features.attention
         if layer is not None and (type(layer) is not int or not 0 <= layer < self.model["decoder_layers"]):
             yield "attention"
-        flags = ("next_ids", "query_tokens", "source_presents", "shared_sources")
+        flags = ("query_tokens", "source_presents", "shared_sources", "shortlist", "looped")
         yield from (name for name in flags if type(getattr(self.features, name)) is not bool)
 
     def _derived(self) -> dict[str, Any]:
@@ -191,7 +183,7 @@ class Manifest:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             raise BundleError(
-                f"{folder}, which holds no {MANIFEST_FILE}",
+                f"{folder} holds no {MANIFEST_FILE}",
                 expected="a bundle written by kvx export",
                 remedy="Check the path, or export a checkpoint first.",
             ) from None
@@ -208,7 +200,7 @@ class Manifest:
             raise _damaged(folder, "has no format_version")
         if version > FORMAT_VERSION:
             raise BundleError(
-                f"{folder} of format version {version}",
+                f"{folder} has format version {version}",
                 expected=f"version {FORMAT_VERSION} at most",
                 remedy="Upgrade kvx, or export the checkpoint with this version.",
             )
@@ -217,24 +209,48 @@ class Manifest:
                 created=str(values["created"]),
                 kvx_version=str(values["kvx_version"]),
                 model={str(name): int(value) for name, value in values["model"].items()},
-                precision=OLDER_PRECISIONS.get(values["precision"], values["precision"]),
+                precision=precision_named(values["precision"]),
                 lowering=str(values["lowering"]),
                 opset=int(values["opset"]),
                 max_new_tokens=int(values["max_new_tokens"]),
-                source_ids=SpecialIds(**values["source_ids"]),
-                target_ids=SpecialIds(**values["target_ids"]),
-                files={str(name): FileEntry(**entry) for name, entry in values["files"].items()},
+                source_ids=SpecialIds(**_known(SpecialIds, values["source_ids"])),
+                target_ids=SpecialIds(**_known(SpecialIds, values["target_ids"])),
+                files={str(name): FileEntry(**_known(FileEntry, entry)) for name, entry in values["files"].items()},
                 parity=values["parity"],
-                features=StepFeatures(**values["features"]),
+                features=_features(values["features"]),
             )
             manifest._check()
             derived = json.loads(json.dumps(manifest._derived()))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise _damaged(folder, f"lacks or garbles a field ({type(error).__name__}: {error})") from None
-        contradicted = [name for name, value in derived.items() if values.get(name) != value]
+        contradicted = [name for name, value in derived.items() if not _agrees(values.get(name), value)]
         if contradicted:
             raise _damaged(folder, f"contradicts itself in {' and '.join(contradicted)}")
         return manifest
+
+
+def _known(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the values that a dataclass has fields for: later releases may write more."""
+    names = {field.name for field in fields(kind)}
+    return {name: value for name, value in values.items() if name in names}
+
+
+def _features(values: Mapping[str, Any]) -> StepFeatures:
+    """The features of the step. One that this release does not know must be switched off: else it cannot run."""
+    known = _known(StepFeatures, values)
+    unknown = [name for name, value in values.items() if name not in known and value not in (False, None)]
+    if unknown:
+        raise ValueError(f"unknown features {', '.join(unknown)}")
+    return StepFeatures(**known)
+
+
+def _agrees(written: object, derived: object) -> bool:
+    """Whether everything derived was written so. More may have been written beside it."""
+    if not isinstance(derived, dict):
+        return written == derived
+    return isinstance(written, dict) and all(
+        name in written and _agrees(written[name], value) for name, value in derived.items()
+    )
 
 
 def _is_report(parity: Mapping[str, Any]) -> bool:
@@ -266,5 +282,5 @@ def _damaged(folder: Path, how: str) -> BundleError:
     return BundleError(
         f"{folder / MANIFEST_FILE} {how}",
         expected="the manifest that kvx export wrote",
-        remedy="Copy the bundle again, or export it anew.",
+        remedy="Copy the bundle again, or export the checkpoint again.",
     )

@@ -79,22 +79,20 @@ class Dimensions:
 class StepFeatures:
     """What a decoder step may have beyond the contract's core, declared in the manifest.
 
-    `next_ids`: the step also gives the argmax of its logits, int64 [B], the lowest id on ties. `query_tokens`: it
-    takes Q tokens of each row at once, input_ids [B, Q], at the positions from past_lengths on, and gives logits
-    [B, Q, V]; T must hold past_lengths + Q, and what a row has fewer than Q tokens for is padding by length again.
-    `source_presents`: the cross keys and values are outputs too, present.{i}.encoder.key/.value [B, H, S, D]: the very
-    inputs, which an operator that knows but one kind of cache gives back and which are to be bound in place.
+    `query_tokens`: it takes Q tokens of each row at once, input_ids [B, Q], at the positions from past_lengths on, and
+    gives logits [B, Q, V]. T must hold past_lengths + Q; a row with fewer than Q tokens is padded by length again.
+    `source_presents`: the cross keys and values are outputs too, present.{i}.encoder.key/.value [B, H, S, D]. They are
+    the very inputs, which an operator with one kind of cache gives back, and must be bound in place.
     `shared_sources`: source_lengths [G] and the cross keys and values [G, H, S, D] are there once for each sentence,
     whose B / G rows, its beams, stand side by side. `attention`: the step also gives the cross-attention weights of
-    this layer, counted from 0, the mean of its heads: float32 [B, S], zero beyond each source's length.
-    `shortlist`: it takes the rows of the output projection that count, float32 projection [C, E], and gives logits
-    [B, C] of them. `looped`: it feeds itself. Instead of logits it gives next_ids [B], to be bound onto input_ids, and
-    beside past_lengths takes limits [B], past_finished [B] and past_ids [B, T]. A row that is not finished writes its
-    next token into present_ids at past_lengths, advances present_lengths by one and is finished with eos or when that
+    this layer, counted from 0, as the mean of its heads: float32 [B, S], zero beyond each source's length.
+    `shortlist`: it takes rows of the output projection, float32 projection [C, E], and gives logits [B, C] of them.
+    `looped`: it feeds itself. Instead of logits it gives next_ids [B], to be bound onto input_ids, and beside
+    past_lengths takes limits [B], past_finished [B] and past_ids [B, T]. A row that is not finished writes its next
+    token into present_ids at past_lengths, advances present_lengths by one and is finished with eos or when that
     reaches its limit; a finished one gives the pad id and advances nothing. T must be above every limit.
     """
 
-    next_ids: bool = False
     query_tokens: bool = False
     source_presents: bool = False
     shared_sources: bool = False
@@ -137,7 +135,7 @@ def step_signature(dimensions: Dimensions, features: StepFeatures) -> Signature:
     width = dimensions.heads * dimensions.head_width
     vocabulary: Axis = "C" if features.shortlist else dimensions.vocab_size
     logits = () if features.looped else (TensorSpec("logits", "float32", (*tokens, vocabulary)),)
-    next_ids = (TensorSpec("next_ids", "int64", tokens),) if features.next_ids or features.looped else ()
+    next_ids = (TensorSpec("next_ids", "int64", tokens),) if features.looped else ()
     attention = (TensorSpec("attention", "float32", ("B", "S")),) if features.attention is not None else ()
     return Signature(
         inputs=(

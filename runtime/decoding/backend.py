@@ -129,7 +129,7 @@ def shortlisting_of(backend: Backend) -> Shortlisting | None:
 
 
 def specs_of(backend: Backend, *, beams: int, shortlisted: bool) -> tuple[TensorSpec, ...]:
-    """The buffers of a cache where a sentence has so many rows."""
+    """The buffers of a cache in which a sentence has this many rows."""
     if shortlisted:
         shortlisting = shortlisting_of(backend)
         assert shortlisting is not None, "a shortlist on a backend that has no steps for it"

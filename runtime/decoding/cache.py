@@ -191,7 +191,7 @@ class KVCache:
         return {spec.name: np.zeros(spec.shape(capacity.sizes), spec.dtype) for spec in self.specs}
 
     def _sources_of(self, capacity: Capacity, rows: int | None = None) -> int:
-        """How many sources buffers hold, or how many of them so many rows take."""
+        """How many sources the buffers hold, or how many of them are in the first `rows`."""
         rows = capacity.rows if rows is None else rows
         return rows // capacity.beams if self.shared_sources else rows
 

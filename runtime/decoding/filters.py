@@ -12,8 +12,27 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
-from kvx.runtime.arrays import FloatArray
+from kvx.runtime.arrays import FloatArray, IntArray
 from kvx.runtime.decoding.rows import Rows
+
+
+class FilterRows(Protocol):
+    """What a filter sees of the active rows: row i of the logits is row i here."""
+
+    @property
+    def tokens(self) -> IntArray:
+        """The ids of each row from bos on [R, L + 1], of which the first `lengths[i]` + 1 mean something."""
+        ...
+
+    @property
+    def lengths(self) -> IntArray:
+        """How many tokens each active row has after bos [n]."""
+        ...
+
+    @property
+    def eos(self) -> int:
+        """The id that ends a target."""
+        ...
 
 
 class Filter(Protocol):
@@ -23,7 +42,7 @@ class Filter(Protocol):
     tokens together. Without one it is taken to be without a limit, so that a beam search never stops too early.
     """
 
-    def __call__(self, logits: FloatArray, rows: Rows, /) -> None:
+    def __call__(self, logits: FloatArray, rows: FilterRows, /) -> None:
         """Changes logits [n, V] in place, −∞ for what may not come next in each of the active rows."""
         ...
 
@@ -35,7 +54,7 @@ class Suppress:
     ids: tuple[int, ...]
     gain: ClassVar[float] = 0.0
 
-    def __call__(self, logits: FloatArray, rows: Rows) -> None:
+    def __call__(self, logits: FloatArray, rows: FilterRows) -> None:
         """The columns of the ids."""
         logits[:, list(self.ids)] = -np.inf
 
@@ -47,7 +66,7 @@ class Ban:
     sequences: tuple[tuple[int, ...], ...]
     gain: ClassVar[float] = 0.0
 
-    def __call__(self, logits: FloatArray, rows: Rows) -> None:
+    def __call__(self, logits: FloatArray, rows: FilterRows) -> None:
         """The last id of a sequence, where the others are the row's latest."""
         for *first, last in self.sequences:
             for row in np.flatnonzero(rows.lengths >= len(first)).tolist():
@@ -63,7 +82,7 @@ class NoRepeatedNgrams:
     size: int
     gain: ClassVar[float] = 0.0
 
-    def __call__(self, logits: FloatArray, rows: Rows) -> None:
+    def __call__(self, logits: FloatArray, rows: FilterRows) -> None:
         """What followed the last size − 1 tokens wherever they stood before."""
         for row, length in enumerate(rows.lengths.tolist()):
             if length >= self.size:
@@ -86,7 +105,7 @@ class RepetitionPenalty:
         """Below 1 it raises logits, without a limit."""
         return math.inf if self.penalty < 1 else 0.0
 
-    def __call__(self, logits: FloatArray, rows: Rows) -> None:
+    def __call__(self, logits: FloatArray, rows: FilterRows) -> None:
         """Each token once, however often it stands there."""
         for row, length in enumerate(rows.lengths.tolist()):
             ids = np.unique(rows.tokens[row, 1 : length + 1])
@@ -105,19 +124,19 @@ class EndPenalty:
         """A target ends once."""
         return max(0.0, -self.penalty)
 
-    def __call__(self, logits: FloatArray, rows: Rows) -> None:
+    def __call__(self, logits: FloatArray, rows: FilterRows) -> None:
         """The column of eos."""
         logits[:, rows.eos] -= np.float32(self.penalty)
 
 
 @dataclass(frozen=True, slots=True)
 class LeastTokens:
-    """A target has at least so many tokens, eos counted, unless nothing but eos may come next."""
+    """A target has at least this many `tokens`, with eos, unless nothing but eos may come next."""
 
     tokens: int
     gain: ClassVar[float] = 0.0
 
-    def __call__(self, logits: FloatArray, rows: Rows) -> None:
+    def __call__(self, logits: FloatArray, rows: FilterRows) -> None:
         """Eos in rows that are shorter."""
         for row in np.flatnonzero(rows.lengths + 1 < self.tokens).tolist():
             end, logits[row, rows.eos] = logits[row, rows.eos], -np.inf

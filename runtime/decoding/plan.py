@@ -99,7 +99,7 @@ class Plan:
         return self.rows // self.beams
 
     def for_sentences(self, count: int) -> Self:
-        """The plan where there are never more than so many sentences at hand."""
+        """The plan for at most `count` sentences at hand."""
         seats = max(1, min(self.seats, count))
         return replace(self, rows=seats * self.beams, group=min(self.group, seats))
 
@@ -144,7 +144,7 @@ class Plan:
 
 
 def check_limit(limit: int, positions: int) -> None:
-    """Raises OptionError unless so many new tokens fit the model's target positions."""
+    """Raises OptionError unless `limit` new tokens fit the model's target positions."""
     if not 1 <= limit <= positions:
         raise OptionError(
             f"`max_new_tokens` is {limit}",

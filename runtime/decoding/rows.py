@@ -75,7 +75,7 @@ class Rows:
         self.with_attention = with_attention
         self.gain = gain
         self.seats: list[Seat] = []
-        self.tokens = np.full((plan.rows, plan.max_new_tokens + 1), plan.bos, np.int64)
+        self.tokens: IntArray = np.full((plan.rows, plan.max_new_tokens + 1), plan.bos, np.int64)
         self.fixed = np.zeros(plan.rows, np.int64)
         self.limits = np.zeros(plan.rows, np.int64)
         self.log_probabilities = np.zeros((plan.rows, plan.max_new_tokens))

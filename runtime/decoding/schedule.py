@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 
@@ -16,6 +17,8 @@ from kvx.runtime.decoding.plan import GROUP_POSITIONS, Plan
 from kvx.runtime.decoding.results import DecodeStats, Outcome, Sentence
 from kvx.runtime.decoding.rows import Choice, Rows, Seat
 from kvx.runtime.decoding.search import Search
+
+_log = logging.getLogger("kvx")
 
 SHRINK_BELOW = 4  # buffers this many times too large are worth a repack
 
@@ -188,8 +191,11 @@ class Schedule:
 
     def _resize(self, target: int, source: int) -> None:
         """To what the plan gives for these positions; counted where rows had to be repacked."""
-        self._stats.repacks += self.cache.active > 0
-        self.cache.resize(self._plan.capacity(target=target, source=source))
+        capacity = self._plan.capacity(target=target, source=source)
+        if self.cache.active:
+            self._stats.repacks += 1
+            _log.debug("cache repacked: %s → %s, %d rows active", self.cache.capacity, capacity, self.cache.active)
+        self.cache.resize(capacity)
 
 
 def padded(sentences: Sequence[Sentence], positions: int, pad: int) -> tuple[IntArray, IntArray]:

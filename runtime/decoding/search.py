@@ -96,9 +96,7 @@ class Sampling:
     ] = 1.0
     seed: Annotated[
         int | None,
-        Option(
-            count(LARGEST_SEED, least=0), "Draw the same samples every time, whatever the batch.", unset="a new one"
-        ),
+        Option(count(LARGEST_SEED, least=0), "Draw the same samples every time, in any batch.", unset="a new one"),
     ] = None
     beams: ClassVar[int] = 1
 
@@ -137,7 +135,7 @@ class Sampling:
         return chosen
 
     def _tempered(self, logits: FloatArray) -> FloatArray:
-        """logits [n, V] → their distances to the largest one, in temperatures: finite or −∞ whatever that is."""
+        """logits [n, V] → their distances to the largest one, in temperatures, always finite or −∞."""
         limits = np.finfo(np.float32)
         temperature = np.float32(min(max(self.temperature, float(limits.tiny)), float(limits.max)))
         with np.errstate(over="ignore"):

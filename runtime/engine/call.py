@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
@@ -20,11 +21,13 @@ from kvx.runtime.engine.request import Request
 from kvx.runtime.engine.workers import shared_out, side_by_side
 from kvx.runtime.engine.writer import Writer
 from kvx.runtime.errors import InputError
-from kvx.runtime.options import Search, TranslateOptions
+from kvx.runtime.options import Search, TranslateOptions, filters_of
 from kvx.runtime.shortlist.candidates import Shortlist
 from kvx.runtime.text.sources import refuse_string
 from kvx.runtime.text.targets import Target
 from kvx.runtime.translation import Translation
+
+_log = logging.getLogger("kvx")
 
 WINDOW_PER_ROW = 8  # texts read ahead and sorted by length together, for every row
 
@@ -54,13 +57,14 @@ class Call:
         """The call for at most this many texts at hand. Raises OptionError, InputError and CapacityError."""
         plan, workers = model.plan(options, sentences=texts)
         search = options.search
+        _log.debug("%d workers, each with %s", workers, plan)
         return cls(
             model=model,
             options=options,
             plan=plan,
             workers=workers,
             search=search.seeded() if isinstance(search, Sampling) else search,
-            filters=options.filters_of(model.targets),
+            filters=filters_of(options, model.targets),
             shortlist=model.shortlist(options),
             prefixed=prefixed or options.prefix is not None,
         )

@@ -1,4 +1,4 @@
-"""Lines of text in and out: line n in is line n out, whatever stands in it."""
+"""Lines of text in and out: line n in is line n out."""
 
 from __future__ import annotations
 

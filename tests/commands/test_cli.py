@@ -23,7 +23,7 @@ from typer.testing import CliRunner, Result
 
 import kvx
 from kvx.cli import app
-from kvx.models.importers.reference import load_checkpoint, save_checkpoint
+from kvx.models.importers import load_checkpoint, save_checkpoint
 from kvx.runtime.bundle.manifest import Manifest
 
 KVX = [sys.executable, "-m", "kvx"]
@@ -637,7 +637,7 @@ class TestInspect:
 
     def test_a_bundle_without_a_proof_says_so(self, run: Run, bundle: Path) -> None:
         replace(Manifest.read(bundle), parity=None).write(bundle)
-        assert "parity: not proven (exported with --no-verify)\n" in run("inspect", bundle).out
+        assert "parity: not proven (exported without a proof)\n" in run("inspect", bundle).out
 
     @pytest.mark.parametrize(
         "garble",

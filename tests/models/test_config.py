@@ -62,7 +62,7 @@ def test_every_wrong_field_is_named_at_once_and_no_right_one() -> None:
 def test_heads_must_divide_the_width() -> None:
     with pytest.raises(CheckpointError, match="5 heads that do not divide d_model 12") as caught:
         config(heads=5)
-    assert "--heads" in caught.value.remedy
+    assert "`heads`" in caught.value.remedy
 
 
 def test_a_configuration_cannot_be_changed_unchecked() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvx.models.importers.reference import Checkpoint
+from kvx.models.importers import Checkpoint
 from kvx.models.layers import KeyValue, LayerNorm, sinusoidal_positions
 from kvx.models.operators import EAGER
 from kvx.models.transformer import Transformer

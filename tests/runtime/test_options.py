@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvx import InputError, OptionError
+from kvx.runtime import options as module
 from kvx.runtime.decoding.search import LARGEST_SEED, BeamSearch, Greedy, Sampling
-from kvx.runtime.options import OPTIONS, TranslateKeywords, TranslateOptions
+from kvx.runtime.options import OPTIONS, TranslateKeywords, TranslateOptions, filters_of
 
 if TYPE_CHECKING:
     from kvx import Translator
@@ -108,16 +109,15 @@ def test_one_str_is_nothing_to_suppress(suppress: str) -> None:
 
 
 def test_the_keywords_are_the_options_but_for_the_window() -> None:
-    assert set(typing.get_type_hints(TranslateKeywords)) == OPTIONS.keys() - {"window"}
+    assert set(typing.get_type_hints(TranslateKeywords)) == OPTIONS.keys()
     assert TranslateKeywords.__required_keys__ == frozenset()
 
 
 def test_keywords_have_the_types_of_the_options() -> None:
-    keywords = typing.get_type_hints(TranslateKeywords)
+    keywords, hints = typing.get_type_hints(TranslateKeywords), typing.get_type_hints(TranslateOptions, vars(module))
     for field in dataclasses.fields(TranslateOptions):
-        hint = typing.get_type_hints(TranslateOptions)[field.name]
-        if field.name in keywords and not str(hint).startswith("tuple"):
-            assert keywords[field.name] == hint
+        if not str(hints[field.name]).startswith("tuple"):
+            assert keywords[field.name] == hints[field.name]
 
 
 def test_every_option_has_a_rule_and_a_sentence() -> None:
@@ -130,7 +130,7 @@ def test_every_option_has_a_rule_and_a_sentence() -> None:
 def test_what_is_left_out_is_greedy_search_without_filters() -> None:
     options = TranslateOptions()
     assert options.search == Greedy()
-    assert options.filters_of(NO_READER).filters == ()
+    assert filters_of(options, NO_READER).filters == ()
     assert not options.with_attention
 
 

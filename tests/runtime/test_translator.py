@@ -7,15 +7,11 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 
 from kvx import BundleError, DeviceError, InputError, OptionError, Translation, Translator
-from kvx.models.eager import NoCacheBackend
-from kvx.models.importers.reference import load_checkpoint
-from kvx.models.transformer import Transformer
 from kvx.runtime.arrays import IntArray, Tensors
 from kvx.runtime.backends.onnx import OnnxBackend
 from kvx.runtime.bundle.folder import Bundle
@@ -25,6 +21,9 @@ from kvx.runtime.decoding.results import DecodeStats
 from kvx.runtime.engine.loaded import LoadedModel
 from kvx.runtime.options import TranslateOptions
 from kvx.runtime.text.sources import SourceReader
+
+if TYPE_CHECKING:
+    from kvx.models.transformer import Transformer
 
 NUMBERS = {
     "one": "eins",
@@ -70,12 +69,17 @@ class RecordingBackend:
 
 @pytest.fixture(scope="module")
 def model(numbers_bundle: Path) -> Transformer:
+    pytest.importorskip("torch", reason="the oracle is eager PyTorch")
+    from kvx.models.importers import load_checkpoint
+
     return load_checkpoint(numbers_bundle / "model.pt").model
 
 
 @pytest.fixture(scope="module")
 def truth(numbers_bundle: Path, model: Transformer) -> list[tuple[int, ...]]:
     """What eager makes of TEXTS without any cache."""
+    from kvx.models.eager import NoCacheBackend
+
     eager = Translator(LoadedModel(Bundle.open(numbers_bundle), NoCacheBackend(model)))
     return [translation.ids for translation in eager.translate(TEXTS, rows=128)]
 
@@ -216,6 +220,8 @@ def test_ids_tokens_and_text_say_the_same(numbers_translator: Translator) -> Non
 def test_a_score_is_the_sum_of_eagers_log_probabilities(
     numbers_bundle: Path, numbers_translator: Translator, model: Transformer
 ) -> None:
+    import torch
+
     reader = SourceReader(Bundle.open(numbers_bundle))
     bos = numbers_translator.manifest.target_ids.bos
     texts = TEXTS[::7]
@@ -343,6 +349,8 @@ def test_threads_may_share_a_translator(numbers_translator: Translator, truth: l
 
 @pytest.mark.parametrize("backend", ["onnx", "torchscript"])
 def test_one_thread_gives_the_same_answers(numbers_bundle: Path, truth: list[tuple[int, ...]], backend: str) -> None:
+    import torch
+
     before = torch.get_num_threads()
     try:
         translator = Translator.load(numbers_bundle, backend=backend, threads=1)
@@ -354,7 +362,7 @@ def test_one_thread_gives_the_same_answers(numbers_bundle: Path, truth: list[tup
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="this machine may have CUDA")
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:1"])
 def test_cuda_where_there_is_none_is_an_error_and_not_the_cpu(numbers_bundle: Path, device: str) -> None:
-    with pytest.raises(DeviceError, match=f"Expected device {device}"):
+    with pytest.raises(DeviceError, match=f"Expected the device {device}"):
         Translator.load(numbers_bundle, device=device)
 
 

@@ -65,7 +65,7 @@ class Tokenizer:
         return tuple(self._processor.encode(text, out_type=str))
 
     def join(self, pieces: Sequence[str]) -> str:
-        """Pieces, and whatever stands in place of some, → text; special pieces vanish."""
+        """Pieces, some of them replaced by other text, → text; special pieces vanish."""
         text: str = self._processor.decode(list(pieces))
         return text
 

@@ -16,9 +16,9 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 from kvx import BundleError, OptionError
-from kvx.exporter.export import ExportOptions, export
+from kvx.exporter.export import export
 from kvx.exporter.lowerings.ort import OrtOperators
-from kvx.exporter.precision.quantize import STEP_WIDTHS
+from kvx.exporter.options import ExportOptions
 from kvx.exporter.writing.graphs import StepGraph
 from kvx.exporter.writing.onnx import write_onnx
 from kvx.models.eager import NoCacheBackend, TorchBackend
@@ -29,6 +29,7 @@ from kvx.runtime.backends.torchscript import TorchScriptBackend
 from kvx.runtime.bundle.description import describe
 from kvx.runtime.bundle.folder import Bundle
 from kvx.runtime.bundle.manifest import BEAMS_FILE, MANIFEST_FILE, Manifest
+from kvx.runtime.bundle.precision import PRECISIONS
 from kvx.runtime.bundle.signature import step_signature
 from kvx.runtime.decoding.backend import Backend
 from kvx.runtime.decoding.cache import Capacity, EncodedSource, KVCache
@@ -173,7 +174,7 @@ def test_int8_gives_an_attention_near_that_of_eager(
     for name in (MANIFEST_FILE, ENCODER_FILE, f"{ENCODER_FILE}.data"):
         shutil.copyfile(ort_bundle / name, tmp_path / name)
     step = StepGraph(tiny, OrtOperators(tiny), Manifest.read(ort_bundle).features)
-    write_onnx(step, tmp_path / STEP_FILE, widths=STEP_WIDTHS["int8"])
+    write_onnx(step, tmp_path / STEP_FILE, widths=PRECISIONS["int8"].step)
     truth = attentions(TorchBackend(tiny, attention_layer=LAST_LAYER), input_ids)
     assert_attention(attentions(open_onnx(tmp_path), input_ids), truth, atol=0.1)
 
@@ -207,7 +208,7 @@ def test_without_the_option_there_is_no_attention(tiny: Transformer, tiny_bundle
 
 
 def test_a_layer_that_the_model_has_not_is_refused(options: ExportOptions, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match=r"--attention-layer 2\. Expected 0 to 1"):
+    with pytest.raises(OptionError, match=r"`attention_layer` is 2\. Expected 0 to 1"):
         export(dataclasses.replace(options, output=tmp_path / "bundle", attention_layer=2))
     assert not list(tmp_path.iterdir())
 

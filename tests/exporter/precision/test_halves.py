@@ -13,14 +13,18 @@ import pytest
 import torch
 
 from kvx import Translator
-from kvx.exporter.export import ExportOptions, Lowering, export
+from kvx.exporter.export import export
+from kvx.exporter.options import ExportOptions
 from kvx.exporter.precision.halves import Peak, in_precision, peaks
-from kvx.exporter.proof.quality import check_range
-from kvx.exporter.proof.trial import HALF_LARGEST, ParityOptions, Trial, poison
+from kvx.exporter.proof.caches import poison
+from kvx.exporter.proof.limits import ParityOptions
+from kvx.exporter.proof.quality import HALF_LARGEST, check_range
+from kvx.exporter.proof.trial import Trial
 from kvx.models.eager import TorchBackend
 from kvx.models.transformer import Transformer
 from kvx.runtime.backends.onnx import OnnxBackend
 from kvx.runtime.bundle.manifest import LOOP_FILE, Manifest
+from kvx.runtime.bundle.precision import Lowering
 from kvx.runtime.bundle.signature import Dimensions, cache_specs
 from kvx.runtime.decoding.cache import Capacity, KVCache
 from kvx.runtime.decoding.plan import Plan
@@ -52,8 +56,7 @@ def half_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
             output=folder / "bundle",
             precision="fp16",
             attention=True,
-            verify_text=folder / "text",
-            parity=ParityOptions(steps=8, equal_lines=1.0),
+            parity=ParityOptions(steps=8, equal_lines=1.0, verify_text=folder / "text"),
         )
     )
     return folder / "bundle"
@@ -116,26 +119,50 @@ def test_bfloat16_is_proven_as_float32_where_it_has_no_kernels(tiny_checkpoint_f
     )
     manifest = export(options)
     found = checks(folder)
-    assert found["contract"]["detail"].endswith("bfloat16 is proven as float32, for want of kernels on a CPU")
+    assert found["contract"]["detail"].endswith("bfloat16 is proven as float32, because a CPU has no kernels for it")
     assert "range of float16" not in found
     assert found["the loop: 4 steps, in place and out of place"]["passed"]
     assert found["a part of the vocabulary"]["passed"]
     assert found["greedy on drawn ids"]["passed"]  # though there is no text
     weights = {tensor.data_type for tensor in onnx.load(folder / LOOP_FILE).graph.initializer}
     assert onnx.TensorProto.BFLOAT16 in weights
-    with pytest.raises(DeviceError, match=r"bfloat16 bundle on cpu.*`device` cuda"):
+    with pytest.raises(DeviceError, match=r"bfloat16.*cpu.*device.* cuda"):
         OnnxBackend(folder, manifest.dimensions, manifest.features)
 
 
 @pytest.mark.parametrize(
     ("wrong", "got", "expected"),
     [
-        ({"precision": "bf16", "lowering": "ort"}, "--precision bf16 with --lowering ort", "bf16 with cuda"),
-        ({"precision": "bf16", "lowering": "standard"}, "--precision bf16 with --lowering standard", "bf16 with cuda"),
-        ({"precision": "int8", "lowering": "cuda"}, "--precision int8 with --lowering cuda", "int8 and int4 with ort"),
-        ({"precision": "fp16", "format": "torchscript"}, "--precision fp16 with --format torchscript", "onnx format"),
-        ({"precision": "fp16", "calibration": Path("text")}, "--calibration with --precision fp16", "int8 or int4"),
-        ({"lowering": "cuda", "format": "both"}, "--lowering cuda with --format both", "onnx format"),
+        (
+            {"precision": "bf16", "lowering": "ort"},
+            "`precision` bf16 does not go together with `lowering` ort",
+            "`lowering` cuda with `precision` bf16",
+        ),
+        (
+            {"precision": "bf16", "lowering": "standard"},
+            "`precision` bf16 does not go together with `lowering` standard",
+            "`lowering` cuda with `precision` bf16",
+        ),
+        (
+            {"precision": "int8", "lowering": "cuda"},
+            "`precision` int8 does not go together with `lowering` cuda",
+            "`lowering` ort with `precision` int8",
+        ),
+        (
+            {"precision": "fp16", "format": "torchscript"},
+            "`precision` fp16 does not go together with `format` torchscript",
+            "`format` onnx",
+        ),
+        (
+            {"precision": "fp16", "calibration": Path("text")},
+            "`calibration` has no effect with `precision` fp16",
+            "int8 or int4",
+        ),
+        (
+            {"lowering": "cuda", "format": "both"},
+            "`lowering` cuda does not go together with `format` both",
+            "`format` onnx with cuda",
+        ),
     ],
 )
 def test_what_cannot_be_proven_is_refused(wrong: dict[str, Any], got: str, expected: str) -> None:

@@ -16,12 +16,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from kvx import OptionError, ParityError, Translator
-from kvx.exporter.export import ExportOptions, export
+from kvx.exporter.export import export
+from kvx.exporter.options import ExportOptions
 from kvx.exporter.precision.quantize import BLOCK, blocks, int8_channels
 from kvx.exporter.proof.bundle import verify
-from kvx.exporter.proof.trial import LIMITS, ParityOptions
+from kvx.exporter.proof.limits import ParityOptions
 from kvx.runtime.backends import onnx as onnx_backend
-from kvx.runtime.bundle.manifest import Manifest, Precision
+from kvx.runtime.bundle.manifest import Manifest
+from kvx.runtime.bundle.precision import PRECISIONS, Precision
+from kvx.runtime.rules import described
 
 TEXTS = ["one", "two hundred", "nine hundred and ninety-nine", "twelve thousand three hundred and four", "seventy"]
 QUANTIZED: list[Precision] = ["int8", "int4"]
@@ -58,7 +61,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundles(checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The demo model as int8, int8 calibrated and int4, each with its proof."""
     folder = tmp_path_factory.mktemp("quantized")
-    options = ExportOptions(checkpoint=checkpoint, output=folder / "int8", precision="int8", verify_text=text)
+    options = ExportOptions(
+        checkpoint=checkpoint, output=folder / "int8", precision="int8", parity=ParityOptions(verify_text=text)
+    )
     export(options)
     export(dataclasses.replace(options, output=folder / "calibrated", calibration=text))
     export(dataclasses.replace(options, output=folder / "int4", precision="int4"))
@@ -191,8 +196,7 @@ def test_an_export_over_its_limits_fails_and_leaves_nothing(
         checkpoint=checkpoint,
         output=tmp_path / "bundle",
         precision="int4",
-        verify_text=lines,
-        parity=limits,
+        parity=dataclasses.replace(limits, verify_text=lines),
     )
     with pytest.raises(ParityError):
         export(options)
@@ -206,9 +210,7 @@ def test_references_show_what_bleu_loses(checkpoint: Path, text: Path, tmp_path:
         checkpoint=checkpoint,
         output=tmp_path / "bundle",
         precision="int8",
-        verify_text=text,
-        verify_reference=reference,
-        parity=ParityOptions(bleu_lost=100.0, equal_lines=0.0),
+        parity=ParityOptions(bleu_lost=100.0, equal_lines=0.0, verify_text=text, verify_reference=reference),
     )
     manifest = export(options)
     assert manifest.parity is not None
@@ -217,7 +219,12 @@ def test_references_show_what_bleu_loses(checkpoint: Path, text: Path, tmp_path:
 
 
 TEXT, REFERENCE = {"verify_text": Path("text")}, {"verify_reference": Path("references")}
-LINES_WANTED, BLEU_LOST = {"parity": ParityOptions(equal_lines=0.9)}, {"parity": ParityOptions(bleu_lost=1.0)}
+LINES_WANTED, BLEU_LOST = {"equal_lines": 0.9}, {"bleu_lost": 1.0}
+
+
+def of_proof(*values: dict[str, Any], **options: object) -> dict[str, Any]:
+    """Export options with these of their proof."""
+    return {"parity": ParityOptions(**{name: value for one in values for name, value in one.items()}), **options}
 
 
 @pytest.mark.parametrize(
@@ -225,32 +232,73 @@ LINES_WANTED, BLEU_LOST = {"parity": ParityOptions(equal_lines=0.9)}, {"parity":
     [
         (
             {"precision": "int8", "lowering": "standard"},
-            "--precision int8 with --lowering standard",
-            "int8 and int4 with ort alone",
+            "`precision` int8 does not go together with `lowering` standard",
+            "`lowering` ort with `precision` int8",
         ),
-        ({"precision": "int4", "format": "both"}, "--precision int4 with --format both", "fewer bits with the onnx"),
-        ({"precision": "int8", "format": "torchscript"}, "--precision int8 with --format torchscript", "fewer bits"),
-        ({"calibration": Path("text")}, "--calibration with --precision fp32", "only with int8 or int4"),
-        (REFERENCE, "--verify-reference without --verify-text and with --precision fp32", "only with fewer bits"),
-        (REFERENCE | TEXT, "--verify-reference with --precision fp32", "only with fewer bits and --verify-text"),
-        (LINES_WANTED | TEXT, "--equal-lines with --precision fp32", "only with fewer bits and --verify-text"),
-        (LINES_WANTED | {"precision": "int8"}, "--equal-lines without --verify-text", "only with fewer bits"),
-        (BLEU_LOST | TEXT | {"precision": "int8"}, "--bleu-lost without --verify-reference", "only with --verify-ref"),
-        ({"precision": "float32"}, "--precision float32", "--precision fp32, "),
-        ({"attention_layer": 1}, "--attention-layer 1 without --with-attention", "only with --with-attention"),
-        ({"attention_layer": -1, "attention": True}, "--attention-layer -1", "a layer from 0 up"),
-        ({"lowering": "ORT"}, "--lowering ORT", "--lowering ort, standard or cuda"),
-        ({"format": "ONNX"}, "--format ONNX", "--format onnx, torchscript or both"),
+        (
+            {"precision": "int4", "format": "both"},
+            "`precision` int4 does not go together with `format` both",
+            "`format` onnx with fewer bits",
+        ),
+        (
+            {"precision": "int8", "format": "torchscript"},
+            "`precision` int8 does not go together with `format` torchscript",
+            "fewer bits",
+        ),
+        (
+            {"calibration": Path("text")},
+            "`calibration` has no effect with `precision` fp32",
+            "`calibration` only with int8 or int4",
+        ),
+        (
+            of_proof(REFERENCE),
+            "`verify_reference` has no effect without `verify_text` and with `precision` fp32",
+            "only with fewer bits",
+        ),
+        (
+            of_proof(REFERENCE, TEXT),
+            "`verify_reference` has no effect with `precision` fp32",
+            "only with fewer bits and `verify_text`",
+        ),
+        (
+            of_proof(LINES_WANTED, TEXT),
+            "`equal_lines` has no effect with `precision` fp32",
+            "only with fewer bits and `verify_text`",
+        ),
+        (
+            of_proof(LINES_WANTED, precision="int8"),
+            "`equal_lines` has no effect without `verify_text`",
+            "only with fewer bits",
+        ),
+        (
+            of_proof(BLEU_LOST, TEXT, precision="int8"),
+            "`bleu_lost` has no effect without `verify_reference`",
+            "only with `verify_reference`",
+        ),
+        ({"precision": "float32"}, "`precision` is 'float32'", "fp32, fp16, bf16, int8 or int4 for `precision`"),
+        (
+            {"attention_layer": 1},
+            "`attention_layer` 1 has no effect without `attention`",
+            "`attention_layer` only with `attention`",
+        ),
+        ({"attention_layer": -1, "attention": True}, "`attention_layer` is -1", "a whole number from 0 to "),
+        ({"lowering": "ORT"}, "`lowering` is 'ORT'", "ort, standard or cuda for `lowering`"),
+        ({"format": "ONNX"}, "`format` is 'ONNX'", "onnx, torchscript or both for `format`"),
         (
             {"lowering": "standard", "format": "torchscript"},
-            "--lowering standard with --format torchscript",
-            "--lowering with the onnx format",
+            "`lowering` has no effect with `format` torchscript",
+            "`lowering` only with `format` onnx",
         ),
-        ({"loop": True, "format": "torchscript"}, "loop with --format torchscript", "loop with the onnx format"),
-        (TEXT | {"verify": False}, "--verify-text with --no-verify", "only of a proof"),
         (
-            {"verify": False, "parity": ParityOptions(tolerance=0.1, equal_lines=0.5, bleu_lost=1.0)},
-            "--tolerance with --no-verify, --equal-lines with --no-verify, --bleu-lost with --no-verify",
+            {"loop": True, "format": "torchscript"},
+            "`loop` has no effect with `format` torchscript",
+            "`loop` only with `format` onnx",
+        ),
+        (of_proof(TEXT, verify=False), "`verify_text` has no effect without `verify`", "only of a proof"),
+        (
+            of_proof(LINES_WANTED, BLEU_LOST, {"tolerance": 0.1}, verify=False),
+            "`tolerance` has no effect without `verify`. `equal_lines` has no effect without `verify`. "
+            "`bleu_lost` has no effect without `verify`",
             "only of a proof",
         ),
     ],
@@ -260,31 +308,32 @@ def test_what_does_not_go_together_is_refused_with_what_would(wrong: dict[str, A
         ExportOptions(checkpoint=Path("model.pt"), **wrong)
     assert caught.value.got.startswith(got)
     assert expected in caught.value.expected
+    assert caught.value.option is not None
+    assert caught.value.got.startswith(f"`{caught.value.option}`")
 
 
-@pytest.mark.parametrize(
-    ("limits", "files"),
-    [
-        (ParityOptions(equal_lines=0.9), (Path("text"), None)),
-        (ParityOptions(bleu_lost=1.0), (Path("text"), None)),
-        (ParityOptions(), (Path("text"), Path("references"))),
-        (ParityOptions(), (None, Path("references"))),
-    ],
-)
-def test_a_proof_refuses_limits_and_files_that_would_judge_nothing(
-    tiny_bundle: Path, limits: ParityOptions, files: tuple[Path | None, Path | None]
-) -> None:
+@pytest.mark.parametrize("values", [LINES_WANTED | TEXT, BLEU_LOST | TEXT, TEXT | REFERENCE, REFERENCE], ids="+".join)
+def test_a_proof_refuses_limits_and_files_that_would_judge_nothing(tiny_bundle: Path, values: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match="only with"):
-        verify(tiny_bundle, tiny_bundle / "model.pt", limits, *files)
+        verify(tiny_bundle, tiny_bundle / "model.pt", ParityOptions(**values))
 
 
 def test_all_that_does_not_go_together_is_named_at_once() -> None:
     with pytest.raises(OptionError) as caught:
         ExportOptions(checkpoint=Path("model.pt"), precision="int8", lowering="standard", format="both")
-    assert "--lowering standard" in caught.value.got
-    assert "--format both" in caught.value.got
+    assert "`lowering` standard" in caught.value.got
+    assert "`format` both" in caught.value.got
 
 
 def test_every_precision_has_limits() -> None:
-    assert LIMITS.keys() == set(get_args(Precision))
-    assert ParityOptions(tolerance=0.5).limits("int8") == LIMITS["int8"]._replace(tolerance=0.5)
+    assert PRECISIONS.keys() == set(get_args(Precision))
+    limits = PRECISIONS["int8"].limits
+    assert ParityOptions(tolerance=0.5).limits("int8") == limits._replace(tolerance=0.5)
+
+
+def test_the_defaults_of_every_limit_are_named_where_it_is_described() -> None:
+    options = described(ParityOptions)
+    for name in ("tolerance", "equal_lines", "bleu_lost"):
+        for precision, arithmetic in PRECISIONS.items():
+            judged = arithmetic.reduced or name == "tolerance"
+            assert (f"{precision} {getattr(arithmetic.limits, name):g}" in (options[name].unset or "")) is judged

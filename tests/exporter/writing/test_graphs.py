@@ -5,7 +5,6 @@ Letters: B rows, S source positions, T capacity of a row's cache, V target vocab
 
 from __future__ import annotations
 
-import copy
 import getpass
 import sys
 from pathlib import Path
@@ -38,20 +37,6 @@ ELEMENT_TYPES = {onnx.TensorProto.INT64: "int64", onnx.TensorProto.FLOAT: "float
 @pytest.fixture(scope="module")
 def dimensions(tiny: Transformer) -> Dimensions:
     return Dimensions.of_model(tiny.config.to_dict())
-
-
-@pytest.fixture(scope="module")
-def features_folder(tiny: Transformer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Both graphs with every other row of the vocabulary doubled, so that every argmax is a tie; with `next_ids`;
-    weights in files of their own.
-    """
-    model = copy.deepcopy(tiny)
-    model.head.weight[1::2] = model.head.weight[::2]
-    folder = tmp_path_factory.mktemp("features")
-    ops, features = StandardOperators(), StepFeatures(next_ids=True)
-    write_onnx(EncoderGraph(model, ops), folder / ENCODER_FILE)
-    write_onnx(StepGraph(model, ops, features), folder / STEP_FILE)
-    return folder
 
 
 @pytest.fixture
@@ -196,11 +181,13 @@ def test_the_free_axes_are_free(
     np.testing.assert_allclose(logits["onnx"], logits["torch"], rtol=0, atol=FLOAT32_NOISE)
 
 
-def test_large_weights_lie_beside_the_graph(features_folder: Path) -> None:
+def test_large_weights_lie_beside_the_graph(tiny: Transformer, tmp_path: Path) -> None:
+    write_onnx(EncoderGraph(tiny, StandardOperators()), tmp_path / ENCODER_FILE)
+    write_onnx(StepGraph(tiny, StandardOperators()), tmp_path / STEP_FILE)
     for name in (ENCODER_FILE, STEP_FILE):
         external = [
             entry.value
-            for tensor in onnx.load(features_folder / name, load_external_data=False).graph.initializer
+            for tensor in onnx.load(tmp_path / name, load_external_data=False).graph.initializer
             for entry in tensor.external_data
             if entry.key == "location"
         ]

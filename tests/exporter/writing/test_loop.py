@@ -14,12 +14,15 @@ import onnx
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from kvx.exporter.export import ExportOptions, export
+from kvx.exporter.export import export
 from kvx.exporter.lowerings.cuda import CudaOperators
 from kvx.exporter.lowerings.standard import StandardOperators
+from kvx.exporter.options import ExportOptions
 from kvx.exporter.proof.bundle import verify
+from kvx.exporter.proof.greedy import translations
+from kvx.exporter.proof.limits import ParityOptions
 from kvx.exporter.proof.loop import BoundLoop, State, check_loop
-from kvx.exporter.proof.trial import ParityOptions, Trial, translations
+from kvx.exporter.proof.trial import Trial
 from kvx.exporter.writing.loop import LoopGraph
 from kvx.exporter.writing.onnx import write_onnx
 from kvx.models.eager import TorchBackend

@@ -15,9 +15,12 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 from kvx import OptionError
-from kvx.exporter.export import ExportOptions, Lowering, export
+from kvx.exporter.export import export
+from kvx.exporter.options import ExportOptions
 from kvx.exporter.proof.bundle import verify
-from kvx.exporter.proof.trial import Check, ParityOptions, Trial
+from kvx.exporter.proof.limits import ParityOptions
+from kvx.exporter.proof.report import Check
+from kvx.exporter.proof.trial import Trial
 from kvx.models.eager import TorchBackend
 from kvx.models.transformer import Transformer
 from kvx.runtime.arrays import FloatArray
@@ -25,6 +28,7 @@ from kvx.runtime.backends.onnx import OnnxBackend
 from kvx.runtime.bundle.description import describe
 from kvx.runtime.bundle.folder import Bundle
 from kvx.runtime.bundle.manifest import PROJECTION_FILE, SHORTLIST_FILE, FileEntry, Manifest, Precision
+from kvx.runtime.bundle.precision import Lowering
 from kvx.runtime.bundle.signature import TensorSpec, step_signature
 from kvx.runtime.decoding.backend import Shortlisting, ShortlistStep, StepOutput, shortlisting_of
 from kvx.runtime.decoding.cache import Capacity, EncodedSource, KVCache
@@ -181,7 +185,7 @@ def test_quantised_graphs_are_proven_too(
 
 def test_what_has_no_such_graph_is_refused_with_all_else() -> None:
     with pytest.raises(
-        OptionError, match=r"--with-shortlist with --format torch.*, --calibration with --precision fp32"
+        OptionError, match=r"`shortlist` does .* `format` torch.*\. `calibration` has no effect with `precision` fp32"
     ):
         ExportOptions(checkpoint=Path("x"), format="torchscript", calibration=Path("y"), shortlist=True)
 

@@ -18,14 +18,10 @@ from torch import Tensor
 
 from kvx import CheckpointError
 from kvx.models.config import ModelConfig
-from kvx.models.importers.reference import (
-    KVX_FORMAT,
-    NAMED_PROBLEMS,
-    Checkpoint,
-    load_checkpoint,
-    reference_name,
-    save_checkpoint,
-)
+from kvx.models.importers import Checkpoint, load_checkpoint, save_checkpoint
+from kvx.models.importers.checkpoint import NAMED_PROBLEMS
+from kvx.models.importers.own import KVX_FORMAT
+from kvx.models.importers.reference import reference_name
 from kvx.models.transformer import Transformer
 
 if TYPE_CHECKING:
@@ -97,7 +93,7 @@ def test_the_seed_is_read_whole_and_the_head_count_is_said_to_be_assumed(seed: S
     assert checkpoint.max_new_tokens == 59
     (note,) = checkpoint.notes
     assert "4 heads of 64" in note
-    assert "--heads" in note
+    assert "`heads`" in note
     original = torch.load(seed.checkpoint, weights_only=True)
     read = checkpoint.model.state_dict()
     assert {reference_name(name) for name in read} == original.keys()
@@ -128,7 +124,7 @@ def test_the_token_limit_of_a_state_dict_never_exceeds_its_positions(path: Path)
 
 def test_a_width_that_is_no_multiple_of_64_needs_heads(path: Path, state: StateDict) -> None:
     torch.save(state, path)
-    assert "--heads" in refusal(path, heads=None).remedy
+    assert "`heads`" in refusal(path, heads=None).remedy
     assert load_checkpoint(path, heads=8).model.config.heads == 8
 
 
@@ -137,7 +133,7 @@ def test_heads_that_do_not_divide_the_width_are_refused(path: Path, state: State
     torch.save(state, path)
     error = refusal(path, heads=heads)
     assert f"{heads} heads" in error.got or f"heads = {heads}" in error.got
-    assert "--heads" in error.remedy
+    assert "`heads`" in error.remedy
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn])

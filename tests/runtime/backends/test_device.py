@@ -69,7 +69,9 @@ def test_cuda_that_cannot_be_used_names_the_library_and_leaves_the_process_usabl
 def test_a_device_translates_as_the_cpu_does(tmp_path: Path) -> None:
     if missing_library(CUDA_LIBRARY) is not None:
         pytest.skip("no CUDA here")
-    from kvx.exporter.export import ExportOptions, export
+    pytest.importorskip("torch", reason="exporting a bundle needs torch")
+    from kvx.exporter.export import export
+    from kvx.exporter.options import ExportOptions
     from kvx.tests.conftest import NUMBERS
 
     folder = tmp_path / "cuda"

@@ -12,7 +12,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import onnx
 import pytest
 
 from kvx import BundleError, DeviceError, TokenizerError, Translator
@@ -283,6 +282,7 @@ def test_an_altered_file_of_equal_size_is_named_when_loading(bundle: Path, name:
 
 
 def test_an_altered_torchscript_file_is_named_when_loading(bundle: Path) -> None:
+    pytest.importorskip("torch")
     content = bytearray((bundle / "decoder_step.ts").read_bytes())
     content[len(content) // 2] ^= 1
     (bundle / "decoder_step.ts").write_bytes(content)
@@ -330,6 +330,7 @@ def test_a_garbled_graph_with_the_right_hash_is_refused(bundle: Path, name: str,
 
 @pytest.mark.parametrize("content", [b"", b"garbage" * 1000])
 def test_a_garbled_torchscript_module_with_the_right_hash_is_refused(bundle: Path, content: bytes) -> None:
+    pytest.importorskip("torch")
     (bundle / "encoder.ts").write_bytes(content)
     accept(bundle)
     refused(lambda: Translator.load(bundle, backend="torchscript"), "encoder.ts", "Export the bundle again")
@@ -340,6 +341,8 @@ def test_a_garbled_torchscript_module_with_the_right_hash_is_refused(bundle: Pat
     [("onnx", "encoder.onnx", "decoder_step.onnx"), ("torchscript", "encoder.ts", "decoder_step.ts")],
 )
 def test_a_swapped_graph_with_the_right_hash_is_refused(bundle: Path, backend: str, encoder: str, step: str) -> None:
+    if backend == "torchscript":
+        pytest.importorskip("torch")
     shutil.copyfile(bundle / encoder, bundle / step)
     accept(bundle)
     refused(lambda: Translator.load(bundle, backend=backend), step, "inputs", "Export the bundle again")
@@ -353,6 +356,7 @@ def test_a_graph_of_another_model_with_the_right_hash_is_refused(bundle: Path, t
 
 def use_external_data(path: Path, location: str) -> bytes:
     """Has the graph's largest tensor read from `location`, and returns what belongs there."""
+    onnx = pytest.importorskip("onnx")
     model = onnx.load(path)
     tensor = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
     data = bytes(tensor.raw_data)
@@ -404,7 +408,7 @@ def test_external_data_in_the_manifest_is_loaded_and_hashed(bundle: Path) -> Non
 def test_a_tokenizer_that_is_not_the_manifests_is_refused(bundle: Path) -> None:
     shutil.copyfile(bundle / "source.model", bundle / "target.model")
     accept(bundle)
-    with pytest.raises(TokenizerError, match=r"target\.model with 64 pieces .* 72 pieces"):
+    with pytest.raises(TokenizerError, match=r"target\.model has 64 pieces .* 72 pieces"):
         Translator.load(bundle)
 
 
@@ -424,6 +428,7 @@ def test_a_garbled_tokenizer_is_refused(bundle: Path) -> None:
 
 
 def test_a_backend_that_the_bundle_has_no_files_for_is_refused(bundle: Path) -> None:
+    pytest.importorskip("torch")
     values = values_of(bundle)
     values["formats"] = ["onnx"]
     for name in ("encoder.ts", "decoder_step.ts", "model.pt"):
@@ -431,11 +436,11 @@ def test_a_backend_that_the_bundle_has_no_files_for_is_refused(bundle: Path) -> 
         del values["files"][name]
     write(bundle, values)
     assert Translator.load(bundle).translate(["one"])[0].text == "eins"
-    refused(lambda: Translator.load(bundle, backend="torchscript"), "encoder.ts", "formats it has: onnx", "--format")
+    refused(lambda: Translator.load(bundle, backend="torchscript"), "encoder.ts", "formats it has: onnx", "`format`")
 
 
 def test_an_unknown_backend_is_refused(numbers_bundle: Path) -> None:
-    with pytest.raises(DeviceError, match=r"'tensorrt'\. Expected onnx or torchscript"):
+    with pytest.raises(DeviceError, match=r"tensorrt.* Expected onnx or torchscript"):
         Translator.load(numbers_bundle, backend="tensorrt")
 
 
@@ -471,4 +476,4 @@ class TestNewestBundle:
     @pytest.mark.parametrize("make", [Path.mkdir, lambda path: None])
     def test_is_an_error_where_there_is_none(self, tmp_path: Path, make: Callable[[Path], None]) -> None:
         make(tmp_path / "artifacts")
-        refused(lambda: newest_bundle(tmp_path / "artifacts"), "no bundle below", "--model")
+        refused(lambda: newest_bundle(tmp_path / "artifacts"), "no bundle below", "`model`")

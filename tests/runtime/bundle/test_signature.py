@@ -34,7 +34,7 @@ CACHES = [
     ("past_key_values.1.encoder.value", FLOAT, SOURCE),
 ]
 STEP_IN = [("input_ids", INT, ("B",)), ("past_lengths", INT, ("B",)), ("source_lengths", INT, ("B",)), *CACHES]
-LOGITS, NEXT_IDS = ("logits", FLOAT, ("B", 7)), ("next_ids", INT, ("B",))
+LOGITS = ("logits", FLOAT, ("B", 7))
 STEP_PRESENTS = [
     ("present.0.decoder.key", FLOAT, OWN),
     ("present.0.decoder.value", FLOAT, OWN),
@@ -57,12 +57,6 @@ def test_the_step_is_the_contracts() -> None:
     signature = step_signature(DIMENSIONS, StepFeatures())
     assert rows(signature.inputs) == STEP_IN
     assert rows(signature.outputs) == [LOGITS, *STEP_PRESENTS]
-
-
-def test_next_ids_come_only_where_declared_and_after_the_logits() -> None:
-    signature = step_signature(DIMENSIONS, StepFeatures(next_ids=True))
-    assert rows(signature.inputs) == STEP_IN
-    assert rows(signature.outputs) == [LOGITS, NEXT_IDS, *STEP_PRESENTS]
 
 
 def test_the_cache_holds_every_past_of_the_step_and_nothing_else() -> None:

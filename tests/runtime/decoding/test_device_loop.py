@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvx import CapacityError, TranslateOptions, Translator
-from kvx.exporter.export import ExportOptions, export
 from kvx.runtime.backends.device import HOST
 from kvx.runtime.backends.device_rows import DeviceRows, IdleRows
 from kvx.runtime.backends.onnx import OnnxBackend
@@ -21,7 +20,6 @@ from kvx.runtime.decoding.cache import Capacity
 from kvx.runtime.decoding.device_loop import LoopState, decode_in_blocks
 from kvx.runtime.decoding.results import DecodeStats, Outcome, Sentence
 from kvx.runtime.engine.loaded import LoadedModel
-from kvx.tests.conftest import NUMBERS
 
 WORDS = ("one", "seven", "twelve", "thirty", "thousand", "hundred", "and", "ninety-nine")
 sentences = st.lists(st.lists(st.sampled_from(WORDS), min_size=1, max_size=9).map(" ".join), min_size=1, max_size=20)
@@ -53,10 +51,8 @@ class Looping:
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bundles") / "looping"
-    export(ExportOptions(checkpoint=NUMBERS / "model.pt", output=folder, format="onnx", loop=True, verify=False))
-    return folder
+def bundle(loop_bundle: Path) -> Path:
+    return loop_bundle
 
 
 @pytest.fixture(scope="module")

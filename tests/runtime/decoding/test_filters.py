@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
@@ -11,14 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvx import InputError, OptionError
+from kvx import InputError, OptionError, Target
 from kvx.runtime.arrays import FloatArray
 from kvx.runtime.bundle.signature import TensorSpec
 from kvx.runtime.decoding.cache import Capacity, EncodedSource, KVCache
 from kvx.runtime.decoding.filters import (
     UNFILTERED,
+    Ban,
     EndPenalty,
     Filter,
+    FilterRows,
     Filters,
     LeastTokens,
     NoRepeatedNgrams,
@@ -28,7 +31,7 @@ from kvx.runtime.decoding.filters import (
 from kvx.runtime.decoding.plan import Plan
 from kvx.runtime.decoding.results import Sentence
 from kvx.runtime.decoding.rows import Choice, Rows, Seat
-from kvx.runtime.options import TranslateOptions
+from kvx.runtime.options import TranslateOptions, filters_of
 from kvx.runtime.text.targets import TargetReader
 
 if TYPE_CHECKING:
@@ -176,7 +179,7 @@ def test_filters_do_to_each_row_what_their_definitions_say(
 def test_whatever_is_asked_for_together_something_may_come_next(
     targets: list[list[int]], options: dict[str, float], suppressed: list[int], seed: int
 ) -> None:
-    filters = TranslateOptions(**options, suppress=tuple(suppressed)).filters_of(READER)  # type: ignore[arg-type]
+    filters = filters_of(TranslateOptions(**options, suppress=tuple(suppressed)), READER)  # type: ignore[arg-type]
     allowed = filters(logits_for(targets, seed), rows_with(targets))
     assert (allowed.max(axis=-1) > -np.inf).all()
     least = int(options.get("min_new_tokens", 1))
@@ -191,7 +194,7 @@ def test_whatever_is_asked_for_together_something_may_come_next(
 def test_without_constraints_the_logits_are_the_very_same() -> None:
     targets = [[2, 3], []]
     logits = logits_for(targets, 0)
-    nothing = TranslateOptions(min_new_tokens=1, repetition_penalty=1.0, end_penalty=0.0).filters_of(READER)
+    nothing = filters_of(TranslateOptions(min_new_tokens=1, repetition_penalty=1.0, end_penalty=0.0), READER)
     for filters in (UNFILTERED, nothing):
         assert filters(logits, rows_with(targets)) is logits
         assert filters(logits, rows_with(targets, given=[[2, 3], []])) is logits  # what was given has come
@@ -398,3 +401,72 @@ def test_a_penalty_for_repetition_leads_to_fewer_of_it(beams_translator: Transla
         return sum(one in each.ids[:at] for each in found for at, one in enumerate(each.ids))
 
     assert repeated(0.5) > repeated(1.0) > repeated(2.0)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    targets=st.lists(st.lists(TOKENS, max_size=LIMIT - 1), min_size=1, max_size=6),
+    banned=st.lists(st.lists(TOKENS, min_size=1, max_size=4), min_size=1, max_size=4),
+    seed=st.integers(0, 100),
+)
+def test_a_banned_sequence_never_comes_and_nothing_else_is_forbidden(
+    targets: list[list[int]], banned: list[list[int]], seed: int
+) -> None:
+    logits = logits_for(targets, seed)
+    allowed = Filters((Ban(tuple(map(tuple, banned))),))(logits, rows_with(targets))
+    for row, target in enumerate(targets):
+        for token in range(VOCABULARY):
+            ends = any([*target, token][-len(one) :] == one for one in banned if len(target) + 1 >= len(one))
+            assert (allowed[row, token] == -np.inf) == ends
+            assert ends or allowed[row, token] == logits[row, token]
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_a_banned_text_never_comes(beams_translator: Translator, search: str) -> None:
+    plain = everything(beams_translator.translate(TEXTS, SEARCHES[search], rows=8))
+    (greedy,) = beams_translator.translate(TEXTS[:1])
+    banned: list[Target] = [greedy.text, *sorted({one.ids[1:3] for one in plain if len(one.ids) > 4})[:3]]
+    sequences = [beams_translator._model.targets.sequence(one, "banned") for one in banned]
+    assert sequences[0] == greedy.ids[:-1]
+    found = everything(beams_translator.translate(TEXTS, SEARCHES[search], banned=banned, rows=8))
+    for one in found:
+        for sequence in sequences:
+            assert all(one.ids[at : at + len(sequence)] != sequence for at in range(len(one.ids)))
+    assert [one.ids for one in found] != [one.ids for one in plain]
+
+
+class Prefers:
+    """A user's filter: one token is worth more."""
+
+    def __init__(self, token: int, nats: float, gain: float | None = None) -> None:
+        self.token, self.nats = token, nats
+        if gain is not None:
+            self.gain = gain
+
+    def __call__(self, logits: FloatArray, rows: FilterRows) -> None:
+        assert len(logits) == len(rows.lengths)
+        assert (rows.tokens[np.arange(len(logits)), 0] == BOS).all()
+        logits[:, self.token] += self.nats
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_a_filter_of_ones_own_has_its_say(beams_translator: Translator, search: str) -> None:
+    eos = beams_translator.manifest.target_ids.eos
+
+    def never_five(logits: FloatArray, rows: FilterRows) -> None:
+        assert rows.eos == eos
+        logits[:, 5] = -np.inf
+
+    suppressed = beams_translator.translate(TEXTS, SEARCHES[search], suppress=(5,))
+    assert beams_translator.translate(TEXTS, SEARCHES[search], filters=[never_five]) == suppressed
+
+
+def test_filters_add_up_what_they_may_gain() -> None:
+    def unknown(logits: FloatArray, rows: FilterRows) -> None:
+        """Says nothing of what it may gain."""
+
+    assert UNFILTERED.gain == 0.0
+    assert Filters((Suppress((1,)), EndPenalty(-2.0), EndPenalty(3.0), Prefers(5, 1.0, gain=1.5))).gain == 3.5
+    assert Filters((RepetitionPenalty(1.2), NoRepeatedNgrams(2), LeastTokens(3), Ban(((1,),)))).gain == 0.0
+    assert Filters((RepetitionPenalty(0.5),)).gain == math.inf
+    assert Filters((unknown, EndPenalty(-2.0))).gain == math.inf

@@ -20,8 +20,6 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from kvx import Translator
-from kvx.models.eager import NoCacheBackend
-from kvx.models.importers.reference import load_checkpoint
 from kvx.runtime.arrays import FloatArray, IntArray, Tensors
 from kvx.runtime.bundle.folder import Bundle
 from kvx.runtime.bundle.signature import TensorSpec
@@ -33,7 +31,7 @@ from kvx.runtime.decoding.plan import Plan
 from kvx.runtime.decoding.results import DecodeStats, Hypothesis, Sentence
 from kvx.runtime.decoding.search import BLOCK, BeamSearch, Greedy, Sampling, Search, largest, log_probabilities
 from kvx.runtime.engine.loaded import LoadedModel
-from kvx.runtime.options import TranslateOptions
+from kvx.runtime.options import TranslateOptions, filters_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -329,7 +327,7 @@ def test_without_early_stopping_the_best_are_those_of_a_search_that_never_stops(
         beam_size=size + 1, n_best=size + 1, length_penalty=penalty, early_stopping=False, end_penalty=end_penalty
     )
     size, search = options.search.beams, options.search
-    found = backend.run(sources, search, limit, filters=options.filters_of(NO_READER))
+    found = backend.run(sources, search, limit, filters=filters_of(options, NO_READER))
     oracle = Oracle(backend.logits, vocabulary, limit, end_gain=-(end_penalty or 0.0))
     for source in sources:
         expected = untied(oracle, source.ids, size, penalty, math.inf)
@@ -466,6 +464,10 @@ def test_a_search_over_many_positions_keeps_its_beams_apart_while_the_cache_grow
 
 
 def test_beams_are_those_of_eager_pytorch_without_a_cache(beams_translator: Translator, numbers_bundle: Path) -> None:
+    pytest.importorskip("torch", reason="the oracle is eager PyTorch")
+    from kvx.models.eager import NoCacheBackend
+    from kvx.models.importers import load_checkpoint
+
     model = load_checkpoint(numbers_bundle / "model.pt").model
     eager = Translator(LoadedModel(Bundle.open(numbers_bundle), NoCacheBackend(model)))
     options = TranslateOptions(beam_size=4, n_best=2, rows=40)

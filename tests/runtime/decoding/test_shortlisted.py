@@ -13,9 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+pytest.importorskip("torch", reason="the oracle is eager PyTorch")
+
 from kvx import BundleError, InputError, OptionError, TranslateOptions, Translation, Translator
 from kvx.models.eager import TorchBackend
-from kvx.models.importers.reference import load_checkpoint
+from kvx.models.importers import load_checkpoint
 from kvx.runtime.arrays import FloatArray, IntArray, Tensors
 from kvx.runtime.bundle.folder import Bundle
 from kvx.runtime.bundle.manifest import PROJECTION_FILE

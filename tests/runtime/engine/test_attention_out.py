@@ -11,17 +11,13 @@ from typer.testing import CliRunner
 
 from kvx import InputError, OptionError, Translator
 from kvx.cli import app
-from kvx.exporter.export import ExportOptions, export
-from kvx.tests.conftest import NUMBERS
 
 TEXTS = ["one", "twelve thousand three hundred and four", "", "ninety-nine", "seven hundred and six"] * 3
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bundles") / "attending"
-    export(ExportOptions(checkpoint=NUMBERS / "model.pt", output=folder, attention=True, verify=False))
-    return folder
+def bundle(attention_bundle: Path) -> Path:
+    return attention_bundle
 
 
 @pytest.fixture(scope="module")

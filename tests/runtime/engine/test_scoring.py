@@ -4,12 +4,10 @@ import random
 from typing import TYPE_CHECKING
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvx import InputError, OptionError, Translator
-from kvx.models.importers.reference import Checkpoint, load_checkpoint
 from kvx.runtime.arrays import IntArray, Tensors
 from kvx.runtime.decoding import decode
 from kvx.runtime.decoding.backend import Backend
@@ -19,6 +17,7 @@ from kvx.runtime.options import TranslateOptions
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from kvx.models.importers import Checkpoint
     from kvx.models.transformer import Transformer
     from kvx.tests.conftest import Seed
 
@@ -28,10 +27,15 @@ TARGETS = ["eins", "neunundneunzig", "zwölftausenddreihundertvier", "acht", "nu
 
 @pytest.fixture(scope="module")
 def model(numbers_bundle: Path) -> Transformer:
+    pytest.importorskip("torch", reason="the oracle is eager PyTorch")
+    from kvx.models.importers import load_checkpoint
+
     return load_checkpoint(numbers_bundle / "model.pt").model
 
 
 def _teacher_forced(model: Transformer, source: tuple[int, ...], target: tuple[int, ...], bos: int) -> list[float]:
+    import torch
+
     with torch.inference_mode():
         logits = model(torch.tensor([source]), torch.tensor([len(source)]), torch.tensor([[bos, *target[:-1]]]))[0]
     chosen = logits.double().log_softmax(-1).gather(-1, torch.tensor(target)[:, None])[:, 0]

@@ -84,6 +84,7 @@ def test_an_unknown_tokenizer_is_refused(numbers: LoadedModel) -> None:
 
 
 def test_several_backends_stand_side_by_side(numbers_bundle: Path, files: tuple[Path, Path], tmp_path: Path) -> None:
+    pytest.importorskip("torch")
     done = _kvx(
         *("evaluate", numbers_bundle, "--source", files[0], "--reference", files[1]),
         *("--backend", "onnx,torch,torch-no-cache", "--json", "figures.json", "--hypotheses", "out.txt"),
@@ -162,6 +163,7 @@ class TestScore:
 
 
 def _same_bleu_on_every_backend(bundle: Path, seed: Seed, folder: Path, expected: float, *limit: str) -> None:
+    pytest.importorskip("torch")
     done = _kvx(
         *("evaluate", bundle, "--source", seed.folder / "test_2016.de", "--reference", seed.folder / "test_2016.en"),
         *("--backend", "onnx,torchscript,torch,torch-no-cache", "--json", "figures.json", *limit),

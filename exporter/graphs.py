@@ -1,0 +1,142 @@
+"""The graphs that an export writes: one row each, with when it is written, from what, and what proves it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from kvx.exporter.lowerings.lowered import Lowered
+from kvx.exporter.options import ExportOptions
+from kvx.exporter.precision.halves import in_precision
+from kvx.exporter.progress import Progress
+from kvx.exporter.proof import checks
+from kvx.exporter.writing.graphs import EncoderGraph, ShortlistGraph, StepGraph
+from kvx.exporter.writing.loop import LoopGraph
+from kvx.exporter.writing.onnx import write_onnx
+from kvx.exporter.writing.torchscript import write_torchscript
+from kvx.models.transformer import Transformer
+from kvx.runtime.bundle.graphs import BEAMS, CHUNK, ENCODER, LOOP, SHORTLIST, STEP, Graph
+from kvx.runtime.bundle.manifest import SpecialIds
+from kvx.runtime.bundle.precision import Arithmetic, Widths
+from kvx.runtime.bundle.signature import StepFeatures
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """What graphs are made of: the model in its precision, operators, the features of its step, the target's ids."""
+
+    model: Transformer
+    lowered: Lowered
+    features: StepFeatures
+    target_ids: SpecialIds
+
+    def features_of(self, graph: Graph) -> StepFeatures:
+        """The features of one graph of the decoder."""
+        assert graph.features is not None, f"{graph.name} is no graph of the decoder"
+        return graph.features(self.features)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How one graph is written.
+
+    `called` is what people call it. `module` makes it. `wanted` tells whether an export has it. `bits` are those of its
+    weights. `shares` is the graph, written before it, whose weights it uses; `beside` writes further files. `proof` is
+    the check that it must pass.
+    """
+
+    graph: Graph
+    called: str
+    module: Callable[[Material], EncoderGraph | StepGraph | LoopGraph]
+    proof: checks.Proof
+    wanted: Callable[[ExportOptions], bool] = lambda options: True
+    bits: Callable[[Arithmetic], Widths | None] = lambda arithmetic: arithmetic.step
+    shares: Graph | None = STEP
+    beside: Callable[[Material, Path], None] = lambda made, folder: None
+
+
+def _write_projection(made: Material, folder: Path) -> None:
+    [name] = SHORTLIST.beside
+    np.save(folder / name, made.model.head.weight.detach().numpy(), allow_pickle=False)
+
+
+RECIPES = (
+    Recipe(
+        graph=ENCODER,
+        called="the encoder",
+        module=lambda made: EncoderGraph(made.model, made.lowered.step),
+        bits=lambda arithmetic: arithmetic.encoder,
+        shares=None,
+        proof=checks.ENCODER_OUTPUTS,
+    ),
+    Recipe(
+        graph=STEP,
+        called="the decoder step",
+        module=lambda made: StepGraph(made.model, made.lowered.step, made.features_of(STEP)),
+        shares=None,
+        proof=checks.STEPS,
+    ),
+    Recipe(
+        graph=CHUNK,
+        called="the decoder for several tokens at once",
+        module=lambda made: StepGraph(made.model, made.lowered.step, made.features_of(CHUNK)),
+        proof=checks.CHUNKS,
+    ),
+    Recipe(
+        graph=BEAMS,
+        called="the decoder for several rows a sentence",
+        module=lambda made: StepGraph(made.model, made.lowered.beams, made.features_of(BEAMS)),
+        proof=checks.ROWS_OF_A_SENTENCE,
+    ),
+    Recipe(
+        graph=SHORTLIST,
+        called="the decoder for a part of the vocabulary",
+        module=lambda made: ShortlistGraph(made.model, made.lowered.beams, made.features_of(SHORTLIST)),
+        wanted=lambda options: options.shortlist,
+        beside=_write_projection,
+        proof=checks.SHORTLISTED,
+    ),
+    Recipe(
+        graph=LOOP,
+        called="the decoder that feeds itself",
+        module=lambda made: LoopGraph(made.model, made.target_ids, made.lowered.loop),
+        wanted=lambda options: options.loop or options.operators == "cuda",
+        proof=checks.LOOPED,
+    ),
+)
+
+
+def write_graphs(
+    folder: Path,
+    options: ExportOptions,
+    model: Transformer,
+    target_ids: SpecialIds,
+    features: StepFeatures,
+    progress: Progress,
+) -> None:
+    """Every graph that the options ask for, in every format, with the files that it needs."""
+    if "onnx" in options.formats:
+        prepared = in_precision(model, options.precision)
+        made = Material(prepared, Lowered.of(options.operators, prepared), features, target_ids)
+        for recipe in _wanted(options, "onnx"):
+            progress.phase(f"exporting {recipe.called} to ONNX")
+            _write_onnx(recipe, made, folder, options.arithmetic)
+    if "torchscript" in options.formats:
+        progress.phase("tracing TorchScript")
+        made = Material(model, Lowered.not_at_all(), features, target_ids)
+        for recipe in _wanted(options, "torchscript"):
+            write_torchscript(recipe.module(made), folder / recipe.graph.files["torchscript"])
+
+
+def _wanted(options: ExportOptions, written: str) -> Iterator[Recipe]:
+    return (recipe for recipe in RECIPES if written in recipe.graph.files and recipe.wanted(options))
+
+
+def _write_onnx(recipe: Recipe, made: Material, folder: Path, arithmetic: Arithmetic) -> None:
+    shared = None if recipe.shares is None else folder / recipe.shares.files["onnx"]
+    file = folder / recipe.graph.files["onnx"]
+    write_onnx(recipe.module(made), file, widths=recipe.bits(arithmetic), weights_of=shared)
+    recipe.beside(made, folder)

@@ -1,0 +1,235 @@
+"""What to export, in which form, and where to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+from kvx.exporter.proof.limits import ParityOptions
+from kvx.runtime.bundle.graphs import FORMATS
+from kvx.runtime.bundle.precision import PRECISIONS, Arithmetic, Lowering, Precision
+from kvx.runtime.bundle.signature import StepFeatures
+from kvx.runtime.errors import OptionError
+from kvx.runtime.rules import Option, Problem, choice, count, described, flag, path, refuse, wrong_values
+
+Format = Literal["onnx", "torchscript", "both"]
+
+MOST_HEADS = 2**16
+MOST_LAYERS = 1024
+LARGEST_LIMIT = 2**24
+PURPOSES = ", ".join(f"{name} for {arithmetic.purpose}" for name, arithmetic in PRECISIONS.items())
+
+
+def default_lowerings() -> str:
+    """The default lowering of each precision in words, that of float32 first."""
+    by_lowering: dict[Lowering, list[Precision]] = {}
+    for name, arithmetic in PRECISIONS.items():
+        by_lowering.setdefault(arithmetic.lowerings[0], []).append(name)
+    usual, *others = by_lowering
+    return "; ".join([usual, *(f"{lowering} with {' and '.join(by_lowering[lowering])}" for lowering in others)])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportOptions:
+    """What to export. Raises one OptionError that names everything unknown or contradictory.
+
+    `loop` also writes the graph that feeds itself with any lowering, not with "cuda" alone. `parity` says how the
+    export is proven.
+    """
+
+    checkpoint: Annotated[Path, Option(path(), "A state dict of the reference model, or kvx's own model.pt.")]
+    output: Annotated[
+        Path | None,
+        Option(
+            path(),
+            "Write the bundle to this folder.",
+            unset="artifacts/<name of the checkpoint's folder>",
+            flags=("-o", "--output"),
+        ),
+    ] = None
+    source_tokenizer: Annotated[
+        Path | None,
+        Option(path(), "The sentencepiece model of the source.", unset="source.model beside the checkpoint"),
+    ] = None
+    target_tokenizer: Annotated[
+        Path | None,
+        Option(path(), "The sentencepiece model of the target.", unset="target.model beside the checkpoint"),
+    ] = None
+    heads: Annotated[
+        int | None,
+        Option(count(MOST_HEADS), "The attention heads of a bare state dict, which cannot tell.", unset="d_model / 64"),
+    ] = None
+    format: Annotated[
+        Format | None,
+        Option(
+            choice(get_args(Format)),
+            "What to write. With both, model.pt for the eager backends is written too.",
+            unset="both; onnx with fewer bits or for CUDA",
+            flags=("--format",),
+        ),
+    ] = None
+    lowering: Annotated[
+        Lowering | None,
+        Option(
+            choice(get_args(Lowering)),
+            "The operators of the ONNX graphs: ONNX Runtime's own, those of the standard alone, or those that a "
+            "captured CUDA graph may hold.",
+            unset=default_lowerings(),
+        ),
+    ] = None
+    precision: Annotated[
+        Precision,
+        Option(
+            choice(get_args(Precision)),
+            f"The numbers of the model: {PURPOSES}.",
+        ),
+    ] = "fp32"
+    calibration: Annotated[
+        Path | None,
+        Option(
+            path(),
+            "Fix the scales of activations in 8 bits on the lines of this file, which makes translating faster.",
+            unset="each row has a scale of its own",
+        ),
+    ] = None
+    max_new_tokens: Annotated[
+        int | None,
+        Option(
+            count(LARGEST_LIMIT),
+            "The bundle's default limit of a translation, in tokens.",
+            unset="the checkpoint's own limit",
+        ),
+    ] = None
+    attention: Annotated[
+        bool,
+        Option(
+            flag(),
+            "Let decoder steps also give what a decoder layer attends to in the source.",
+            flags=("--with-attention",),
+        ),
+    ] = False
+    attention_layer: Annotated[
+        int | None,
+        Option(
+            count(MOST_LAYERS - 1, least=0), "The decoder layer of `attention`, counted from 0.", unset="the last layer"
+        ),
+    ] = None
+    verify: Annotated[bool, Option(flag(), "Prove the export before it is kept.", flags=("--verify/--no-verify",))] = (
+        True
+    )
+    parity: ParityOptions = field(default_factory=ParityOptions)
+    shortlist: Annotated[
+        bool,
+        Option(flag(), "Also write what translating with a shortlist needs (onnx).", flags=("--with-shortlist",)),
+    ] = False
+    loop: Annotated[
+        bool, Option(flag(), "Also write the decoder that feeds itself, with any lowering.", hidden=True)
+    ] = False
+    force: Annotated[bool, Option(flag(), "Replace the bundle that is in the output folder.", flags=("--force",))] = (
+        False
+    )
+
+    def __post_init__(self) -> None:
+        wrong = list(wrong_values(self))
+        if {"precision", "lowering", "format"}.isdisjoint(problem.option for problem in wrong):
+            wrong += [*self._contradictions(), *self._without_effect()]
+        refuse(wrong)
+
+    def _contradictions(self) -> Iterator[Problem]:
+        if self.operators not in self.arithmetic.lowerings:
+            able = " or ".join(self.arithmetic.lowerings)
+            yield Problem(
+                "precision",
+                f"`precision` {self.precision} does not go together with `lowering` {self.operators}",
+                f"`lowering` {able} with `precision` {self.precision}",
+            )
+        if self.arithmetic.reduced and self.format not in (None, "onnx"):
+            yield Problem(
+                "precision",
+                f"`precision` {self.precision} does not go together with `format` {self.format}",
+                "`format` onnx with fewer bits",
+            )
+        elif self.lowering == "cuda" and self.format == "both":
+            yield Problem(
+                "lowering", "`lowering` cuda does not go together with `format` both", "`format` onnx with cuda"
+            )
+        if self.shortlist and "onnx" not in self.formats:
+            yield Problem(
+                "shortlist",
+                f"`shortlist` does not go together with `format` {self.format}",
+                "`format` onnx with `shortlist`",
+            )
+
+    def _without_effect(self) -> Iterator[Problem]:
+        if self.calibration is not None and not self.arithmetic.quantized:
+            quantized = " or ".join(name for name in PRECISIONS if PRECISIONS[name].quantized)
+            yield Problem(
+                "calibration",
+                f"`calibration` has no effect with `precision` {self.precision}",
+                f"`calibration` only with {quantized}",
+            )
+        if self.attention_layer is not None and not self.attention:
+            yield Problem(
+                "attention_layer",
+                f"`attention_layer` {self.attention_layer} has no effect without `attention`",
+                "`attention_layer` only with `attention`",
+            )
+        if "onnx" not in self.formats:
+            yield from self._only_of_onnx()
+        yield from self.parity.without_effect(self.precision) if self.verify else self._only_of_proofs()
+
+    def _only_of_onnx(self) -> Iterator[Problem]:
+        for name, value in (("lowering", self.lowering), ("loop", self.loop)):
+            if value:
+                yield Problem(
+                    name, f"`{name}` has no effect with `format` {self.format}", f"`{name}` only with `format` onnx"
+                )
+
+    def _only_of_proofs(self) -> Iterator[Problem]:
+        for name, option in described(ParityOptions).items():
+            if not option.hidden and getattr(self.parity, name) is not None:
+                yield Problem(name, f"`{name}` has no effect without `verify`", "texts and limits only of a proof")
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """What the precision does to the numbers of the model."""
+        return PRECISIONS[self.precision]
+
+    @property
+    def operators(self) -> Lowering:
+        """The lowering: the one that was chosen, or else the default of the precision."""
+        return self.lowering or self.arithmetic.lowerings[0]
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """The formats to write."""
+        if self.format in FORMATS:
+            return (self.format,)
+        return ("onnx",) if self.arithmetic.reduced or self.operators == "cuda" else FORMATS
+
+    def features(self, layers: int) -> StepFeatures:
+        """What the step has beyond the contract's core, in a model with this number of decoder layers.
+
+        Raises OptionError.
+        """
+        layer = layers - 1 if self.attention_layer is None else self.attention_layer
+        if layer >= layers:
+            raise OptionError(
+                f"`attention_layer` is {layer}",
+                expected=f"0 to {layers - 1}, the model's decoder layers",
+                remedy="Correct it, or leave it out for the last layer.",
+                option="attention_layer",
+            )
+        presents = self.operators == "ort" and "onnx" in self.formats
+        return StepFeatures(source_presents=presents, attention=layer if self.attention else None)
+
+    @property
+    def folder(self) -> Path:
+        """The bundle's folder."""
+        return self.output or Path("artifacts") / self.checkpoint.resolve().parent.name
+
+    def tokenizer_path(self, name: str, chosen: Path | None) -> Path:
+        """Where a tokenizer is: the chosen path, or the file of this name beside the checkpoint."""
+        return chosen or self.checkpoint.parent / name

@@ -1,0 +1,165 @@
+"""The checks of a proof: one list, each with the condition under which it applies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from kvx.exporter.progress import Progress
+from kvx.exporter.proof.greedy import check_drawn, check_greedy, translations
+from kvx.exporter.proof.limits import ParityOptions
+from kvx.exporter.proof.loop import check_loop
+from kvx.exporter.proof.quality import Ids, VerificationText, check_lines, check_range, check_scores
+from kvx.exporter.proof.report import Check
+from kvx.exporter.proof.trial import ExportedGraphs, Trial, shares_sources
+from kvx.models.transformer import Transformer
+from kvx.runtime.bundle.graphs import LOOP, Graph
+from kvx.runtime.bundle.precision import PRECISIONS, Precision
+from kvx.runtime.decoding.backend import shortlisting_of
+from kvx.runtime.decoding.plan import Plan
+
+NOWHERE = Path()
+
+
+class Case:
+    """What there is to prove: the graphs of one format in a folder that holds these `files`, the eager model, and a
+    text to translate if there is one.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        graphs: ExportedGraphs,
+        plan: Plan,
+        options: ParityOptions,
+        *,
+        precision: Precision = "fp32",
+        text: VerificationText | None = None,
+        folder: Path = NOWHERE,
+        files: Collection[str] = (),
+    ) -> None:
+        self.model = model
+        self.graphs = graphs
+        self.plan = plan
+        self.options = options
+        self.arithmetic = PRECISIONS[precision]
+        self.limits = options.limits(precision)
+        self.text = text or VerificationText((), (), str)
+        self.folder = folder
+        self.files = files
+        self.trial = Trial(model, options, self.limits.tolerance, graphs.features.attention)
+
+    def holds(self, graph: Graph) -> bool:
+        """Whether there is a file of this graph for the backend."""
+        return graph.files.get(self.graphs.name) in self.files
+
+    @cached_property
+    def expected(self) -> dict[int, Ids]:
+        """Eager's translations of the text."""
+        return translations(self.trial.eager, self.text.sources, self.plan)
+
+    @cached_property
+    def got(self) -> dict[int, Ids]:
+        """The export's translations of the text."""
+        return translations(self.graphs, self.text.sources, self.plan)
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """One check, or several that share their work, and when it applies. `phase` is announced before it."""
+
+    run: Callable[[Case], Iterator[Check]]
+    applies: Callable[[Case], bool] = lambda case: True
+    phase: str | None = None
+
+
+def _encoder(case: Case) -> Iterator[Check]:
+    yield case.trial.check_encoder(case.graphs)
+
+
+def _steps(case: Case) -> Iterator[Check]:
+    yield from case.trial.check_steps(case.graphs)
+
+
+def _chunks(case: Case) -> Iterator[Check]:
+    yield case.trial.check_chunks(case.graphs)
+
+
+def _beams(case: Case) -> Iterator[Check]:
+    yield case.trial.check_beams(case.graphs)
+
+
+def _shortlist(case: Case) -> Iterator[Check]:
+    shortlisting = shortlisting_of(case.graphs)
+    assert shortlisting is not None
+    yield case.trial.check_shortlist(case.graphs, shortlisting)
+
+
+def _neighbours(case: Case) -> Iterator[Check]:
+    yield case.trial.check_neighbours(case.graphs, case.limits.neighbours)
+
+
+def _drawn(case: Case) -> Iterator[Check]:
+    yield check_drawn(case.trial, case.graphs, case.plan)
+
+
+def _range(case: Case) -> Iterator[Check]:
+    sources = [*case.trial.drawn_sources(), *case.text.sources]
+    yield check_range(case.graphs, case.model, case.plan, sources)
+
+
+def _greedy(case: Case) -> Iterator[Check]:
+    yield check_greedy(case.trial, case.graphs, case.text.sources, case.plan, "greedy on the verification text")
+
+
+def _lines(case: Case) -> Iterator[Check]:
+    yield check_lines(case.graphs, case.expected, case.got, case.limits.equal_lines)
+
+
+def _scores(case: Case) -> Iterator[Check]:
+    yield check_scores(case.graphs, case.expected, case.got, case.text, case.limits.bleu_lost)
+
+
+def _loop(case: Case) -> Iterator[Check]:
+    yield check_loop(Trial(case.model, case.options, case.limits.tolerance), case.graphs, case.folder, case.plan)
+
+
+ENCODER_OUTPUTS = Proof(_encoder)
+STEPS = Proof(_steps)
+CHUNKS = Proof(_chunks, lambda case: case.graphs.query_tokens)
+ROWS_OF_A_SENTENCE = Proof(_beams, lambda case: shares_sources(case.graphs))
+SHORTLISTED = Proof(_shortlist, lambda case: shortlisting_of(case.graphs) is not None)
+NEIGHBOURS = Proof(_neighbours)
+# Quantised products move logits too far for greedy translations of noise.
+DRAWN = Proof(_drawn, lambda case: not case.arithmetic.quantized)
+RANGE = Proof(_range, lambda case: any(spec.dtype == "float16" for spec in case.graphs.cache_specs))
+TEXT = Proof(_greedy, lambda case: bool(case.text.sources) and not case.arithmetic.reduced)
+LINES = Proof(_lines, lambda case: bool(case.text.sources) and case.arithmetic.reduced)
+SCORES = Proof(_scores, lambda case: bool(case.text.references) and case.arithmetic.reduced)
+LOOPED = Proof(_loop, lambda case: case.holds(LOOP), phase="proving the decoder that feeds itself")
+
+CHECKS = (
+    ENCODER_OUTPUTS,
+    STEPS,
+    CHUNKS,
+    ROWS_OF_A_SENTENCE,
+    SHORTLISTED,
+    NEIGHBOURS,
+    DRAWN,
+    RANGE,
+    TEXT,
+    LINES,
+    SCORES,
+    LOOPED,
+)
+
+
+def prove(case: Case, progress: Progress | None = None) -> Iterator[Check]:
+    """All checks that apply, one by one as they are done."""
+    for proof in CHECKS:
+        if proof.applies(case):
+            if proof.phase is not None and progress is not None:
+                progress.phase(proof.phase)
+            yield from proof.run(case)

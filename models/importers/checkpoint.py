@@ -1,0 +1,138 @@
+"""What every importer shares: the file that is read, the model that is built, every tensor accounted for.
+
+Files are read with `weights_only=True`: nothing in them is ever executed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kvx.models.config import ModelConfig
+from kvx.models.transformer import Transformer
+from kvx.runtime.errors import CheckpointError
+
+StateDict = Mapping[str, Tensor]
+
+NAMED_PROBLEMS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model ready for inference, with what its file says beyond the weights.
+
+    `max_new_tokens` is the default limit of a translation, in tokens after bos, eos included. `notes` are sentences
+    about what had to be assumed, with options in backticks.
+    """
+
+    model: Transformer
+    max_new_tokens: int
+    notes: tuple[str, ...] = ()
+
+
+def read_file(path: Path) -> object:
+    """What a file written by torch.save holds. Raises CheckpointError for anything that could run code."""
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path} is {'a folder' if path.is_dir() else 'not there'}",
+            expected="a checkpoint file",
+            remedy="Check the path.",
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol", category=UserWarning)
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what an unpickler makes of a damaged file can be any exception
+        code = re.search(r"(?:unsupported|Unsupported)[\w :]* (?:GLOBAL|class) ([\w.]+)", str(error))
+        if code and not _ends_with(path, code[1].rpartition(".")[2]):
+            raise CheckpointError(
+                f"{path} carries code ({code[1]}) and is refused, because loading it could run anything",
+                expected="tensors and plain values only",
+                remedy="Save model.state_dict() instead of the model or the training state.",
+            ) from None
+        raise CheckpointError(
+            f"{path} is truncated, damaged or no PyTorch file ({_first_line(error)})",
+            expected="a file written by torch.save",
+            remedy="Copy or save the checkpoint again.",
+        ) from None
+
+
+def _ends_with(path: Path, name: str) -> bool:
+    """Whether the file ends in the middle of this name: then it was cut, and nobody knows what it was."""
+    with path.open("rb") as file:
+        file.seek(-min(len(name), path.stat().st_size), os.SEEK_END)
+        return file.read() == name.encode()
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """The tensors of a model by name, without making any."""
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in Transformer(config).state_dict().items()}
+
+
+def build(config: ModelConfig, state: StateDict, path: Path, names: Mapping[str, str] | None = None) -> Transformer:
+    """The model with these weights. `names` maps ours to the file's own, for messages.
+
+    Raises CheckpointError that names what is missing, unexpected, of another shape or not finite.
+    """
+    expected = expected_shapes(config)
+    names = names or {}
+    problems = [f"missing {names.get(name, name)}" for name in expected if name not in state]
+    problems += [f"unexpected {name}" for name in state if name not in expected]
+    problems += [
+        f"{names.get(name, name)} of {describe(state[name])} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if name in state and not _fits(state[name], shape)
+    ]
+    fitting = {name: state[name].float() for name, shape in expected.items() if _fits(state.get(name), shape)}
+    problems += [
+        f"{names.get(name, name)} with values that are not finite"
+        for name, tensor in fitting.items()
+        if not bool(tensor.isfinite().all())
+    ]
+    if problems:
+        refuse_tensors(path, problems)
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.load_state_dict(fitting, assign=True)
+    return model.eval().requires_grad_(requires_grad=False)
+
+
+def _fits(value: object, shape: torch.Size) -> bool:
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+        return False
+    return value.shape == shape and value.is_floating_point()
+
+
+def refuse_tensors(path: Path, problems: Sequence[str]) -> None:
+    """Raises CheckpointError that counts all problems and names the first."""
+    shown = ", ".join(problems[:NAMED_PROBLEMS]) + (", …" if len(problems) > NAMED_PROBLEMS else "")
+    raise CheckpointError(
+        f"{path} has {len(problems)} wrong tensor{'s' if len(problems) > 1 else ''}: {shown}",
+        expected="exactly the tensors of the model, in the shapes that its sizes imply",
+        remedy="Check that the file holds the weights of this architecture.",
+    )
+
+
+def describe(value: object) -> str:
+    """A value of a file in a few words."""
+    if isinstance(value, Tensor):
+        kind = "" if value.layout == torch.strided and not value.is_meta else " without plain values"
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}{kind}"
+    if isinstance(value, dict):
+        odd_first = sorted(value, key=lambda key: isinstance(key, str))
+        return f"a dict with the keys {odd_first[:NAMED_PROBLEMS]}"
+    return f"a {type(value).__name__}"
+
+
+def _first_line(error: Exception) -> str:
+    if not isinstance(error, (RuntimeError, OSError, EOFError)):  # torch's own words are advice to run what is in it
+        return "no pickle of tensors"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
