@@ -11,7 +11,7 @@ import functools
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from types import NoneType, UnionType
@@ -87,17 +87,16 @@ class Described:
         self._names = [name for name in self._table if (name in only if only else name not in but)]
         self._build = build
 
-    def parameters(self) -> Iterator[Parameter]:
+    @functools.cached_property
+    def parameters(self) -> tuple[Parameter, ...]:
         """The options as parameters, in the order of the descriptions."""
-        hints = get_type_hints(self._types)
-        defaults = {field.name: field.default for field in fields(self._owner)}
-        for name in self._names:
-            if not self._table[name].hidden:
-                yield _parameter(name, hints[name], defaults.get(name), self._table[name])
+        hints, defaults = _types_of(self._types), {field.name: field.default for field in fields(self._owner)}
+        shown = (name for name in self._names if not self._table[name].hidden)
+        return tuple(_parameter(name, hints[name], defaults.get(name), self._table[name]) for name in shown)
 
     def value(self, given: Mapping[str, object]) -> object:
         """What the command gets for the values that Typer read. Raises OptionError."""
-        values = {one.name: one.convert(given[one.name]) for one in self.parameters() if given[one.name] != one.default}
+        values = {one.name: one.convert(given[one.name]) for one in self.parameters if given[one.name] != one.default}
         return self._owner(**values) if self._build else values
 
 
@@ -108,14 +107,14 @@ def with_described_options(command: Callable[..., None]) -> Callable[..., None]:
     """
     own = inspect.signature(command, eval_str=True).parameters
     groups = {name: group for name, parameter in own.items() if (group := _group(parameter)) is not None}
-    options = {one.name: one for group in reversed(groups.values()) for one in group.parameters()}
+    options = {one.name: one for group in reversed(groups.values()) for one in group.parameters}
     flags = {name: max(one.flags, key=len).partition("/")[0] for name, one in options.items()}
     parameters: dict[str, inspect.Parameter] = {}
     for name, parameter in own.items():
         if name not in groups:
             parameters[name] = parameter
             continue
-        for one in groups[name].parameters():
+        for one in groups[name].parameters:
             parameters.setdefault(one.name, options[one.name].for_typer(flags))
 
     @functools.wraps(command)
@@ -126,6 +125,9 @@ def with_described_options(command: Callable[..., None]) -> Callable[..., None]:
     call.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
     call.__annotations__ = {name: parameter.annotation for name, parameter in parameters.items()}
     return call
+
+
+_types_of = functools.cache(get_type_hints)  # evaluating annotations takes longer than all else here
 
 
 def _group(parameter: inspect.Parameter) -> Described | None:
