@@ -118,8 +118,8 @@ class Graph:
 
 
 class Failing:
-    """A context in which every exception of ONNX Runtime, which has a type for each status, becomes a CapacityError where
-    memory is short and else a BundleError. `got` is the sentence for what failed.
+    """A context in which an exception of ONNX Runtime becomes a CapacityError where memory is short and else a
+    BundleError. `got` is the sentence for what failed.
     """
 
     __slots__ = ("_got",)
