@@ -56,7 +56,7 @@ TARGETS = Rule(
     "a tuple of texts or of sequences of ids",
     lambda value: isinstance(value, tuple | list) and all(PREFIX.holds(one) for one in value),
 )
-CALLABLES = Rule("a sequence of callables", lambda value: not isinstance(value, str) and all(map(callable, value)))
+CALLABLES = Rule("a sequence of callables", lambda value: isinstance(value, tuple) and all(map(callable, value)))
 
 
 class TranslateKeywords(TypedDict, total=False):

@@ -88,7 +88,8 @@ class Call:
         window = self.options.window or self.plan.rows * self.workers * WINDOW_PER_ROW
         queue = RequestQueue(requests, window, self.shortlist, stop)
         loops = [self._loop(backend) for backend in shared_out(self.model.backends, self.workers)]
-        with contextlib.closing(requests):
+        with contextlib.ExitStack() as ends:
+            ends.callback(requests.rest)
             while not queue.exhausted:
                 outcomes = side_by_side(loops, queue.sentences(), stats, stop, at_once=self.plan.group)
                 with contextlib.closing(outcomes):

@@ -92,7 +92,7 @@ class LoadedModel:
         """Each text with the fixed ids of its targets, as a request. Raises InputError, with the text's number, where
         it cannot be translated.
         """
-        seen: dict[int, int] = {}  # of equal sources, where something is drawn at random
+        seen: dict[int, int] = {}  # equal requests, where something is drawn at random
         for number, (text, targets) in enumerate(texts, 1):
             read = self.sources.read_one(text, number, options.on_long, with_pieces=options.with_attention)
             if len(read.ids) > plan.source_positions:
@@ -106,8 +106,9 @@ class LoadedModel:
                 )
             repeat = 0
             if isinstance(options.search, Sampling):
-                repeat = seen.get(hash(read.ids), 0)
-                seen[hash(read.ids)] = repeat + 1
+                same = hash((read.ids, targets))
+                repeat = seen.get(same, 0)
+                seen[same] = repeat + 1
             yield Request(number, read.ids, targets, repeat=repeat, truncated=read.truncated, pieces=read.pieces)
 
     def shortlist(self, options: TranslateOptions) -> Shortlist | None:

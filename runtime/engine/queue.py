@@ -16,10 +16,10 @@ WINDOWS_AHEAD = 4
 
 @dataclass(slots=True)
 class RequestQueue:
-    """Reads requests from a `supply`, a `window` at a time, and holds them, in order, until they are finished and taken.
+    """Reads requests from a `supply`, a `window` at a time, and holds them in order until they are finished and taken.
 
     Those that the `candidates` do not know come last in their window, as they are not decoded beside the others.
-    Nothing is read once `cancelled` has answered true, but for the first window.
+    Nothing more is read once `cancelled` has answered true, but for the first window.
     """
 
     supply: Supply[Request]
@@ -31,9 +31,9 @@ class RequestQueue:
     _begun: bool = False
 
     def sentences(self) -> Iterator[Request]:
-        """Requests for the decoder, after waiting for the first. Ends early, so that what is finished can leave, where no
-        more are at hand, after a window of nothing but empty texts, and where one slow sentence has kept back too many
-        others.
+        """Requests for the decoder, after waiting for the first. Ends early, so that what is finished can leave: where
+        no more are at hand, after a window of nothing but empty texts, and where one slow sentence has kept back too
+        many others.
         """
         window = self._read_window(wait=True)
         while window:
@@ -53,11 +53,9 @@ class RequestQueue:
         return self.candidates is None or self.candidates.knows(request.ids), len(request.ids)
 
     def _read_window(self, *, wait: bool) -> list[Request]:
-        if self._begun and self.cancelled():
-            self.exhausted = True
-            return []
+        over = self._begun and self.cancelled()
         self._begun = True
-        window = self.supply.take(self.window, wait=wait)
+        window = self.supply.rest() if over else self.supply.take(self.window, wait=wait)
         self.exhausted = self.supply.exhausted
         self._held.extend(window)
         return window

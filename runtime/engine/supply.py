@@ -8,26 +8,26 @@ import threading
 from collections.abc import Iterable, Iterator
 from typing import Generic, Protocol, TypeVar
 
+END = 0.1  # seconds that a thread gets to end
 PAUSE = 0.01  # seconds without a further item, after which those at hand are enough
 
 Item = TypeVar("Item")
-Given = TypeVar("Given", covariant=True)
 
 
-class Supply(Protocol[Given]):
+class Supply(Protocol[Item]):
     """Where items come from. `error` is what ended it, if it did not end by itself."""
 
     error: BaseException | None
     exhausted: bool
 
-    def take(self, most: int, *, wait: bool) -> list[Given]:
+    def take(self, most: int, *, wait: bool) -> list[Item]:
         """Up to `most` items that are at hand. None where there is none: for good where it is `exhausted`, which is
         always so where it may `wait`.
         """
         ...
 
-    def close(self) -> None:
-        """Nothing more is wanted."""
+    def rest(self) -> list[Item]:
+        """The items that have come but have not been taken. Nothing more is wanted."""
         ...
 
 
@@ -50,8 +50,10 @@ class Listed(Generic[Item]):
         self.exhausted = len(found) < most
         return found
 
-    def close(self) -> None:
+    def rest(self) -> list[Item]:
         """See Supply."""
+        self.exhausted = True
+        return []
 
 
 class Awaited(Generic[Item]):
@@ -90,10 +92,22 @@ class Awaited(Generic[Item]):
                 self.error, self.exhausted = come, True
         return found
 
-    def close(self) -> None:
-        """Ends the thread, at the latest when the item that it waits for has come."""
+    def rest(self) -> list[Item]:
+        """See Supply. The thread ends, at the latest when the item that it waits for has come."""
         self._closed = True
         self._wanted.release()
+        if self._thread.ident:
+            self._thread.join(END)
+        found: list[Item] = []
+        while not self.exhausted and not self._come.empty():
+            come = self._come.get()
+            if isinstance(come, _Come):
+                found.append(come.item)
+            else:
+                self.error = come
+                break
+        self.exhausted = True
+        return found
 
     def _read(self, items: Iterator[Item]) -> None:
         try:

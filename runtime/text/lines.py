@@ -35,6 +35,8 @@ def read_lines(stream: BinaryIO) -> Iterator[str]:
             )
         if number == 1:
             raw = raw.removeprefix(codecs.BOM_UTF8)
+            if not raw:
+                return
         try:
             yield raw.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
         except UnicodeDecodeError as error:

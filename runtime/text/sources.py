@@ -73,8 +73,8 @@ def encode_text(tokenizer: Tokenizer, text: str, number: int) -> list[int]:
 
 
 def is_visible(character: str) -> bool:
-    """Whether a character shows something by itself. White space, controls, marks that shape or direct other characters,
-    private use and noncharacters do not; what this version of Unicode has not assigned may be a newer emoji.
+    """Whether a character shows something by itself. White space, controls, marks that shape or direct others, private
+    use and noncharacters do not; what this version of Unicode has not assigned may be a newer emoji.
     """
     category = unicodedata.category(character)
     if category == "Cn":
@@ -83,7 +83,7 @@ def is_visible(character: str) -> bool:
 
 
 def refuse_string(texts: Iterable[object]) -> None:
-    """One text where many are expected would be taken for its characters. Raises InputError, also for what has no items."""
+    """Raises InputError for one text, which would be taken for its characters, and for what has no items."""
     if isinstance(texts, str):
         raise InputError("This is one str", expected="a sequence of texts", remedy="Pass [text].")
     if not isinstance(texts, Iterable):
