@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import io
 import itertools
@@ -17,7 +18,8 @@ LONGEST_LINE = 2**20  # bytes
 
 
 def read_lines(stream: BinaryIO) -> Iterator[str]:
-    """The lines of a UTF-8 stream: they end at a line feed only, and lose a carriage return before it.
+    """The lines of a UTF-8 stream: they end at a line feed only, and lose a carriage return before it. A byte order
+    mark at the beginning of the stream is no part of its first line.
 
     Raises InputError for bytes that are not UTF-8 and for a line beyond LONGEST_LINE.
     """
@@ -31,6 +33,10 @@ def read_lines(stream: BinaryIO) -> Iterator[str]:
                 remedy="Check that the input is a text file with a sentence a line.",
                 line=number,
             )
+        if number == 1:
+            raw = raw.removeprefix(codecs.BOM_UTF8)
+            if not raw:
+                return
         try:
             yield raw.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
         except UnicodeDecodeError as error:
@@ -111,6 +117,11 @@ def output_file(path: Path | None) -> Iterator[TextIO]:
     else:
         sys.stdout.reconfigure(encoding="utf-8", newline="\n")  # type: ignore[union-attr]  # a TextIOWrapper
         yield sys.stdout
+
+
+def one_field(text: str) -> str:
+    """A text in a line of fields with tabs between them."""
+    return one_line(text).replace("\t", " ")
 
 
 def one_line(text: str) -> str:
