@@ -185,8 +185,9 @@ def _texts(task: Task) -> Iterator[Iterable[str]]:
     elif task.input:
         with open_lines(task.input) as stream:
             yield read_lines(stream)
-    else:
-        yield read_lines(sys.stdin.buffer)
+    else:  # a stream of its own: a thread may still wait in it when the command ends
+        with open(sys.stdin.fileno(), "rb", closefd=False) as stream:
+            yield read_lines(stream)
 
 
 def _translations(

@@ -58,10 +58,10 @@ class Translator:
 
         `backend`: "onnx" or "torchscript" (which needs torch). `threads`: compute threads (default: the cores this
         process may use). `workers`: decode loops that share them out, for many sentences at a time; by default there
-        is one loop, and each operator has all threads, which is best for few. `spin`: threads wait busily while a step runs, which makes
-        several of them faster on one text and slower where cores are shared (onnx only). `device`: "cpu", "cuda",
-        "cuda:<index>", or several with commas between, which share out the texts. Raises BundleError, DeviceError,
-        OptionError, TokenizerError.
+        is one loop, and each operator has all threads, which is best for few. `spin`: threads wait busily while a step
+        runs, which makes several of them faster on one text and slower where cores are shared (onnx only). `device`:
+        "cpu", "cuda", "cuda:<index>", or several with commas between, which share out the texts. Raises BundleError,
+        DeviceError, OptionError, TokenizerError.
         """
         on = {"backend": backend, "threads": threads, "workers": workers, "spin": spin}
         path = Path(bundle).absolute()
@@ -104,7 +104,7 @@ class Translator:
     ) -> Iterator[Translation]:
         """The translation of each text, in order, reading no more than four windows ahead of what was given.
 
-        Texts that are no list or tuple are read in a thread of their own, so that what is finished never waits for more.
+        Texts that are no list or tuple are read in a thread of their own: what is finished never waits for more of them.
 
         Where a text is refused, those before it are still given; then InputError is raised. Where `cancelled` answers
         true, what was read ends as it is, and nothing more is read. `stats` is filled at the end, however it comes.
