@@ -104,7 +104,7 @@ class Translator:
     ) -> Iterator[Translation]:
         """The translation of each text, in order, reading no more than four windows ahead of what was given.
 
-        Texts that are no list or tuple are read in a thread of their own: what is finished never waits for more of them.
+        Texts that are no list or tuple are read in a thread of their own: what is finished never waits for more.
 
         Where a text is refused, those before it are still given; then InputError is raised. Where `cancelled` answers
         true, what was read ends as it is, and nothing more is read. `stats` is filled at the end, however it comes.
