@@ -247,7 +247,7 @@ def options_or_default(options: TranslateOptions | None) -> TranslateOptions:
             expected="TranslateOptions(…)",
             remedy="Make them with TranslateOptions(**options), or give them as keyword arguments.",
         )
-    return options or TranslateOptions()
+    return options or PLAIN
 
 
 def _search_options(search: type) -> dict[str, Option]:
@@ -312,3 +312,6 @@ def _strays(given: Mapping[str, Any], own: Mapping[str, Option], *, beams: bool,
             )
         if name in SAMPLING_OPTIONS and not sampling:
             yield Problem(name, f"`{name}` is {value}, but nothing is sampled", f"`{name}` only with `samples`")
+
+
+PLAIN = TranslateOptions()

@@ -82,10 +82,14 @@ class Call:
             pairs = ((text, common if prefix is None else prefix) for text, prefix in paired(texts, own))
         return self.model.requests(((text, (prefix,) * samples) for text, prefix in pairs), self.options, self.plan)
 
-    def run(self, requests: Supply[Request], stats: DecodeStats, cancelled: Cancelled | None) -> Iterator[Translation]:
-        """The translation of each request, in order. An error in reading is raised after those read before it."""
+    def run(
+        self, requests: Supply[Request], stats: DecodeStats, cancelled: Cancelled | None, window: int | None = None
+    ) -> Iterator[Translation]:
+        """The translation of each request, in order. An error in reading is raised after those read before it. A
+        `window` of requests is sorted by length together.
+        """
         stop, writer = Latch(cancelled), Writer(self.model.targets.tokenizer, self.options)
-        window = self.options.window or self.plan.rows * self.workers * WINDOW_PER_ROW
+        window = window or self.plan.rows * self.workers * WINDOW_PER_ROW
         queue = RequestQueue(requests, window, self.shortlist, stop)
         loops = [self._loop(backend) for backend in shared_out(self.model.backends, self.workers)]
         with contextlib.ExitStack() as ends:
@@ -145,7 +149,8 @@ def translate(
     """See Translator.translate_iter."""
     refuse_string(texts)
     call = Call.of(model, options, texts=options.window, prefixed=prefixes is not None)
-    return call.run(supply_of(call.requests(texts, prefixes), texts), stats or DecodeStats(), cancelled)
+    requests = supply_of(call.requests(texts, prefixes), texts)
+    return call.run(requests, stats or DecodeStats(), cancelled, options.window)
 
 
 def translate_all(
@@ -159,10 +164,9 @@ def translate_all(
     """See Translator.translate."""
     refuse_string(texts)
     texts = list(texts)
-    options = options.changed(window=max(1, len(texts)))
     call = Call.of(model, options, texts=len(texts), prefixed=prefixes is not None)
     requests = list(call.requests(texts, prefixes))
-    return list(call.run(Listed(iter(requests)), DecodeStats(), cancelled))
+    return list(call.run(Listed(iter(requests)), DecodeStats(), cancelled, max(1, len(texts))))
 
 
 def paired(texts: Iterable[Text], prefixes: Iterable[Prefix]) -> Iterator[tuple[Text, Prefix]]:
