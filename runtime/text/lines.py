@@ -6,7 +6,9 @@ import codecs
 import contextlib
 import io
 import itertools
+import os
 import secrets
+import stat
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import BinaryIO, TextIO
 from kvx.runtime.errors import InputError, OptionError
 
 LONGEST_LINE = 2**20  # bytes
+STANDARD = "-"  # stands for standard input or output
 
 
 def read_lines(stream: BinaryIO) -> Iterator[str]:
@@ -49,13 +52,18 @@ def read_lines(stream: BinaryIO) -> Iterator[str]:
 
 
 def open_lines(path: Path) -> BinaryIO:
-    """The file at `path` for read_lines. Raises InputError where it cannot be read."""
+    """The file at `path`, or standard input for "-", for read_lines. Raises InputError where it cannot be read."""
     try:
-        return path.open("rb")
+        return path.open("rb") if str(path) != STANDARD else open_standard_input()
     except OSError as error:
         raise InputError(
             f"{path} cannot be read ({error.strerror})", expected="a text file", remedy="Check the path."
         ) from None
+
+
+def open_standard_input() -> BinaryIO:
+    """Standard input, as a stream of its own: a thread may still wait in it when the program ends."""
+    return open(sys.stdin.fileno(), "rb", closefd=False)
 
 
 @contextlib.contextmanager
@@ -71,8 +79,9 @@ def complete_file(path: Path) -> Iterator[TextIO]:
 @contextlib.contextmanager
 def complete_binary_file(path: Path) -> Iterator[BinaryIO]:
     """As complete_file, for bytes."""
-    path = path.resolve()  # a link stays one
     special = path.exists() and not path.is_file()
+    if not special:
+        path = path.resolve()  # a link stays one
     partial = path if special else path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         file = partial.open("wb" if special else "xb")
@@ -84,12 +93,23 @@ def complete_binary_file(path: Path) -> Iterator[BinaryIO]:
         ) from None
     try:
         with file:
+            if not special:
+                _keep_access(path, file)
             yield file
         if not special:
             partial.replace(path)
     finally:
         if not special:
             partial.unlink(missing_ok=True)
+
+
+def _keep_access(path: Path, file: BinaryIO) -> None:
+    """Gives a file the mode of the one that it will replace, if there is one, and its owner where that is allowed."""
+    if path.exists():
+        was = path.stat()
+        os.fchmod(file.fileno(), stat.S_IMODE(was.st_mode))
+        with contextlib.suppress(OSError):
+            os.fchown(file.fileno(), was.st_uid, was.st_gid)
 
 
 def read_file(path: Path, limit: int | None = None) -> tuple[str, ...]:
@@ -110,8 +130,8 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
 
 @contextlib.contextmanager
 def output_file(path: Path | None) -> Iterator[TextIO]:
-    """A file that appears when it is complete, or else standard output, as UTF-8 with line feeds."""
-    if path is not None:
+    """A file that appears when it is complete, or for "-" and None standard output, as UTF-8 with line feeds."""
+    if path is not None and str(path) != STANDARD:
         with complete_file(path) as file:
             yield file
     else:
