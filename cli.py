@@ -5,6 +5,7 @@ Exit codes: 0 success; 1 a proof found a difference; 2 bad input or usage; 70 a 
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The entry point of the `kvx` command. Typer itself tells of usage errors and of Ctrl-C."""
     run = Run()
     try:
-        app(arguments, prog_name="kvx", obj=run)
+        app([_in_utf8(one) for one in sys.argv[1:]] if arguments is None else arguments, prog_name="kvx", obj=run)
     except SystemExit as end:
         if not isinstance(end.__context__, BrokenPipeError):
             raise
@@ -90,6 +91,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             traceback.print_exception(error)
         sys.exit(_explain(error, run))
     sys.exit(0)
+
+
+def _in_utf8(argument: str) -> str:
+    """An argument as UTF-8, whatever the locale says."""
+    return os.fsencode(argument).decode("utf-8", "surrogateescape")
 
 
 def _explain(error: Exception, run: Run) -> int:

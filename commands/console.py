@@ -7,7 +7,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import typer
 
@@ -19,7 +19,15 @@ if TYPE_CHECKING:
 
 def say(text: str) -> None:
     """A line of kvx's own on stderr."""
-    typer.echo(f"kvx: {text}", err=True)
+    tell(f"kvx: {text}")
+
+
+def tell(line: str) -> None:
+    """A line on stderr. Where it cannot be written it is lost, and the command goes on."""
+    try:
+        typer.echo(line, err=True)
+    except OSError:
+        _drop(sys.stderr)
 
 
 @contextlib.contextmanager
@@ -55,7 +63,7 @@ def counting(text: str, total: int | None, *, to_terminal: bool) -> Iterator[Cal
     """Takes how much is done and shows it as a line on stderr, where that is a terminal and results do not go
     `to_terminal` too.
     """
-    if not sys.stderr.isatty() or to_terminal:
+    if sys.stderr is None or not sys.stderr.isatty() or to_terminal:
         yield lambda _: None
         return
     from rich.console import Console
@@ -80,5 +88,9 @@ def require(*modules: str, extra: str) -> None:
 
 def drop_output() -> None:
     """Sends what is still buffered for a standard output that takes no more to nowhere."""
-    if sys.stdout is not None:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _drop(sys.stdout)
+
+
+def _drop(stream: TextIO | None) -> None:
+    if stream is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvx.commands.console import reporting
+from kvx.commands.console import reporting, tell
 from kvx.commands.machine import ready_torch
 from kvx.commands.options import Described, with_described_options
 from kvx.exporter.options import ExportOptions
@@ -31,5 +31,5 @@ def export(
     with reporting() as report:
         manifest = run(options, report)
     for line in describe_parity(manifest.parity, tensors=False):
-        typer.echo(line, err=True)
+        tell(line)
     typer.echo(options.folder)

@@ -9,7 +9,7 @@ from typing import Any
 
 from kvx.runtime.decoding.results import DecodeStats
 from kvx.runtime.engine.scoring import Ranking
-from kvx.runtime.text.lines import one_line
+from kvx.runtime.text.lines import one_field, one_line
 from kvx.runtime.translation import Translation
 
 OPTIONAL = ("log_probabilities", "alignment", "source_tokens")  # in JSON only where they were asked for
@@ -24,7 +24,8 @@ def translation_lines(translation: Translation, number: int, *, several: bool) -
     for one in translation.hypotheses if several else (translation,):
         cells = [str(number)] if several else []
         cells += [] if one.score is None else [f"{one.score:.4f}"]
-        cells.append(one_line(one.text))
+        fields = several or one.score is not None or one.alignment is not None
+        cells.append(one_field(one.text) if fields else one_line(one.text))
         if one.alignment is not None:  # source-target, as Pharaoh and fast_align write it
             cells.append(" ".join(f"{source}-{target}" for target, source in enumerate(one.alignment)))
         yield "\t".join(cells)

@@ -19,7 +19,7 @@ from kvx.commands.output import format_stats, translation_json, translation_line
 from kvx.commands.translation import OPTIONS_OF_A_TRANSLATION
 from kvx.runtime.errors import InputError, OptionError
 from kvx.runtime.options import TranslateOptions
-from kvx.runtime.text.lines import open_lines, output_file, read_file, read_lines, write_lines
+from kvx.runtime.text.lines import open_lines, open_standard_input, output_file, read_file, read_lines, write_lines
 
 if TYPE_CHECKING:
     from kvx import Translation, Translator
@@ -186,7 +186,8 @@ def _texts(task: Task) -> Iterator[Iterable[str]]:
         with open_lines(task.input) as stream:
             yield read_lines(stream)
     else:
-        yield read_lines(sys.stdin.buffer)
+        with open_standard_input() as stream:
+            yield read_lines(stream)
 
 
 def _translations(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kvx.commands.console import reporting
+from kvx.commands.console import drop_output, reporting
 from kvx.commands.machine import ready_torch
 from kvx.commands.options import BundleArgument, Described, with_described_options
 from kvx.exporter.proof.limits import ParityOptions
@@ -27,7 +27,10 @@ def verify(
 
     with reporting() as report:
         found = run(bundle, checkpoint, parity, report)
-    for line in describe_parity(found.to_dict()):
-        typer.echo(line)
+    try:
+        for line in describe_parity(found.to_dict()):
+            typer.echo(line)
+    except BrokenPipeError:  # the reader has seen enough; the exit code says the rest
+        drop_output()
     if not found.passed:
         raise typer.Exit(1)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, TypedDict, Unpack, get_args
 
+import numpy as np
+
 from kvx.runtime.decoding.filters import (
     Ban,
     EndPenalty,
@@ -54,7 +56,7 @@ TARGETS = Rule(
     "a tuple of texts or of sequences of ids",
     lambda value: isinstance(value, tuple | list) and all(PREFIX.holds(one) for one in value),
 )
-CALLABLES = Rule("a sequence of callables", lambda value: not isinstance(value, str) and all(map(callable, value)))
+CALLABLES = Rule("a sequence of callables", lambda value: isinstance(value, tuple) and all(map(callable, value)))
 
 
 class TranslateKeywords(TypedDict, total=False):
@@ -189,7 +191,7 @@ class TranslateOptions:
         flat = {name: given.pop(name) for name in SEARCH_OPTIONS if name in given}
         for field in fields(self):
             value = given.get(field.name, field.default)
-            object.__setattr__(self, field.name, tuple(value) if isinstance(value, list) else value)
+            object.__setattr__(self, field.name, tuple(value) if isinstance(value, list | np.ndarray) else value)
         problems = [*wrong_values(self), *_wrong_search_values(flat)]
         if not problems:
             search, problems = _searched(self.search, flat)
@@ -235,6 +237,17 @@ def filters_of(options: TranslateOptions, reader: TargetReader) -> Filters:
     if options.min_new_tokens is not None and options.min_new_tokens > 1:
         filters.append(LeastTokens(options.min_new_tokens))
     return Filters(tuple(filters))
+
+
+def options_or_default(options: TranslateOptions | None) -> TranslateOptions:
+    """The options, or those of a plain translation for None. Raises OptionError for anything else."""
+    if options is not None and not isinstance(options, TranslateOptions):
+        raise OptionError(
+            f"The options are {options!r:.60}",
+            expected="TranslateOptions(…)",
+            remedy="Make them with TranslateOptions(**options), or give them as keyword arguments.",
+        )
+    return options or PLAIN
 
 
 def _search_options(search: type) -> dict[str, Option]:
@@ -299,3 +312,6 @@ def _strays(given: Mapping[str, Any], own: Mapping[str, Option], *, beams: bool,
             )
         if name in SAMPLING_OPTIONS and not sampling:
             yield Problem(name, f"`{name}` is {value}, but nothing is sampled", f"`{name}` only with `samples`")
+
+
+PLAIN = TranslateOptions()

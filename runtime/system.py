@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import platform
 import re
@@ -12,6 +13,8 @@ CPUINFO = Path("/proc/cpuinfo")
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
 WIDE_PRODUCTS = {"avx512_vnni", "avx_vnni", "amx_int8"}  # add products of bytes in 32 bits
+CGROUP = Path("/sys/fs/cgroup")
+CFS = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
 RESET_PEAK = "5"  # proc(5): resets the peak to what is resident now
 
 
@@ -30,9 +33,22 @@ def peak_bytes() -> int | None:
     return int(found[1]) * 1024 if found else None
 
 
-def available_threads() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def available_threads(cgroup: Path = CGROUP) -> int:
+    """The cores that this process may use: those of its affinity mask, but no more than its container's quota has."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _quota(cgroup)
+    return cores if quota is None else max(1, min(cores, math.ceil(quota)))
+
+
+def _quota(cgroup: Path) -> float | None:
+    """How many cores' time a container may take: cpu.max of cgroup v2, cpu.cfs_quota_us of v1; None without a limit."""
+    with contextlib.suppress(OSError, ValueError):
+        limit, period = (cgroup / "cpu.max").read_text(encoding="ascii").split()
+        return None if limit == "max" else float(limit) / float(period)
+    with contextlib.suppress(OSError, ValueError):
+        limit, period = ((cgroup / "cpu" / name).read_text(encoding="ascii") for name in CFS)
+        return None if float(limit) < 0 else float(limit) / float(period)
+    return None
 
 
 def bytes_saturate(cpuinfo: Path = CPUINFO) -> bool:

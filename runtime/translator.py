@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Self, Unpack
+from typing import Any, Self, Unpack
 
 from kvx.runtime.backends.device import Device
 from kvx.runtime.bundle.folder import Bundle
@@ -16,7 +16,7 @@ from kvx.runtime.engine.call import translate, translate_all
 from kvx.runtime.engine.loaded import LoadedModel
 from kvx.runtime.engine.scoring import RankBy, Ranking, Score, rank
 from kvx.runtime.errors import InputError
-from kvx.runtime.options import TranslateKeywords, TranslateOptions
+from kvx.runtime.options import TranslateKeywords, TranslateOptions, options_or_default
 from kvx.runtime.text.sources import refuse_string
 from kvx.runtime.text.targets import Target
 from kvx.runtime.translation import Translation
@@ -25,8 +25,17 @@ from kvx.runtime.translation import Translation
 class Translator:
     """A bundle ready to translate. Thread-safe: every call has a cache of its own over the shared weights."""
 
-    def __init__(self, model: LoadedModel) -> None:
+    def __init__(self, model: LoadedModel, *, loaded_by: Mapping[str, Any] | None = None) -> None:
         self._model = model
+        self._loaded_by = loaded_by
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """It is pickled as what `load` was given, and loaded again where it is unpickled."""
+        if self._loaded_by is None:
+            raise TypeError(
+                "Only a Translator that Translator.load has made can be pickled. Load it in the other process."
+            )
+        return _load, (type(self), dict(self._loaded_by))
 
     @property
     def manifest(self) -> Manifest:
@@ -48,29 +57,30 @@ class Translator:
         sha256 beside the reading and before anything is translated.
 
         `backend`: "onnx" or "torchscript" (which needs torch). `threads`: compute threads (default: the cores this
-        process may use). `workers`: decode loops that share them out, for many sentences at a time; by default each
-        operator has all threads, which is best for few. `spin`: threads wait busily while a step runs, which makes
-        several of them faster on one text and slower where cores are shared (onnx only). `device`: "cpu", "cuda",
-        "cuda:<index>", or several with commas between, which share out the texts. Raises BundleError, DeviceError,
-        OptionError, TokenizerError.
+        process may use). `workers`: decode loops that share them out, for many sentences at a time; by default there
+        is one loop, and each operator has all threads, which is best for few. `spin`: threads wait busily while a step
+        runs, which makes several of them faster on one text and slower where cores are shared (onnx only). `device`:
+        "cpu", "cuda", "cuda:<index>", or several with commas between, which share out the texts. Raises BundleError,
+        DeviceError, OptionError, TokenizerError.
         """
-        return cls(
-            LoadedModel.load(
-                Bundle.open(Path(bundle)),
-                backend=backend,
-                threads=threads,
-                workers=workers,
-                spin=spin,
-                devices=Device.parse_list(device),
-            )
+        on = {"backend": backend, "threads": threads, "workers": workers, "spin": spin}
+        path = Path(bundle).absolute()
+        model = LoadedModel.load(
+            Bundle.open(Path(bundle)),
+            backend=backend,
+            threads=threads,
+            workers=workers,
+            spin=spin,
+            devices=Device.parse_list(device),
         )
+        return cls(model, loaded_by={"bundle": path, "device": device, **on})
 
     def translate(
         self,
-        texts: Sequence[str],
+        texts: Iterable[str],
         options: TranslateOptions | None = None,
         *,
-        prefixes: Sequence[Target | None] | None = None,
+        prefixes: Iterable[Target | None] | None = None,
         cancelled: Cancelled | None = None,
         **changes: Unpack[TranslateKeywords],
     ) -> list[Translation]:
@@ -80,7 +90,7 @@ class Translator:
         with, texts or target ids. Where `cancelled` answers true, all end as they are by then. Raises InputError before
         anything is decoded, OptionError and CapacityError.
         """
-        options = (options or TranslateOptions()).changed(**changes)
+        options = options_or_default(options).changed(**changes)
         return translate_all(self._model, texts, options, prefixes=prefixes, cancelled=cancelled)
 
     def translate_iter(
@@ -94,11 +104,13 @@ class Translator:
     ) -> Iterator[Translation]:
         """The translation of each text, in order, reading no more than four windows ahead of what was given.
 
+        Texts that are no list or tuple are read in a thread of their own: what is finished never waits for more.
+
         Where a text is refused, those before it are still given; then InputError is raised. Where `cancelled` answers
         true, what was read ends as it is, and nothing more is read. `stats` is filled at the end, however it comes.
         Raises OptionError and CapacityError.
         """
-        options = options or TranslateOptions()
+        options = options_or_default(options)
         return translate(self._model, texts, options, stats, prefixes=prefixes, cancelled=cancelled)
 
     def alternatives(
@@ -117,12 +129,12 @@ class Translator:
         Raises InputError, OptionError and CapacityError.
         """
         try:
-            return alternatives(self._model, text, prefix, count, options or TranslateOptions())
+            return alternatives(self._model, text, prefix, count, options_or_default(options))
         except InputError as error:
             raise error.at(number) from None
 
     def score(
-        self, sources: Sequence[str], targets: Sequence[Target], options: TranslateOptions | None = None
+        self, sources: Iterable[str], targets: Iterable[Target], options: TranslateOptions | None = None
     ) -> list[Score]:
         """The log-probability of each given translation of each source, as `rank` of one candidate."""
         refuse_string(sources)
@@ -132,8 +144,8 @@ class Translator:
 
     def rank(
         self,
-        sources: Sequence[str],
-        candidates: Sequence[Sequence[Target]],
+        sources: Iterable[str],
+        candidates: Iterable[Iterable[Target]],
         *,
         by: RankBy = "sum",
         options: TranslateOptions | None = None,
@@ -143,4 +155,8 @@ class Translator:
         A candidate is a text, which eos follows, or ids after bos as they are. `by` compares sums or means per token.
         Raises InputError where the counts differ or a source or candidate cannot be scored.
         """
-        return rank(self._model, sources, candidates, by, options or TranslateOptions())
+        return rank(self._model, sources, candidates, by, options_or_default(options))
+
+
+def _load(kind: type[Translator], given: dict[str, Any]) -> Translator:
+    return kind.load(**given)

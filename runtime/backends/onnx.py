@@ -248,12 +248,12 @@ class BoundShortlistStep:
 
 
 def _shared_threads(threads: int | None, workers: int | None) -> tuple[int, int]:
-    """The threads of each operator, and how many decodes side by side pay off. Raises OptionError."""
+    """The threads of each operator, and how many decodes side by side share all of them. Raises OptionError."""
     given = {name: value for name, value in (("threads", threads), ("workers", workers)) if value is not None}
     refuse(problem for name, value in given.items() for problem in wrong_value(name, value, THREADS))
     available = available_threads() if threads is None else threads
     if workers is None:
-        return available, available
+        return available, 1
     if workers > available:
         got = f"`workers` is {workers} and there are {available} threads"
         refuse([Problem("workers", got, "no more `workers` than `threads`")])

@@ -16,13 +16,14 @@ class Sentence:
     """A source on its way through a decode, from its ids to its results. Its owner knows it by its `number`.
 
     `ids` are those for the encoder, bos and eos among them. Each of its `targets` takes a seat: these are the ids after
-    bos that are fixed, either all of them, to be scored, or a prefix to go on from. `outcomes` has a place for each
-    target, None until it is over.
+    bos that are fixed, either all of them, to be scored, or a prefix to go on from. `repeat` counts the equal sources
+    before it, so that samples of equal texts differ. `outcomes` has a place for each target, None until it is over.
     """
 
     number: int
     ids: tuple[int, ...]
     targets: tuple[tuple[int, ...], ...] = ((),)
+    repeat: int = field(default=0, kw_only=True)
     outcomes: list[Outcome | None] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

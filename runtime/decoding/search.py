@@ -79,8 +79,9 @@ class Sampling:
     """Tokens drawn by their probability, after `temperature`, among the `top_k` most probable and, of these, among the
     fewest that together have the probability `top_p` (Holtzman et al. 2020).
 
-    Every target has random numbers of its own, from the `seed`, its source and its number: what is decoded beside it
-    changes nothing. Without a seed one is drawn for each call. Raises OptionError.
+    Every target has random numbers of its own, from the `seed`, its source, its number, and how many equal sources came
+    before it in the same call: what else is decoded beside it changes nothing. Without a seed one is drawn for each
+    call. Raises OptionError.
     """
 
     samples: Annotated[int, Option(count(MOST_SAMPLES), "Draw this many translations of each text at random.")] = 1
@@ -110,7 +111,7 @@ class Sampling:
     def begin(self, sentence: Sentence, target: int) -> np.random.Generator:
         """The target's own random numbers."""
         assert self.seed is not None, "samples without a seed"
-        return np.random.default_rng([self.seed, target, *sentence.ids])
+        return np.random.default_rng([self.seed, target + sentence.repeat * MOST_SAMPLES, *sentence.ids])
 
     def choose(self, output: StepOutput, logits: FloatArray, rows: Rows) -> Choice:
         """logits [n, V] → drawn ids [n]."""

@@ -18,6 +18,7 @@ from kvx.runtime.decoding.search import Greedy, Sampling
 from kvx.runtime.engine.loaded import LoadedModel
 from kvx.runtime.engine.queue import RequestQueue
 from kvx.runtime.engine.request import Request
+from kvx.runtime.engine.supply import Listed, Supply, supply_of
 from kvx.runtime.engine.workers import shared_out, side_by_side
 from kvx.runtime.engine.writer import Writer
 from kvx.runtime.errors import InputError
@@ -82,22 +83,26 @@ class Call:
         return self.model.requests(((text, (prefix,) * samples) for text, prefix in pairs), self.options, self.plan)
 
     def run(
-        self, requests: Iterator[Request], stats: DecodeStats, cancelled: Cancelled | None
+        self, requests: Supply[Request], stats: DecodeStats, cancelled: Cancelled | None, window: int | None = None
     ) -> Iterator[Translation]:
-        """The translation of each request, in order."""
+        """The translation of each request, in order. An error in reading is raised after those read before it. A
+        `window` of requests is sorted by length together.
+        """
         stop, writer = Latch(cancelled), Writer(self.model.targets.tokenizer, self.options)
-        window = self.options.window or self.plan.rows * self.workers * WINDOW_PER_ROW
+        window = window or self.plan.rows * self.workers * WINDOW_PER_ROW
         queue = RequestQueue(requests, window, self.shortlist, stop)
         loops = [self._loop(backend) for backend in shared_out(self.model.backends, self.workers)]
-        while not queue.exhausted:
-            outcomes = side_by_side(loops, queue.sentences(), stats, stop, at_once=self.plan.group)
-            with contextlib.closing(outcomes):
-                for outcome in outcomes:
-                    outcome.sentence.outcomes[outcome.target] = outcome
-                    yield from map(writer.write, queue.finished())
-            yield from map(writer.write, queue.finished())
-        if queue.error is not None:
-            raise queue.error
+        with contextlib.ExitStack() as ends:
+            ends.callback(requests.rest)
+            while not queue.exhausted:
+                outcomes = side_by_side(loops, queue.sentences(), stats, stop, at_once=self.plan.group)
+                with contextlib.closing(outcomes):
+                    for outcome in outcomes:
+                        outcome.sentence.outcomes[outcome.target] = outcome
+                        yield from map(writer.write, queue.finished())
+                yield from map(writer.write, queue.finished())
+        if requests.error is not None:
+            raise requests.error
 
     def _loop(self, backend: Backend) -> Loop:
         """The loop that gives what is asked for: on a device that feeds itself, nothing but greedy tokens."""
@@ -144,7 +149,8 @@ def translate(
     """See Translator.translate_iter."""
     refuse_string(texts)
     call = Call.of(model, options, texts=options.window, prefixed=prefixes is not None)
-    return call.run(call.requests(texts, prefixes), stats or DecodeStats(), cancelled)
+    requests = supply_of(call.requests(texts, prefixes), texts)
+    return call.run(requests, stats or DecodeStats(), cancelled, options.window)
 
 
 def translate_all(
@@ -158,10 +164,9 @@ def translate_all(
     """See Translator.translate."""
     refuse_string(texts)
     texts = list(texts)
-    options = options.changed(window=max(1, len(texts)))
     call = Call.of(model, options, texts=len(texts), prefixed=prefixes is not None)
     requests = list(call.requests(texts, prefixes))
-    return list(call.run(iter(requests), DecodeStats(), cancelled))
+    return list(call.run(Listed(iter(requests)), DecodeStats(), cancelled, max(1, len(texts))))
 
 
 def paired(texts: Iterable[Text], prefixes: Iterable[Prefix]) -> Iterator[tuple[Text, Prefix]]:

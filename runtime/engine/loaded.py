@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -14,13 +15,14 @@ from kvx.runtime.decoding.backend import Backend, shortlisting_of, specs_of
 from kvx.runtime.decoding.plan import DEFAULT_ROWS, Plan
 from kvx.runtime.decoding.search import Sampling
 from kvx.runtime.engine.request import Request
-from kvx.runtime.errors import InputError
+from kvx.runtime.errors import DeviceError, InputError
 from kvx.runtime.options import TranslateOptions
 from kvx.runtime.rules import Problem, refuse
 from kvx.runtime.shortlist.candidates import Shortlist, Vocabulary
 from kvx.runtime.text.sources import SourceReader
 from kvx.runtime.text.targets import TargetReader
 
+MOST_SHORTLISTS = 8  # kept in memory
 SIDES: tuple[Literal["source", "target"], ...] = ("source", "target")
 
 
@@ -36,7 +38,8 @@ class LoadedModel:
         self.sources = SourceReader(bundle)
         self.targets = TargetReader(bundle)
         self._reading = threading.Lock()
-        self._read_shortlist: tuple[Path, int, Shortlist] | None = None
+        self._shortlists: dict[Path, tuple[int, Shortlist]] = {}
+        self._process = os.getpid()
 
     @property
     def backend(self) -> Backend:
@@ -64,6 +67,7 @@ class LoadedModel:
 
         Raises OptionError and CapacityError.
         """
+        self._check_process()
         refuse(self._impossible(options))
         beams = options.search.beams
         plan = Plan.of(
@@ -88,6 +92,7 @@ class LoadedModel:
         """Each text with the fixed ids of its targets, as a request. Raises InputError, with the text's number, where
         it cannot be translated.
         """
+        seen: dict[int, int] = {}  # equal requests, where something is drawn at random
         for number, (text, targets) in enumerate(texts, 1):
             read = self.sources.read_one(text, number, options.on_long, with_pieces=options.with_attention)
             if len(read.ids) > plan.source_positions:
@@ -99,7 +104,12 @@ class LoadedModel:
                     option="cache_bytes",
                     line=number,
                 )
-            yield Request(number, read.ids, targets, truncated=read.truncated, pieces=read.pieces)
+            repeat = 0
+            if isinstance(options.search, Sampling):
+                same = hash((read.ids, targets))
+                repeat = seen.get(same, 0)
+                seen[same] = repeat + 1
+            yield Request(number, read.ids, targets, repeat=repeat, truncated=read.truncated, pieces=read.pieces)
 
     def shortlist(self, options: TranslateOptions) -> Shortlist | None:
         """The shortlist that the options name, read when it is first asked for or has changed. Raises InputError."""
@@ -108,11 +118,22 @@ class LoadedModel:
         path = Path(options.shortlist).absolute()
         written = path.stat().st_mtime_ns if path.is_file() else 0
         with self._reading:
-            if self._read_shortlist is None or self._read_shortlist[:2] != (path, written):
+            if path not in self._shortlists or self._shortlists[path][0] != written:
                 source, target = (Vocabulary.of(self.manifest, side) for side in SIDES)
                 found = Shortlist.read(path, source_vocab=source, target_vocab=target)
-                self._read_shortlist = path, written, found
-            return self._read_shortlist[2]
+                self._shortlists[path] = written, found
+                while len(self._shortlists) > MOST_SHORTLISTS:
+                    del self._shortlists[next(iter(self._shortlists))]
+            return self._shortlists[path][1]
+
+    def _check_process(self) -> None:
+        """Raises DeviceError after a fork: the threads of the backends did not come along, and would be waited for."""
+        if os.getpid() != self._process:
+            raise DeviceError(
+                f"The model was loaded in process {self._process}, before it was forked",
+                expected="a model that this process has loaded itself",
+                remedy="Load it after the fork, or start processes with the method spawn.",
+            )
 
     def _impossible(self, options: TranslateOptions) -> Iterator[Problem]:
         """What is asked for that this bundle cannot do."""

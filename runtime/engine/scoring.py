@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, get_args
 
 from kvx.runtime.decoding.decode import ScoringLoop
 from kvx.runtime.decoding.results import DecodeStats
@@ -15,7 +15,7 @@ from kvx.runtime.engine.request import Request
 from kvx.runtime.engine.workers import shared_out, side_by_side
 from kvx.runtime.errors import InputError
 from kvx.runtime.options import TranslateOptions
-from kvx.runtime.rules import Problem, refuse
+from kvx.runtime.rules import Problem, choice, refuse, wrong_value
 from kvx.runtime.text.sources import refuse_string
 from kvx.runtime.text.targets import Target
 
@@ -64,14 +64,16 @@ class Ranking:
 
 def rank(
     model: LoadedModel,
-    sources: Sequence[str],
-    candidates: Sequence[Sequence[Target]],
+    sources: Iterable[str],
+    candidates: Iterable[Iterable[Target]],
     by: RankBy,
     options: TranslateOptions,
 ) -> list[Ranking]:
     """See Translator.rank."""
     refuse_string(sources)
-    refuse(_without_effect(options))
+    refuse_string(candidates)
+    sources, candidates = list(sources), list(candidates)
+    refuse([*wrong_value("by", by, choice(get_args(RankBy))), *_without_effect(options)])
     targets = list(_read_targets(model, sources, candidates))
     longest = max((len(ids) for fixed in targets for ids in fixed), default=1)
     plan, workers = model.plan(options, sentences=sum(map(len, targets)), max_new_tokens=longest)
@@ -113,7 +115,7 @@ def _ranking(scores: tuple[Score, ...], by: RankBy) -> Ranking:
 
 
 def _read_targets(
-    model: LoadedModel, sources: Sequence[str], candidates: Sequence[Sequence[Target]]
+    model: LoadedModel, sources: Sequence[str], candidates: Sequence[Iterable[Target]]
 ) -> Iterator[tuple[tuple[int, ...], ...]]:
     """The ids of every source's candidates, each within the model's positions."""
     if len(sources) != len(candidates):
@@ -122,10 +124,11 @@ def _read_targets(
             expected="as many targets as sources",
             remedy="Check that both belong together.",
         )
-    for number, texts in enumerate(candidates, 1):
-        if isinstance(texts, str) or not texts:
+    for number, each in enumerate(candidates, 1):
+        texts = [] if isinstance(each, str) or not isinstance(each, Iterable) else list(each)
+        if not texts:
             raise InputError(
-                "The source has no candidates" if not texts else "The candidates are one str",
+                f"The candidates are {each!r:.60}" if each else "The source has no candidates",
                 expected="at least one candidate for each source",
                 remedy="Add them, or leave the source out.",
                 line=number,

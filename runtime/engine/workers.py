@@ -5,9 +5,11 @@ The consumer's thread alone draws the sentences, so that they may be anything, a
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import queue
 import threading
+import weakref
 from collections.abc import Generator, Iterable, Iterator, Sequence
 
 from kvx.runtime.decoding.backend import Backend
@@ -76,6 +78,15 @@ def shared_out(backends: Sequence[Backend], loops: int) -> list[Backend]:
     return list(itertools.islice(itertools.cycle(backends), loops))
 
 
+@atexit.register
+def _stop_all() -> None:
+    """At the end of the interpreter no loop may be inside a backend, which would crash."""
+    for worker in list(_running):
+        worker.stop()
+    for worker in list(_running):
+        worker.join()
+
+
 class _Worker(threading.Thread):
     """One loop. What it finds, its hunger for sentences (itself) and its end (None, or what went wrong) are news.
 
@@ -90,6 +101,11 @@ class _Worker(threading.Thread):
         self._news = news
         self._food: queue.SimpleQueue[list[Sentence]] = queue.SimpleQueue()
         self._stopped = False
+
+    def start(self) -> None:
+        """Starts it, to be stopped at the end of the interpreter at the latest."""
+        _running.add(self)
+        super().start()
 
     def run(self) -> None:
         """Runs until there are no more sentences, or nobody wants the results."""
@@ -123,4 +139,5 @@ class _Worker(threading.Thread):
             yield from food
 
 
+_running: weakref.WeakSet[_Worker] = weakref.WeakSet()
 _News = Outcome | _Worker | BaseException | None

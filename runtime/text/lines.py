@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import io
 import itertools
+import os
 import secrets
+import stat
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,10 +17,12 @@ from typing import BinaryIO, TextIO
 from kvx.runtime.errors import InputError, OptionError
 
 LONGEST_LINE = 2**20  # bytes
+STANDARD = "-"  # stands for standard input or output
 
 
 def read_lines(stream: BinaryIO) -> Iterator[str]:
-    """The lines of a UTF-8 stream: they end at a line feed only, and lose a carriage return before it.
+    """The lines of a UTF-8 stream: they end at a line feed only, and lose a carriage return before it. A byte order
+    mark at the beginning of the stream is no part of its first line.
 
     Raises InputError for bytes that are not UTF-8 and for a line beyond LONGEST_LINE.
     """
@@ -31,6 +36,10 @@ def read_lines(stream: BinaryIO) -> Iterator[str]:
                 remedy="Check that the input is a text file with a sentence a line.",
                 line=number,
             )
+        if number == 1:
+            raw = raw.removeprefix(codecs.BOM_UTF8)
+            if not raw:
+                return
         try:
             yield raw.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
         except UnicodeDecodeError as error:
@@ -43,13 +52,18 @@ def read_lines(stream: BinaryIO) -> Iterator[str]:
 
 
 def open_lines(path: Path) -> BinaryIO:
-    """The file at `path` for read_lines. Raises InputError where it cannot be read."""
+    """The file at `path`, or standard input for "-", for read_lines. Raises InputError where it cannot be read."""
     try:
-        return path.open("rb")
+        return path.open("rb") if str(path) != STANDARD else open_standard_input()
     except OSError as error:
         raise InputError(
             f"{path} cannot be read ({error.strerror})", expected="a text file", remedy="Check the path."
         ) from None
+
+
+def open_standard_input() -> BinaryIO:
+    """Standard input, as a stream of its own: a thread may still wait in it when the program ends."""
+    return open(sys.stdin.fileno(), "rb", closefd=False)
 
 
 @contextlib.contextmanager
@@ -65,8 +79,9 @@ def complete_file(path: Path) -> Iterator[TextIO]:
 @contextlib.contextmanager
 def complete_binary_file(path: Path) -> Iterator[BinaryIO]:
     """As complete_file, for bytes."""
-    path = path.resolve()  # a link stays one
     special = path.exists() and not path.is_file()
+    if not special:
+        path = path.resolve()  # a link stays one
     partial = path if special else path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         file = partial.open("wb" if special else "xb")
@@ -78,12 +93,23 @@ def complete_binary_file(path: Path) -> Iterator[BinaryIO]:
         ) from None
     try:
         with file:
+            if not special:
+                _keep_access(path, file)
             yield file
         if not special:
             partial.replace(path)
     finally:
         if not special:
             partial.unlink(missing_ok=True)
+
+
+def _keep_access(path: Path, file: BinaryIO) -> None:
+    """Gives a file the mode of the one that it will replace, if there is one, and its owner where that is allowed."""
+    if path.exists():
+        was = path.stat()
+        os.fchmod(file.fileno(), stat.S_IMODE(was.st_mode))
+        with contextlib.suppress(OSError):
+            os.fchown(file.fileno(), was.st_uid, was.st_gid)
 
 
 def read_file(path: Path, limit: int | None = None) -> tuple[str, ...]:
@@ -104,13 +130,18 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
 
 @contextlib.contextmanager
 def output_file(path: Path | None) -> Iterator[TextIO]:
-    """A file that appears when it is complete, or else standard output, as UTF-8 with line feeds."""
-    if path is not None:
+    """A file that appears when it is complete, or for "-" and None standard output, as UTF-8 with line feeds."""
+    if path is not None and str(path) != STANDARD:
         with complete_file(path) as file:
             yield file
     else:
         sys.stdout.reconfigure(encoding="utf-8", newline="\n")  # type: ignore[union-attr]  # a TextIOWrapper
         yield sys.stdout
+
+
+def one_field(text: str) -> str:
+    """A text in a line of fields with tabs between them."""
+    return one_line(text).replace("\t", " ")
 
 
 def one_line(text: str) -> str:

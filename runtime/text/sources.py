@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -59,11 +60,11 @@ class SourceReader:
 
 
 def encode_text(tokenizer: Tokenizer, text: str, number: int) -> list[int]:
-    """The ids of a text's pieces; none for white space. Raises InputError for anything but a text."""
+    """The ids of a text's pieces; none where there is nothing to see. Raises InputError for anything but a text."""
     try:
         if isinstance(text, str):
             text.encode()  # what no UTF-8 can say, sentencepiece cannot read
-            return tokenizer.encode(text) if text.strip() else []
+            return tokenizer.encode(text) if any(map(is_visible, text)) else []
     except UnicodeEncodeError:
         pass
     raise InputError(
@@ -71,10 +72,22 @@ def encode_text(tokenizer: Tokenizer, text: str, number: int) -> list[int]:
     )
 
 
+def is_visible(character: str) -> bool:
+    """Whether a character shows something by itself. White space, controls, marks that shape or direct others, private
+    use and noncharacters do not; what this version of Unicode has not assigned may be a newer emoji.
+    """
+    category = unicodedata.category(character)
+    if category == "Cn":
+        return not (0xFDD0 <= ord(character) <= 0xFDEF or ord(character) & 0xFFFE == 0xFFFE)
+    return category[0] not in "ZCM"
+
+
 def refuse_string(texts: Iterable[object]) -> None:
-    """One text where many are expected would be taken for its characters. Raises InputError."""
+    """Raises InputError for one text, which would be taken for its characters, and for what has no items."""
     if isinstance(texts, str):
         raise InputError("This is one str", expected="a sequence of texts", remedy="Pass [text].")
+    if not isinstance(texts, Iterable):
+        raise InputError(f"This is {texts!r:.60}", expected="an iterable of texts", remedy="Pass a list of texts.")
 
 
 def load_tokenizer(bundle: Bundle, side: Literal["source", "target"]) -> Tokenizer:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from numbers import Integral
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kvx.runtime.bundle.folder import Bundle
 from kvx.runtime.errors import InputError, OptionError
 from kvx.runtime.text.sources import encode_text, load_tokenizer
 
-Target = str | Sequence[int]
+Target = str | Sequence[int] | NDArray[np.integer[Any]]
 
 NAMED_PIECES = 5
 
@@ -30,6 +34,13 @@ class TargetReader:
         """
         if isinstance(target, str):
             return self._within((*encode_text(self.tokenizer, target, number), self._eos), self._positions, number)
+        if not isinstance(target, Iterable):
+            raise InputError(
+                f"A target is {target!r:.60}",
+                expected="a text or a sequence of ids",
+                remedy="Give one for each source.",
+                line=number,
+            )
         return self._within(tuple(target), self._positions, number)
 
     def prefix(self, prefix: Target, limit: int, number: int | None) -> tuple[int, ...]:
@@ -100,6 +111,8 @@ class TargetReader:
                     line=number,
                 )
             return ids
+        if isinstance(target, np.ndarray) and target.ndim == 1:
+            return target.tolist()  # type: ignore[no-any-return]  # a list for one axis
         if isinstance(target, Sequence) and not isinstance(target, bytes | bytearray | str):
             return list(target)
         raise InputError(

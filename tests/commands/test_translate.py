@@ -304,3 +304,12 @@ class TestPipes:
         os.close(terminal)
         assert (found.code, found.out) == (0, "")
         assert found.err == "kvx: reading standard input, a text a line, until Ctrl-D\n"
+
+
+def test_a_program_that_waits_for_each_answer_gets_it(converse: Converse) -> None:
+    command = converse()
+    for text, answer in (("one", "eins"), ("", ""), ("twelve", "zwölf")):
+        command.stdin.write(f"{text}\n".encode())
+        command.stdin.flush()
+        assert command.read(PATIENCE).decode() == f"{answer}\n"
+    assert command.end().code == 0

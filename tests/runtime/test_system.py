@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,24 @@ def test_the_cpus_name_is_the_systems(tmp_path: Path) -> None:
     path.write_text("processor\t: 0\nmodel\t\t: 85\nmodel name\t: Fast (R) 9000 \nstepping\t: 1\n", encoding="utf-8")
     assert cpu_model(path) == "Fast (R) 9000"
     assert cpu_model(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("files", "threads"),
+    [
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu.max": "50000 100000\n"}, 1),
+        ({"cpu.max": "100000 100000\n"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({"cpu/cpu.cfs_quota_us": "20000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1),
+        ({"cpu.max": "nonsense"}, None),
+        ({}, None),
+    ],
+)
+def test_the_quota_of_a_container_bounds_the_threads(
+    tmp_path: Path, files: dict[str, str], threads: int | None
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert available_threads(tmp_path) == (threads or len(os.sched_getaffinity(0)))

@@ -515,6 +515,8 @@ def test_neighbours_order_rows_and_workers_change_no_answer(
     beams_translator: Translator, name: str, texts: list[str], rows: int, workers: int
 ) -> None:
     options = replace(SEARCHES[name], rows=rows, workers=workers)
+    if "samples" in name:  # those of equal texts differ
+        texts = list(dict.fromkeys(texts))
     expected = [alone(beams_translator, name, text) for text in texts]
     assert [found_in(one) for one in beams_translator.translate(texts, options)] == expected
     streamed = beams_translator.translate_iter(texts, replace(options, window=5))

@@ -122,7 +122,7 @@ def test_a_target_with_eos_in_its_middle_is_scored_to_its_end(numbers_translator
     [
         (["one"], [["eins"], ["zwei"]], "1 sources and 2 targets"),
         (["one", "two"], [["eins"], []], "Line 2: The source has no candidates"),
-        (["one"], ["eins"], "Line 1: The candidates are one str"),
+        (["one"], ["eins"], "Line 1: The candidates are"),
         (["one"], [[[]]], "Line 1: A target has 0 ids"),
         (["one"], [[[1] * 65]], "Line 1: A target has 65 ids"),
         (["one"], [[[10_000]]], "Line 1: A target has the id 10000"),

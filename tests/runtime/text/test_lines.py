@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import codecs
 import io
 import os
 import stat
@@ -183,3 +184,9 @@ def test_a_path_that_cannot_be_written_is_named(tmp_path: Path, name: str) -> No
     with pytest.raises(InputError, match="cannot be written"), complete_file(tmp_path / name):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("text", ["one\ntwo\n", "\ufeffone\n", ""])
+def test_a_byte_order_mark_at_the_beginning_is_no_text(text: str) -> None:
+    lines = text.removesuffix("\n").split("\n") if text else []
+    assert list(read_lines(io.BytesIO(codecs.BOM_UTF8 + text.encode()))) == lines
