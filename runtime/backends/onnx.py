@@ -8,12 +8,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 
 from kvx.runtime.arrays import FloatArray, IntArray, Tensors
 from kvx.runtime.backends.device import HOST, Device
 from kvx.runtime.backends.device_rows import DeviceRows, IdleRows
 from kvx.runtime.backends.graphs import THREADS, GraphBackend
+from kvx.runtime.backends.ort import ort
 from kvx.runtime.backends.sessions import Graph, SessionSettings
 from kvx.runtime.bundle.manifest import BEAMS_FILE, CHUNK_FILE, GRAPH_FILES, LOOP_FILE, PROJECTION_FILE, SHORTLIST_FILE
 from kvx.runtime.bundle.signature import (

@@ -11,10 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-import onnxruntime as ort
-
 from kvx.runtime.arrays import Tensors
 from kvx.runtime.backends.device import Device, missing_library, unavailable
+from kvx.runtime.backends.ort import ort
 from kvx.runtime.bundle.signature import Axis, Signature, TensorSpec
 from kvx.runtime.decoding.cache import KVCache
 from kvx.runtime.errors import BundleError, CapacityError, KvxError
