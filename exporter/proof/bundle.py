@@ -25,7 +25,7 @@ from kvx.runtime.backends.onnx import OnnxBackend
 from kvx.runtime.backends.torchscript import TorchScriptBackend
 from kvx.runtime.bundle.folder import CHECKPOINT_FILE, Bundle
 from kvx.runtime.bundle.graphs import GRAPHS
-from kvx.runtime.bundle.manifest import Manifest
+from kvx.runtime.bundle.manifest import FileEntry, Manifest
 from kvx.runtime.bundle.precision import PRECISIONS
 from kvx.runtime.bundle.signature import cache_specs
 from kvx.runtime.decoding.plan import Plan
@@ -61,11 +61,11 @@ def prove_bundle(
 ) -> Iterator[Check]:
     """Every format of the bundle, run by the very backends that its users will run, also on the lines of a text."""
     manifest = bundle.manifest
-    if "onnx" in manifest.formats:
+    if "onnx" in bundle.formats:
         progress.phase("checking the ONNX files")
         yield _check_onnx(bundle)
     with _runnable(bundle) as runnable:
-        for name in manifest.formats:
+        for name in bundle.formats:
             try:
                 graphs = _open_graphs(runnable, name)
             except BundleError as error:
@@ -100,15 +100,16 @@ def _runnable(bundle: Bundle) -> Iterator[Bundle]:
         yield bundle
         return
     with tempfile.TemporaryDirectory() as folder:
-        for file in bundle.folder.glob("*.onnx"):
-            widen(file, Path(folder) / file.name)
+        for name in (name for name in bundle.manifest.files if name.endswith(".onnx")):
+            widen(bundle.folder / name, Path(folder) / name)
         for name in (name for graph in GRAPHS for name in graph.beside if name in bundle.manifest.files):
             shutil.copyfile(bundle.folder / name, Path(folder) / name)
-        yield Bundle(Path(folder), replace(bundle.manifest, precision="fp32"))
+        files = {path.name: FileEntry.of(path) for path in Path(folder).iterdir()}
+        yield Bundle(Path(folder), replace(bundle.manifest, precision="fp32", files=files))
 
 
 def _open_graphs(bundle: Bundle, name: str) -> ExportedGraphs:
-    arguments = bundle.folder, bundle.manifest.dimensions, bundle.manifest.features
+    arguments = bundle.files, bundle.manifest.dimensions, bundle.manifest.features
     if name == "torchscript":
         return TorchScriptBackend(*arguments)
     backend = OnnxBackend(*arguments)
@@ -128,7 +129,7 @@ def _check_model(bundle: Bundle, model: Transformer) -> Check:
     """The configuration, and where the bundle has its own checkpoint every weight of it, to the last bit."""
     expected, got = model.config.to_dict(), dict(bundle.manifest.model)
     differing = [name for name in expected if got.get(name) != expected[name]]
-    if not differing and CHECKPOINT_FILE in bundle.manifest.files:
+    if not differing and CHECKPOINT_FILE in bundle.manifest.files and CHECKPOINT_FILE not in bundle.missing:
         own = load_checkpoint(bundle.folder / CHECKPOINT_FILE).model.state_dict()
         weights = model.state_dict()
         names = sorted(own.keys() | weights)

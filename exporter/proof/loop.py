@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from kvx.exporter.proof.caches import compare_caches, inside, poison
@@ -20,6 +19,7 @@ from kvx.exporter.proof.report import Check, Differences
 from kvx.exporter.proof.trial import Trial
 from kvx.runtime.arrays import FloatArray, IntArray
 from kvx.runtime.backends.onnx import loop_session
+from kvx.runtime.backends.ort import ort
 from kvx.runtime.bundle.graphs import LOOP_FILE
 from kvx.runtime.bundle.signature import LOOP_FEATURES, Dimensions, step_signature
 from kvx.runtime.decoding.backend import Backend

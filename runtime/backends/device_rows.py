@@ -11,11 +11,11 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from kvx.runtime.arrays import IntArray
 from kvx.runtime.backends.device import Device
+from kvx.runtime.backends.ort import ort
 from kvx.runtime.backends.sessions import Graph, is_out_of_memory
 from kvx.runtime.bundle.signature import Signature, TensorSpec
 from kvx.runtime.decoding.cache import Capacity

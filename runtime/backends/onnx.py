@@ -8,13 +8,14 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 
 from kvx.runtime.arrays import FloatArray, IntArray, Tensors
 from kvx.runtime.backends.device import HOST, Device
 from kvx.runtime.backends.device_rows import DeviceRows, IdleRows
 from kvx.runtime.backends.graphs import THREADS, GraphBackend
-from kvx.runtime.backends.sessions import Graph, SessionSettings
+from kvx.runtime.backends.ort import ort
+from kvx.runtime.backends.sessions import Graph, SessionSettings, reason
+from kvx.runtime.bundle.files import Files, files_of
 from kvx.runtime.bundle.manifest import BEAMS_FILE, CHUNK_FILE, GRAPH_FILES, LOOP_FILE, PROJECTION_FILE, SHORTLIST_FILE
 from kvx.runtime.bundle.signature import (
     CHUNK_FEATURES,
@@ -36,6 +37,8 @@ ENCODER_FILE, STEP_FILE = GRAPH_FILES["onnx"]
 class OnnxBackend(GraphBackend):
     """The sessions over one bundle's weights; every decode has buffers and bindings of its own.
 
+    `files` are the bundle's, or all of a folder that has no manifest yet.
+
     `threads` compute threads (default: the cores this process may use), all in each operator, or shared out to
     `workers` where their number is given; `spin` lets them wait busily within a run, never between runs; without
     `capture` the steps of a loop on a device are launched one by one. Raises OptionError, BundleError where a graph is
@@ -46,7 +49,7 @@ class OnnxBackend(GraphBackend):
 
     def __init__(
         self,
-        folder: Path,
+        files: Files | Path,
         dimensions: Dimensions,
         features: StepFeatures,
         *,
@@ -62,7 +65,7 @@ class OnnxBackend(GraphBackend):
         each, decodes = _shared_threads(threads, workers)
         self.decodes = decodes if on_host or workers is not None else 1  # a device is shared by the rows of one decode
         self._settings = SessionSettings(each, spin, device, tf32=dimensions.element != "float32")
-        self._open(folder, dimensions)
+        self._open(files_of(files), dimensions)
         self.query_tokens = self._chunk.exists
         self.beam_cache_specs = cache_specs(dimensions, shared_sources=self._beams.exists)
         self.loops = self._loop.exists and not on_host
@@ -72,19 +75,19 @@ class OnnxBackend(GraphBackend):
         for graph in (self._encoder, self._step):
             graph.load()
 
-    def _open(self, folder: Path, dimensions: Dimensions) -> None:
+    def _open(self, files: Files, dimensions: Dimensions) -> None:
         """The graphs, of which the bundle may lack all but the first two."""
 
         def step(file: str, features: StepFeatures, *, captured: bool = False) -> Graph:
-            return Graph(folder / file, step_signature(dimensions, features), self._settings, captured=captured)
+            return Graph(files, file, step_signature(dimensions, features), self._settings, captured=captured)
 
-        self._encoder = Graph(folder / ENCODER_FILE, self.encoder_signature, self._settings)
+        self._encoder = Graph(files, ENCODER_FILE, self.encoder_signature, self._settings)
         self._step = step(STEP_FILE, self.features)
         self._chunk = step(CHUNK_FILE, CHUNK_FEATURES)
         self._beams = step(BEAMS_FILE, self.features.beams)
         self._loop = step(LOOP_FILE, LOOP_FEATURES, captured=True)
         shortlist = step(SHORTLIST_FILE, self.features.shortlisted)
-        self.shortlisting = OnnxShortlisting(shortlist, dimensions, folder) if shortlist.exists else None
+        self.shortlisting = OnnxShortlisting(shortlist, dimensions, files) if shortlist.exists else None
 
     def bind(self, cache: KVCache) -> Step:
         """The step for one token of each row, input_ids [n], with the cache's buffers as its inputs and outputs: the
@@ -127,14 +130,15 @@ class OnnxBackend(GraphBackend):
 def loop_session(file: Path, dimensions: Dimensions) -> ort.InferenceSession:
     """What would run a looped step on the host, with all of a backend's settings but its device. Raises BundleError."""
     settings = SessionSettings(available_threads(), spin=False, device=HOST, tf32=False)
-    return Graph(file, step_signature(dimensions, LOOP_FEATURES), settings, captured=True).session()
+    signature = step_signature(dimensions, LOOP_FEATURES)
+    return Graph(Files(file.parent), file.name, signature, settings, captured=True).session()
 
 
 class BoundStep:
     """A step whose inputs and outputs are bound once per row count, `present` onto the buffers of `past`."""
 
     def __init__(self, graph: Graph, cache: KVCache) -> None:
-        graph.session()
+        graph.begin()
         self._graph = graph
         self._cache = cache
         self._bindings: dict[int, ort.IOBinding] = {}
@@ -170,6 +174,7 @@ class BoundChunk:
     """A step for several tokens of each row, which is bound for every run: their number differs from run to run."""
 
     def __init__(self, graph: Graph, cache: KVCache) -> None:
+        graph.begin()
         self._graph = graph
         self._cache = cache
 
@@ -185,19 +190,22 @@ class BoundChunk:
 class OnnxShortlisting:
     """The graph for a part of the vocabulary, and the output projection beside it, mapped when it is first needed."""
 
-    def __init__(self, graph: Graph, dimensions: Dimensions, folder: Path) -> None:
+    def __init__(self, graph: Graph, dimensions: Dimensions, files: Files) -> None:
         self.cache_specs = cache_specs(dimensions, shared_sources=True)
         self._graph = graph
         self._shape = dimensions.vocab_size, dimensions.heads * dimensions.head_width
-        self._path = folder / PROJECTION_FILE
+        self._files = files
 
     @functools.cached_property
     def projection(self) -> FloatArray:
         """The rows of the whole output projection [V, E], mapped. Raises BundleError."""
+        if PROJECTION_FILE not in self._files:
+            raise _no_projection("is not in the manifest", self._shape)
+        self._files.check([PROJECTION_FILE])
         try:
-            array = np.load(self._path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise _no_projection(f"cannot be read ({error})", self._shape) from None
+            array = np.load(self._files.folder / PROJECTION_FILE, mmap_mode="r", allow_pickle=False)
+        except Exception as error:  # numpy parses the header as Python, and raises what that raises
+            raise _no_projection(f"cannot be read ({reason(error)})", self._shape) from None
         found = array.dtype, array.shape, array.flags.c_contiguous
         if found != (np.float32, self._shape, True):
             raise _no_projection(f"holds {array.dtype} {list(array.shape)}", self._shape)
@@ -206,6 +214,7 @@ class OnnxShortlisting:
 
     def bind(self, cache: KVCache) -> BoundShortlistStep:
         """The step with the cache's buffers as its inputs and outputs."""
+        self._files.check_open([PROJECTION_FILE])
         return BoundShortlistStep(self._graph, cache)
 
     def load(self) -> None:
@@ -218,7 +227,7 @@ class BoundShortlistStep:
     """A step that is bound anew whenever the number of rows, the cache's buffers or the projection change."""
 
     def __init__(self, graph: Graph, cache: KVCache) -> None:
-        graph.session()
+        graph.begin()
         self._graph = graph
         self._cache = cache
         self._bound: tuple[int, int, FloatArray] | None = None

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from kvx.runtime.backends.device import HOST, Device
 from kvx.runtime.bundle.folder import Bundle
-from kvx.runtime.bundle.manifest import GRAPH_FILES
+from kvx.runtime.bundle.graphs import FORMAT_ENDINGS, GRAPH_FILES
 from kvx.runtime.decoding.backend import Backend
 from kvx.runtime.errors import DeviceError
 from kvx.runtime.system import available_threads
@@ -56,7 +56,7 @@ class BackendRow:
 def _make_onnx(bundle: Bundle, device: Device, *, threads: int | None, workers: int | None, spin: bool) -> Backend:
     from kvx.runtime.backends.onnx import OnnxBackend
 
-    arguments = bundle.folder, bundle.manifest.dimensions, bundle.manifest.features
+    arguments = bundle.files, bundle.manifest.dimensions, bundle.manifest.features
     return OnnxBackend(*arguments, threads=threads, workers=workers, spin=spin, device=device)
 
 
@@ -71,7 +71,7 @@ def _make_torchscript(
 ) -> Backend:
     from kvx.runtime.backends.torchscript import TorchScriptBackend
 
-    return TorchScriptBackend(bundle.folder, bundle.manifest.dimensions, bundle.manifest.features, threads=threads)
+    return TorchScriptBackend(bundle.files, bundle.manifest.dimensions, bundle.manifest.features, threads=threads)
 
 
 _rows = {
@@ -80,7 +80,7 @@ _rows = {
         BackendRow(
             name="onnx",
             files=GRAPH_FILES["onnx"],
-            checked=(".onnx", ".data", ".npy"),
+            checked=FORMAT_ENDINGS["onnx"],
             module="onnxruntime",
             install="pip install 'kvx[gpu]', or 'kvx[cpu]' for a machine without an NVIDIA GPU",
             make=_make_onnx,
@@ -90,7 +90,7 @@ _rows = {
         BackendRow(
             name="torchscript",
             files=GRAPH_FILES["torchscript"],
-            checked=(".ts",),
+            checked=FORMAT_ENDINGS["torchscript"],
             module="torch",
             install="pip install 'kvx[export]'",
             make=_make_torchscript,

@@ -11,10 +11,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-import onnxruntime as ort
-
 from kvx.runtime.arrays import Tensors
 from kvx.runtime.backends.device import Device, missing_library, unavailable
+from kvx.runtime.backends.ort import ort
+from kvx.runtime.bundle.external import external_files
+from kvx.runtime.bundle.files import Files
 from kvx.runtime.bundle.signature import Axis, Signature, TensorSpec
 from kvx.runtime.decoding.cache import KVCache
 from kvx.runtime.errors import BundleError, CapacityError, KvxError
@@ -57,13 +58,17 @@ class Graph:
     ONNX Runtime raises there becomes an error of kvx.
     """
 
-    def __init__(self, path: Path, signature: Signature, settings: SessionSettings, *, captured: bool = False) -> None:
+    def __init__(
+        self, files: Files, file: str, signature: Signature, settings: SessionSettings, *, captured: bool = False
+    ) -> None:
         self.signature = signature
         self.fresh = tuple(spec for spec in signature.outputs if spec.name not in signature.presents)
         self.settings = settings
-        self.exists = path.is_file()
-        self.running = Failing(f"ONNX Runtime cannot run {path.name}")
-        self._path = path
+        self.exists = file in files
+        self.running = Failing(f"ONNX Runtime cannot run {file}")
+        self._files = files
+        self._file = file
+        self._opened: tuple[str, ...] = ()
         self._captured = captured
         self._lock = threading.Lock()
         self._session: ort.InferenceSession | None = None
@@ -76,9 +81,17 @@ class Graph:
         """What runs the graph. Raises BundleError where it cannot be loaded or is not the contract's."""
         return self._session or self._loaded(logging.INFO)
 
+    def begin(self) -> ort.InferenceSession:
+        """The session, for a use that begins now. Raises BundleError where it cannot be loaded, and where its files,
+        from which weights are mapped, have been written over.
+        """
+        session = self.session()
+        self._files.check_open(self._opened)
+        return session
+
     def run(self, feeds: Tensors) -> Tensors:
         """Inputs by name → outputs by name, out of place."""
-        session, names = self.session(), [spec.name for spec in self.signature.outputs]
+        session, names = self.begin(), [spec.name for spec in self.signature.outputs]
         with self.running:
             return dict(zip(names, session.run(names, dict(feeds)), strict=True))
 
@@ -110,11 +123,30 @@ class Graph:
         with self._lock:
             if self._session is None:
                 started = time.perf_counter()
-                session = _session(self._path, self.settings, captured=self._captured)
-                _check_contract(session, self.signature, self._path.name)
-                self._session = session
-                _log.log(level, "loaded %s in %.2f s", self._path, time.perf_counter() - started)
+                path = self._files.folder / self._file
+                self._files.check([self._file])
+                opened = self._file, *_beside(self._files, path)
+                self._files.check(opened)
+                session = _session(path, self.settings, captured=self._captured)
+                self._files.check(opened)
+                _check_contract(session, self.signature, self._file)
+                self._opened, self._session = opened, session
+                _log.log(level, "loaded %s in %.2f s", path, time.perf_counter() - started)
             return self._session
+
+
+def _beside(files: Files, path: Path) -> list[str]:
+    """The files of external data that a graph names, all of which must be the bundle's. Raises BundleError."""
+    with Failing(f"{path.name} cannot be read"):
+        names = sorted(external_files(path))
+    strangers = [name for name in names if name not in files]
+    if strangers:
+        raise BundleError(
+            f"{path.name} keeps weights in {' and '.join(map(repr, strangers))}",
+            expected="files that the manifest names",
+            remedy="Do not use this bundle: it may have been tampered with.",
+        )
+    return names
 
 
 class Failing:

@@ -11,6 +11,7 @@ import torch
 
 from kvx.runtime.arrays import IntArray, Tensors
 from kvx.runtime.backends.graphs import THREADS, GraphBackend
+from kvx.runtime.bundle.files import Files, files_of
 from kvx.runtime.bundle.manifest import GRAPH_FILES
 from kvx.runtime.bundle.signature import Dimensions, Signature, StepFeatures
 from kvx.runtime.decoding.backend import Step, StepOutput
@@ -32,14 +33,16 @@ class TorchScriptBackend(GraphBackend):
     decodes = 1  # torch's compute threads are one pool, which a second decode would only fight for
 
     def __init__(
-        self, folder: Path, dimensions: Dimensions, features: StepFeatures, *, threads: int | None = None
+        self, files: Files | Path, dimensions: Dimensions, features: StepFeatures, *, threads: int | None = None
     ) -> None:
         super().__init__(dimensions, features)
         if threads is not None:
             refuse(wrong_value("threads", threads, THREADS))
             torch.set_num_threads(threads)
-        self._encoder = _load(folder / ENCODER_FILE, self.encoder_signature)
-        self._step = _load(folder / STEP_FILE, self.step_signature)
+        files = files_of(files)
+        self._encoder = _load(files.folder / ENCODER_FILE, self.encoder_signature)
+        self._step = _load(files.folder / STEP_FILE, self.step_signature)
+        files.check([ENCODER_FILE, STEP_FILE])
 
     def bind(self, cache: KVCache) -> Step:
         """The step for one token of each row, input_ids [n], over the cache's buffers."""

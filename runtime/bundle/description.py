@@ -19,13 +19,15 @@ def describe(bundle: Bundle) -> Iterator[str]:
         f"{model['heads']} heads, d_ff {model['d_ff']}, vocabularies {model['source_vocab_size']} → "
         f"{model['target_vocab_size']}"
     )
-    yield f"{', '.join(manifest.formats)}; {manifest.precision}, lowering {manifest.lowering}, opset {manifest.opset}"
+    yield f"{', '.join(bundle.formats)}; {manifest.precision}, lowering {manifest.lowering}, opset {manifest.opset}"
     yield ""
     for name, signature in manifest.graphs.items():
         yield from _describe_signature(name, signature)
     yield "files"
+    missing = bundle.missing
     for name, entry in manifest.files.items():
-        yield f"  {name:<24} {entry.bytes:>14,} bytes  sha256 {entry.sha256[:16]}…"
+        note = "  (missing)" if name in missing else ""
+        yield f"  {name:<24} {entry.bytes:>14,} bytes  sha256 {entry.sha256[:16]}…{note}"
     yield ""
     yield "limits"
     yield f"  source positions {model['source_positions']}, target positions {model['target_positions']}"

@@ -15,7 +15,8 @@ from kvx.runtime.bundle.signature import (
     step_signature,
 )
 
-FORMATS = ("onnx", "torchscript")
+FORMAT_ENDINGS = {"onnx": (".onnx", ".data", ".npy"), "torchscript": (".ts",)}  # of the files of each format
+FORMATS = tuple(FORMAT_ENDINGS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

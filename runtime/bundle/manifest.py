@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
+from kvx.runtime.bundle.files import LFS_POINTER, FileEntry, read_regular
 from kvx.runtime.bundle.graphs import (
     BEAMS_FILE,
     CHUNK_FILE,
@@ -56,25 +55,6 @@ MODEL_SIZES = (
     "source_positions",
     "target_positions",
 )
-
-
-@dataclass(frozen=True, slots=True)
-class FileEntry:
-    """Size in bytes and sha256 (hex) of one file of the bundle."""
-
-    bytes: int
-    sha256: str
-
-    @property
-    def is_plausible(self) -> bool:
-        """Whether these are a size and a hash at all."""
-        return type(self.bytes) is int and self.bytes >= 0 and re.fullmatch("[0-9a-f]{64}", self.sha256) is not None
-
-    @classmethod
-    def of(cls, path: Path) -> Self:
-        """The entry of a file as it is on disk."""
-        with path.open("rb") as file:
-            return cls(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,17 +158,19 @@ class Manifest:
         """The manifest of the bundle in `folder`. Raises BundleError where it is missing, damaged or newer."""
         path = folder / MANIFEST_FILE
         try:
-            if path.stat().st_size > LARGEST_MANIFEST:
-                raise _damaged(folder, f"is larger than {LARGEST_MANIFEST} bytes")
-            values = json.loads(path.read_text(encoding="utf-8"))
+            content = read_regular(path, LARGEST_MANIFEST)
         except (FileNotFoundError, NotADirectoryError):
-            raise BundleError(
-                f"{folder} holds no {MANIFEST_FILE}",
-                expected="a bundle written by kvx export",
-                remedy="Check the path, or export a checkpoint first.",
-            ) from None
-        except (OSError, ValueError, RecursionError) as error:
+            raise _no_manifest(folder) from None
+        except (OSError, ValueError) as error:
             raise _damaged(folder, f"cannot be read ({error})") from None
+        if len(content) > LARGEST_MANIFEST:
+            raise _damaged(folder, f"is larger than {LARGEST_MANIFEST} bytes")
+        try:
+            values = json.loads(content.decode())
+        except (ValueError, RecursionError) as error:
+            raise (
+                lfs_pointer(path) if content.startswith(LFS_POINTER) else _damaged(folder, f"cannot be read ({error})")
+            ) from None
         if not isinstance(values, dict):
             raise _damaged(folder, "is not an object")
         return cls._from_dict(values, folder)
@@ -276,6 +258,30 @@ def _signature_to_dict(signature: Signature) -> dict[str, Any]:
         side: [{"name": spec.name, "type": spec.dtype, "axes": list(spec.axes)} for spec in specs]
         for side, specs in (("inputs", signature.inputs), ("outputs", signature.outputs))
     }
+
+
+def lfs_pointer(path: Path) -> BundleError:
+    """The error for a pointer that Git LFS has left in the place of a file."""
+    return BundleError(
+        f"{path} is a pointer of Git LFS, not the file itself",
+        expected="the file that kvx export wrote",
+        remedy="Fetch it with git lfs pull.",
+    )
+
+
+def _no_manifest(folder: Path) -> BundleError:
+    """The error for a path that is no bundle, or that leads to a file of one."""
+    if folder.is_file() and (folder.parent / MANIFEST_FILE).is_file():
+        return BundleError(
+            f"{folder} is a file of a bundle",
+            expected="the path of a bundle's folder",
+            remedy=f"Name the folder itself: {folder.parent}",
+        )
+    return BundleError(
+        f"{folder} holds no {MANIFEST_FILE}",
+        expected="a bundle written by kvx export",
+        remedy="Check the path, or export a checkpoint first.",
+    )
 
 
 def _damaged(folder: Path, how: str) -> BundleError:

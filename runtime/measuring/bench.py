@@ -106,7 +106,7 @@ class Host:
     @classmethod
     def here(cls) -> Self:
         """This machine and this process."""
-        import onnxruntime as ort
+        from kvx.runtime.backends.ort import ort
 
         return cls(
             cpu=cpu_model(),

@@ -95,6 +95,7 @@ def load_tokenizer(bundle: Bundle, side: Literal["source", "target"]) -> Tokeniz
     source = side == "source"
     file = SOURCE_TOKENIZER_FILE if source else TARGET_TOKENIZER_FILE
     bundle.require(file)
+    bundle.files.check([file])
     tokenizer = Tokenizer(bundle.folder / file)
     ids = bundle.manifest.source_ids if source else bundle.manifest.target_ids
     size = bundle.manifest.model[f"{side}_vocab_size"]
