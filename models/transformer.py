@@ -176,6 +176,14 @@ class Transformer(nn.Module):
         logits = self.head(hidden) if projection is None else ops.shortlist_logits(hidden.float(), projection)
         return Stepped(logits.float(), presents, sources, attention)
 
+    def first_keys_values(self, input_ids: Tensor, positions: Tensor) -> KeyValue:
+        """input_ids and positions [B] → what the first layer of the decoder writes for them [B, H, 1, D]: nothing else
+        decides it.
+        """
+        layer = self.decoder[0]
+        x = EAGER.normalize(layer.self_attention_norm, self.target_embedding(input_ids, positions))
+        return layer.self_attention.token_keys_values(x)
+
     @property
     def element(self) -> str:
         """The type of its keys and values, as the contract calls it."""

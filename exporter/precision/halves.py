@@ -40,6 +40,7 @@ def in_precision(model: Transformer, precision: Precision) -> Transformer:
     element: torch.dtype = getattr(torch, arithmetic.element)  # the contract's names are torch's
     residual: torch.dtype = getattr(torch, arithmetic.residual)
     halved = copy.deepcopy(model)
+    halved.head.weight = nn.Parameter(halved.head.weight.clone(), requires_grad=False)  # stays float32, tied or not
     for module in halved.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)) and module is not halved.head:
             module.to(element)

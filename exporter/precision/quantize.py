@@ -158,15 +158,19 @@ class _Quantizer:
         bits = self._widths.lookups if width % 2 == 0 else 8  # half a byte cannot end a row
         packed = blocks(matrix, bits)
         codes = packed.codes.reshape(len(matrix), -1)[:, : width * bits // 8]  # here a row is not filled up
-        inputs = [self._constant(f"{name}.int{bits}", codes), ids, self._constant(f"{name}.scales", packed.scales)]
+        rows = f"{name}.rows"  # a product with the same weight, where it is tied, has constants of its own
+        inputs = [self._constant(f"{rows}.int{bits}", codes), ids, self._constant(f"{rows}.scales", packed.scales)]
         attributes = {"bits": bits, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
         return [ir.node("GatherBlockQuantized", inputs, attributes, domain=DOMAIN)]
 
     def _constant(self, name: str, array: NDArray[Any] | np.generic | Sequence[int]) -> ir.Value:
-        if name not in self._graph.initializers:
-            tensor = ir.tensor(np.asarray(array), name=name)
-            self._graph.register_initializer(ir.val(name, const_value=tensor))
-        return self._graph.initializers[name]
+        known, values = self._graph.initializers.get(name), np.asarray(array)
+        if known is None:
+            known = ir.val(name, const_value=ir.tensor(values, name=name))
+            self._graph.register_initializer(known)
+        held = known.const_value
+        assert held is not None and np.array_equal(held.numpy(), values), f"two different constants are called {name}"
+        return known
 
     def _replace(self, node: ir.Node, nodes: Sequence[ir.Node]) -> None:
         old, new = node.outputs[0], nodes[-1].outputs[0]

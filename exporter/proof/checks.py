@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from kvx.exporter.progress import Progress
 from kvx.exporter.proof.greedy import check_drawn, check_greedy, translations
 from kvx.exporter.proof.limits import ParityOptions
-from kvx.exporter.proof.loop import check_loop
+from kvx.exporter.proof.loop import bind_loop, check_loop
 from kvx.exporter.proof.quality import Ids, VerificationText, check_lines, check_range, check_scores
 from kvx.exporter.proof.report import Check
-from kvx.exporter.proof.trial import ExportedGraphs, Trial, shares_sources
+from kvx.exporter.proof.tables import Fed, check_source_tables, check_target_tables
+from kvx.exporter.proof.trial import ExportedGraphs, Trial, first_tokens, shares_sources
 from kvx.models.transformer import Transformer
-from kvx.runtime.bundle.graphs import LOOP, Graph
+from kvx.runtime.bundle.graphs import BEAMS, CHUNK, LOOP, SHORTLIST, STEP, Graph
 from kvx.runtime.bundle.precision import PRECISIONS, Precision
-from kvx.runtime.decoding.backend import shortlisting_of
+from kvx.runtime.decoding.backend import Step, shortlisting_of
 from kvx.runtime.decoding.plan import Plan
 
 NOWHERE = Path()
@@ -101,6 +102,33 @@ def _neighbours(case: Case) -> Iterator[Check]:
     yield case.trial.check_neighbours(case.graphs, case.limits.neighbours)
 
 
+def _source_tables(case: Case) -> Iterator[Check]:
+    yield check_source_tables(case.trial, case.graphs, case.limits.tolerance)
+
+
+def _target_tables(case: Case) -> Iterator[Check]:
+    yield check_target_tables(case.trial, case.graphs, _fed(case), case.limits.tolerance)
+
+
+def _fed(case: Case) -> Iterator[Fed]:
+    """Every graph of the decoder that the backend has."""
+    graphs, shortlisting = case.graphs, shortlisting_of(case.graphs)
+    yield Fed(STEP.name, graphs.cache_specs, graphs.bind)
+    if graphs.query_tokens:
+        yield Fed(CHUNK.name, graphs.cache_specs, lambda cache: _one_by_one(graphs.bind_chunk(cache)))
+    if shares_sources(graphs):
+        yield Fed(BEAMS.name, graphs.beam_cache_specs, graphs.bind)
+    if shortlisting is not None:
+        yield Fed(SHORTLIST.name, shortlisting.cache_specs, partial(first_tokens, shortlisting))
+    if case.holds(LOOP):
+        yield Fed(LOOP.name, graphs.cache_specs, partial(bind_loop, case.folder, case.trial.dimensions))
+
+
+def _one_by_one(step: Step) -> Step:
+    """A step for several tokens of a row that is given one."""
+    return lambda input_ids: step(input_ids[:, None])
+
+
 def _drawn(case: Case) -> Iterator[Check]:
     yield check_drawn(case.trial, case.graphs, case.plan)
 
@@ -132,6 +160,8 @@ CHUNKS = Proof(_chunks, lambda case: case.graphs.query_tokens)
 ROWS_OF_A_SENTENCE = Proof(_beams, lambda case: shares_sources(case.graphs))
 SHORTLISTED = Proof(_shortlist, lambda case: shortlisting_of(case.graphs) is not None)
 NEIGHBOURS = Proof(_neighbours)
+SOURCE_TABLES = Proof(_source_tables)
+TARGET_TABLES = Proof(_target_tables, phase="proving every token and position")
 # Quantised products move logits too far for greedy translations of noise.
 DRAWN = Proof(_drawn, lambda case: not case.arithmetic.quantized)
 RANGE = Proof(_range, lambda case: any(spec.dtype == "float16" for spec in case.graphs.cache_specs))
@@ -147,6 +177,8 @@ CHECKS = (
     ROWS_OF_A_SENTENCE,
     SHORTLISTED,
     NEIGHBOURS,
+    SOURCE_TABLES,
+    TARGET_TABLES,
     DRAWN,
     RANGE,
     TEXT,

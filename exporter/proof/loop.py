@@ -5,7 +5,7 @@ Letters: B rows, S source positions, T capacity of a row's cache, V target vocab
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from kvx.runtime.backends.ort import ort
 from kvx.runtime.bundle.graphs import LOOP_FILE
 from kvx.runtime.bundle.signature import LOOP_FEATURES, Dimensions, step_signature
 from kvx.runtime.decoding.backend import Backend
-from kvx.runtime.decoding.cache import Capacity, KVCache
+from kvx.runtime.decoding.cache import KVCache
 from kvx.runtime.decoding.device_loop import LoopState
 from kvx.runtime.decoding.plan import Plan
 
@@ -66,8 +66,7 @@ def check_loop(trial: Trial, backend: Backend, folder: Path, plan: Plan) -> Chec
     may never end by eos, so the graph must also have the plan's eos and pad in it.
     """
     truth, tried = trial.cache(), trial.cache(backend.cache_specs, fillers=FILLERS)
-    dimensions = replace(trial.dimensions, element=next(iter(backend.cache_specs)).dtype)
-    loop = BoundLoop(folder / LOOP_FILE, dimensions, _start(trial, tried, plan))
+    loop = BoundLoop(folder / LOOP_FILE, _of_cache(trial.dimensions, tried), _start(trial, tried, plan))
     eager_step, rows = trial.eager.bind(truth), truth.active
     found, idle, ended = Differences(), np.zeros(rows, np.int64), 0
     _check_constants(found, folder / LOOP_FILE, plan)
@@ -91,18 +90,43 @@ def check_loop(trial: Trial, backend: Backend, folder: Path, plan: Plan) -> Chec
     return replace(check, detail=f"{check.detail}; {ended} rows ended by eos")
 
 
+def bind_loop(folder: Path, dimensions: Dimensions, cache: KVCache) -> Callable[[IntArray], None]:
+    """The loop as a step over this cache: one token for each row, input_ids [n], none of which is finished."""
+    state = _state(cache)
+    loop = BoundLoop(folder / LOOP_FILE, _of_cache(dimensions, cache), state)
+
+    def step(input_ids: IntArray) -> None:
+        lengths = cache.lengths.copy()
+        state["input_ids"][:], state["limits"][:], state["past_finished"][:] = input_ids, cache.capacity.target, False
+        loop()
+        cache.lengths[:] = lengths
+
+    return step
+
+
+def _of_cache(dimensions: Dimensions, cache: KVCache) -> Dimensions:
+    return replace(dimensions, element=cache.specs[0].dtype)
+
+
+def _state(cache: KVCache) -> State:
+    """Idle rows over a cache, whose lengths and buffers are part of the state."""
+    idle = LoopState.idle(cache.capacity)
+    state: State = {field.name: getattr(idle, field.name) for field in fields(idle)}
+    return {**state, "past_lengths": cache.lengths, "source_lengths": cache.source_lengths, **cache.buffers}
+
+
 def _start(trial: Trial, cache: KVCache, plan: Plan) -> State:
     """Every sentence at bos with a limit of its own, then the fillers."""
-    rows, active = cache.capacity.rows, cache.active
-    idle = LoopState.idle(Capacity(rows, cache.capacity.target, cache.capacity.source))
-    state: State = {field.name: getattr(idle, field.name) for field in fields(idle)}
+    active = cache.active
+    cache.source_lengths[active:] = 1
+    cache.source_lengths[-1] = 0
+    state = _state(cache)
+    state["limits"][-1] = 0
     state["input_ids"][:active] = plan.bos
     state["limits"][:active] = _limits(trial, active)
     state["past_finished"][:active] = False
     state["past_ids"][:active] = trial.random.integers(0, trial.dimensions.vocab_size, state["past_ids"][:active].shape)
-    cache.source_lengths[active:] = state["source_lengths"][active:]
-    cache.source_lengths[-1] = state["limits"][-1] = 0
-    return {**state, "past_lengths": cache.lengths, "source_lengths": cache.source_lengths, **cache.buffers}
+    return state
 
 
 def _limits(trial: Trial, rows: int) -> IntArray:

@@ -222,7 +222,7 @@ class Trial:
         encoded = backend.encode(self.input_ids[chosen, : lengths.max()], lengths)
         for place, length in enumerate(lengths.tolist()):
             cache.admit(EncodedSource(encoded, place, length))
-        step, logits = backend.bind(cache) if shortlisting is None else _first_tokens(shortlisting, cache), []
+        step, logits = backend.bind(cache) if shortlisting is None else first_tokens(shortlisting, cache), []
         for given in ids[:, chosen]:
             logits.append(step(given.reshape(-1)).logits.reshape(len(chosen), beams, -1).copy())
             cache.advance()
@@ -245,7 +245,7 @@ def _bind_projection(shortlisting: Shortlisting, projection: FloatArray, cache: 
     return lambda input_ids: step(input_ids, projection)
 
 
-def _first_tokens(shortlisting: Shortlisting, cache: KVCache) -> Step:
+def first_tokens(shortlisting: Shortlisting, cache: KVCache) -> Step:
     """The step over the first LEAST_COLUMNS tokens, or all and some of zeros."""
     rows = shortlisting.projection[:LEAST_COLUMNS]
     projection = np.zeros((LEAST_COLUMNS, rows.shape[1]), np.float32)

@@ -19,6 +19,7 @@ from kvx.exporter.lowerings.standard import IR_VERSION, OPSET
 from kvx.exporter.precision.quantize import quantize
 from kvx.exporter.writing.graphs import EncoderGraph, StepGraph, example_inputs
 from kvx.exporter.writing.loop import LoopGraph
+from kvx.models.layers import Linear
 from kvx.runtime.bundle.precision import Widths
 from kvx.runtime.bundle.signature import PAST
 
@@ -66,12 +67,12 @@ def write_onnx(
 
 
 def _weights(graph: nn.Module) -> dict[str, float | None]:
-    """The weights that may be quantised, by name, each with the largest magnitude of its input where calibrated."""
-    return {
-        f"{name}.weight": getattr(module, "largest_input", None)
-        for name, module in graph.named_modules()
-        if isinstance(module, (nn.Linear, nn.Embedding))
-    }
+    """The weights that may be quantised, by name, each with the largest magnitude of its input where calibrated. A
+    weight that several modules share has one name in the graph, that of any of them.
+    """
+    modules = {name: module for name, module in graph.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))}
+    largest = {module.weight: module.largest_input for module in modules.values() if isinstance(module, Linear)}
+    return {f"{name}.weight": largest.get(module.weight) for name, module in modules.items()}
 
 
 def _share_weights(model: onnx_ir.Model, other: Path) -> None:

@@ -1,0 +1,172 @@
+"""Every row of every table: each token of both vocabularies and each position of both sides is fed once.
+
+A row shows in the keys and values that it alone decides: of a source of one token, of the first layer of the decoder.
+Their error is measured against how far those of other rows are from the mean: a row that stands in another's place is
+off by about 1.4 of that, however large the weights are.
+
+Letters: B rows, S source positions, T capacity of a row's cache, H heads, D head width, E model width, V vocabulary,
+P positions of a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvx.exporter.proof.report import Check
+from kvx.exporter.proof.trial import ExportedGraphs, Trial
+from kvx.models.transformer import Transformer
+from kvx.runtime.arrays import IntArray
+from kvx.runtime.bundle.signature import PAST, TensorSpec, encoder_signature, key_value_names
+from kvx.runtime.decoding.backend import Backend
+from kvx.runtime.decoding.cache import Capacity, EncodedSource, KVCache
+
+MOST_ROWS = 256
+WALK_BYTES = 2**26  # of the cache whose rows walk through the positions
+SOURCE_BYTES = 2**30  # of one attention of eager over the longest source
+LEAST_SPREAD = 0.1  # of the size of the keys and values themselves
+SOURCE_TOKENS = 4
+
+Feed = Callable[[IntArray], object]
+
+
+class Fed(NamedTuple):
+    """A graph of the decoder: its name, the buffers that it takes, and what binds it to a cache: a function of one
+    token for each row, which writes their keys and values.
+    """
+
+    name: str
+    specs: tuple[TensorSpec, ...]
+    bind: Callable[[KVCache], Feed]
+
+
+class Rows:
+    """The largest error of a row in each comparison, and whose it was."""
+
+    def __init__(self) -> None:
+        self.worst: dict[str, float] = {}
+        self._whose: dict[str, int] = {}
+
+    def add(self, name: str, ids: IntArray, expected: NDArray[Any], got: NDArray[Any]) -> None:
+        """Compares what eager and an export make of these tokens or positions [n], both [n, E]."""
+        errors = _errors(expected, got)
+        worst = int(errors.argmax())
+        if errors[worst] >= self.worst.get(name, 0.0):
+            self.worst[name], self._whose[name] = float(errors[worst]), int(ids[worst])
+
+    def check(self, backend: Backend, name: str, tolerance: float) -> Check:
+        """The finding: passed where no row is over the tolerance."""
+        over = [compared for compared, worst in self.worst.items() if worst > tolerance]
+        compared = max(self.worst, key=lambda compared: self.worst[compared])
+        detail = f"largest difference {self.worst[compared]:.2g} of the rows' spread in {compared}"
+        if over:
+            detail += f", row {self._whose[compared]}, over {tolerance:g}; in {', '.join(over)}"
+        return Check(backend.name, name, not over, detail, dict(self.worst))
+
+
+def _errors(expected: NDArray[Any], got: NDArray[Any]) -> NDArray[np.float64]:
+    """Of each row [n], as a share of the spread of all; infinite where anything is not finite."""
+    expected, got = expected.astype(np.float64), got.astype(np.float64)
+    spread = np.sqrt(np.square(expected - expected.mean(axis=0)).sum(axis=1).mean())
+    size = np.sqrt(np.square(expected).sum(axis=1).mean())
+    scale = max(spread, LEAST_SPREAD * size, np.finfo(np.float32).tiny)
+    errors: NDArray[np.float64] = np.sqrt(np.square(got - expected).sum(axis=1)) / scale
+    return np.where(np.isfinite(errors), errors, np.inf)
+
+
+def check_source_tables(trial: Trial, backend: ExportedGraphs, tolerance: float) -> Check:
+    """Every token of the source as a sentence of its own, and one sentence that takes every position."""
+    config, found = trial.model.config, Rows()
+    for ids in _batches(trial, config.source_vocab_size):
+        _compare_sources(found, "tokens", ids, trial, backend, ids[:, None])
+    longest = min(config.source_positions, int((SOURCE_BYTES / (4 * config.heads)) ** 0.5))
+    drawn = trial.random.integers(0, config.source_vocab_size, (1, longest))
+    _compare_sources(found, "positions", np.arange(longest), trial, backend, drawn)
+    seen = f"{config.source_vocab_size} tokens and {longest} of {config.source_positions} positions"
+    return found.check(backend, f"source tables: {seen}", tolerance)
+
+
+def check_target_tables(trial: Trial, backend: ExportedGraphs, graphs: Iterable[Fed], tolerance: float) -> Check:
+    """Every token of the target at the first position and a token at every position, in each graph of the decoder."""
+    config, found = trial.model.config, Rows()
+    for graph in graphs:
+        tokens = _batches(trial, config.target_vocab_size)
+        cache, feed = _bound(trial, graph, tokens.shape[1], 1)
+        for ids in tokens:
+            _compare_targets(found, "tokens", trial.model, graph, cache, feed, ids, np.zeros_like(ids))
+        each = Capacity(1, config.target_positions + 1, 1).bytes(graph.specs)
+        steps = _walk(config.target_positions, max(1, min(MOST_ROWS, WALK_BYTES // each)))
+        cache, feed = _bound(trial, graph, steps.shape[1], config.target_positions)
+        for positions in steps:
+            ids = trial.random.integers(0, config.target_vocab_size, len(positions))
+            _compare_targets(found, "positions", trial.model, graph, cache, feed, ids, positions)
+    seen = f"{config.target_vocab_size} tokens and {config.target_positions} positions"
+    return found.check(backend, f"target tables: {seen}", tolerance)
+
+
+def _batches(trial: Trial, size: int) -> IntArray:
+    """Every id below `size`, in batches of as many [batches, B]; the last is filled up with those of the first."""
+    number = -(-size // MOST_ROWS)
+    rows = -(-size // number)
+    ids: IntArray = np.resize(trial.random.permutation(size), (number, rows))
+    return ids
+
+
+def _walk(positions: int, rows: int) -> IntArray:
+    """Positions [steps, B]: every row walks through its part of them."""
+    steps = -(-positions // rows)
+    starts = np.arange(-(-positions // steps)) * steps
+    walked: IntArray = np.minimum(np.arange(steps)[:, None] + starts, positions - 1)
+    return walked
+
+
+def _compare_sources(
+    found: Rows, what: str, rows: IntArray, trial: Trial, backend: ExportedGraphs, input_ids: IntArray
+) -> None:
+    """input_ids [B, S], whose B·S tokens or positions are `rows`."""
+    lengths = np.full(len(input_ids), input_ids.shape[1])
+    expected = trial.eager.encode(input_ids, lengths)
+    got = backend.run_encoder({"input_ids": input_ids, "source_lengths": lengths})
+    for name, past in encoder_signature(trial.dimensions).presents.items():
+        found.add(f"{name} of {what}", rows, _flat(expected[past]), _flat(got[name]))
+
+
+def _compare_targets(
+    found: Rows,
+    what: str,
+    model: Transformer,
+    graph: Fed,
+    cache: KVCache,
+    feed: Feed,
+    ids: IntArray,
+    positions: IntArray,
+) -> None:
+    """One token for each row, at a position of its own, both [B]."""
+    cache.lengths[:] = positions
+    feed(ids)
+    with torch.inference_mode():
+        first = model.first_keys_values(torch.from_numpy(ids), torch.from_numpy(positions))
+    for name, expected in zip(key_value_names(PAST, 0, "decoder"), first, strict=True):
+        got = cache.buffers[name][np.arange(len(ids)), :, positions]
+        rows = ids if what == "tokens" else positions
+        found.add(f"{graph.name}, {name} of {what}", rows, _flat(expected.numpy()), got.reshape(len(ids), -1))
+
+
+def _bound(trial: Trial, graph: Fed, rows: int, positions: int) -> tuple[KVCache, Feed]:
+    """Rows of one sentence, or of as many equal ones, and what feeds them."""
+    length = min(SOURCE_TOKENS, int(trial.source_lengths.max()))
+    encoded = trial.eager.encode(trial.input_ids[:1, :length], np.array([length]))
+    shared = any(spec.axes[0] == "G" for spec in graph.specs)
+    cache = KVCache(graph.specs, Capacity(rows, positions + 1, length, rows if shared else 1))
+    for _ in range(cache.capacity.seats):
+        cache.admit(EncodedSource(encoded, 0, length))
+    return cache, graph.bind(cache)
+
+
+def _flat(array: NDArray[Any]) -> NDArray[Any]:
+    """[B, H, positions, D] → [B · positions, H · D]."""
+    return array.transpose(0, 2, 1, 3).reshape(array.shape[0] * array.shape[2], -1)

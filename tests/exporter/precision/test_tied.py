@@ -1,0 +1,63 @@
+"""A weight that serves both as an embedding and as the output projection is exported right in every precision."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from torch import nn
+
+from kvx.exporter.graphs import write_graphs
+from kvx.exporter.options import ExportOptions
+from kvx.exporter.progress import Progress
+from kvx.exporter.proof import checks
+from kvx.exporter.proof.checks import Case
+from kvx.exporter.proof.limits import ParityOptions
+from kvx.exporter.writing.graphs import StepGraph
+from kvx.exporter.writing.onnx import _weights
+from kvx.models.transformer import Transformer
+from kvx.runtime.backends.onnx import OnnxBackend
+from kvx.runtime.bundle.manifest import Manifest, SpecialIds
+from kvx.runtime.bundle.precision import PRECISIONS, Precision
+from kvx.runtime.bundle.signature import Dimensions, cache_specs
+from kvx.runtime.decoding.plan import Plan
+
+
+@pytest.fixture
+def tied(tiny: Transformer) -> Transformer:
+    """The tiny model, whose target embedding and head share one parameter."""
+    model = copy.deepcopy(tiny)
+    model.target_embedding.tokens.weight = nn.Parameter(tiny.head.weight.clone() * 4, requires_grad=False)
+    model.head.weight = model.target_embedding.tokens.weight
+    return model
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
+def test_a_tied_model_passes_its_proof(
+    tied: Transformer, tiny_bundle: Path, tmp_path: Path, precision: Precision
+) -> None:
+    options = ExportOptions(
+        checkpoint=tmp_path / "none", format="onnx", precision=precision, lowering="ort", shortlist=True
+    )
+    features = options.features(tied.config.decoder_layers)
+    write_graphs(tmp_path, options, tied, SpecialIds(pad=0, bos=1, eos=2), features, Progress())
+    dimensions = Dimensions.of_model(tied.config.to_dict(), PRECISIONS[precision].element)
+    backend = OnnxBackend(tmp_path, dimensions, features, threads=1)
+    plan = Plan.of(Manifest.read(tiny_bundle), cache_specs(dimensions))
+    case = Case(tied, backend, plan, ParityOptions(steps=6), precision=precision, folder=tmp_path)
+    assert [check for check in checks.prove(case) if not check.passed] == []
+    assert np.load(tmp_path / "projection.npy").dtype == np.float32
+    if PRECISIONS[precision].quantized:
+        names = [tensor.name for tensor in onnx.load(tmp_path / "decoder_step.onnx").graph.initializer]
+        assert len(names) == len(set(names))
+        assert sum("target_embedding.tokens.weight" in name or "head.weight" in name for name in names) >= 4
+
+
+def test_what_calibration_saw_of_a_tied_weight_is_found_by_either_name(tied: Transformer) -> None:
+    tied.head.largest_input = 3.0
+    weights = _weights(StepGraph(tied))
+    assert weights["model.head.weight"] == weights["model.target_embedding.tokens.weight"] == 3.0
+    assert weights["model.source_embedding.tokens.weight"] is None
