@@ -169,7 +169,8 @@ class _Quantizer:
             known = ir.val(name, const_value=ir.tensor(values, name=name))
             self._graph.register_initializer(known)
         held = known.const_value
-        assert held is not None and np.array_equal(held.numpy(), values), f"two different constants are called {name}"
+        assert held is not None
+        assert np.array_equal(held.numpy(), values), f"two different constants are called {name}"
         return known
 
     def _replace(self, node: ir.Node, nodes: Sequence[ir.Node]) -> None:
