@@ -14,7 +14,7 @@ from kvx.runtime.backends.device import HOST, Device
 from kvx.runtime.backends.device_rows import DeviceRows, IdleRows
 from kvx.runtime.backends.graphs import THREADS, GraphBackend
 from kvx.runtime.backends.ort import ort
-from kvx.runtime.backends.sessions import Graph, SessionSettings, reason
+from kvx.runtime.backends.sessions import Bound, Graph, SessionSettings, reason
 from kvx.runtime.bundle.files import Files, files_of
 from kvx.runtime.bundle.manifest import BEAMS_FILE, CHUNK_FILE, GRAPH_FILES, LOOP_FILE, PROJECTION_FILE, SHORTLIST_FILE
 from kvx.runtime.bundle.signature import (
@@ -141,7 +141,7 @@ class BoundStep:
         graph.begin()
         self._graph = graph
         self._cache = cache
-        self._bindings: dict[int, ort.IOBinding] = {}
+        self._bindings: dict[int, Bound] = {}
         self._allocate()
 
     def __call__(self, input_ids: IntArray) -> StepOutput:
@@ -155,7 +155,7 @@ class BoundStep:
         self._graph.run_bound(self._binding(n))
         return StepOutput(**{name: output[:n] for name, output in self._outputs.items()})
 
-    def _binding(self, n: int) -> ort.IOBinding:
+    def _binding(self, n: int) -> Bound:
         if n not in self._bindings:
             tokens: Tensors = {"input_ids": self._input_ids, **self._outputs}
             self._bindings[n] = self._graph.bind(self._cache, tokens, n)

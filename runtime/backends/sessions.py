@@ -7,12 +7,13 @@ import io
 import logging
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
 from kvx.runtime.arrays import Tensors
-from kvx.runtime.backends.device import Device, missing_library, unavailable
+from kvx.runtime.backends.device import HOST, Device, missing_library, unavailable
 from kvx.runtime.backends.ort import ort
 from kvx.runtime.bundle.external import external_files
 from kvx.runtime.bundle.files import Files
@@ -34,6 +35,8 @@ ELEMENT_TYPES = {
     "tensor(float16)": "float16",
     "tensor(bfloat16)": "bfloat16",
 }
+
+Values = Mapping[str, ort.OrtValue]
 
 _log = logging.getLogger("kvx")
 _looking, _looked = threading.Lock(), list[str | None]()  # once for the process
@@ -95,7 +98,7 @@ class Graph:
         with self.running:
             return dict(zip(names, session.run(names, dict(feeds)), strict=True))
 
-    def bind(self, cache: KVCache, tokens: Tensors, n: int) -> ort.IOBinding:
+    def bind(self, cache: KVCache, tokens: Tensors, n: int) -> Bound:
         """Binds the leading n rows, and their sentences, of the cache and of the other tensors, `present` onto `past`.
 
         The leading rows of a C-ordered array are contiguous: the values share its memory.
@@ -108,16 +111,14 @@ class Graph:
         with self.running:
             values = {name: ort.OrtValue.ortvalue_from_numpy(buffers[name][: leading[axes[name]]]) for name in buffers}
             binding, presents = session.io_binding(), signature.presents
-            for spec in signature.inputs:
-                binding.bind_ortvalue_input(spec.name, values[spec.name])
             for spec in signature.outputs:
                 binding.bind_ortvalue_output(spec.name, values[presents.get(spec.name, spec.name)])
-        return binding
+            return Bound(session, binding, {spec.name: values[spec.name] for spec in signature.inputs}, self.settings)
 
-    def run_bound(self, binding: ort.IOBinding) -> None:
+    def run_bound(self, bound: Bound) -> None:
         """Runs over what is bound."""
         with self.running:
-            self.session().run_with_iobinding(binding)
+            bound.run()
 
     def _loaded(self, level: int) -> ort.InferenceSession:
         with self._lock:
@@ -133,6 +134,31 @@ class Graph:
                 self._opened, self._session = opened, session
                 _log.log(level, "loaded %s in %.2f s", path, time.perf_counter() - started)
             return self._session
+
+
+class Bound:
+    """A binding of a session to arrays on the host, which may be run any number of times.
+
+    On the host the session reads the arrays themselves. A session on a device copies an input when it is bound, not
+    when it is run: there the inputs are bound again for every run.
+    """
+
+    __slots__ = ("_binding", "_copied", "_session")
+
+    def __init__(
+        self, session: ort.InferenceSession, binding: ort.IOBinding, inputs: Values, settings: SessionSettings
+    ) -> None:
+        self._session = session
+        self._binding = binding
+        self._copied = () if settings.device == HOST else tuple(inputs.items())
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, value)
+
+    def run(self) -> None:
+        """Over what the arrays hold now."""
+        for name, value in self._copied:
+            self._binding.bind_ortvalue_input(name, value)
+        self._session.run_with_iobinding(self._binding)
 
 
 def _beside(files: Files, path: Path) -> list[str]:
@@ -243,7 +269,9 @@ def _providers(settings: SessionSettings, *, captured: bool) -> tuple[str, list[
         return CPU, [CPU]
     if CUDA not in ort.get_available_providers():
         return CUDA, [CPU]
-    options = {"device_id": device.index, "enable_cuda_graph": str(int(captured)), "use_tf32": str(int(settings.tf32))}
+    options = {"enable_cuda_graph": str(int(captured)), "use_tf32": str(int(settings.tf32))}
+    if device.index:  # named, the first device too, it brings a warning about plugins for each session
+        options["device_id"] = str(device.index)
     return CUDA, [(CUDA, options), CPU]
 
 

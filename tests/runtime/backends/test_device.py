@@ -63,19 +63,3 @@ def test_cuda_that_cannot_be_used_names_the_library_and_leaves_the_process_usabl
     with pytest.raises(DeviceError, match=r"lib\S+\.so\S* is missing"):
         Translator.load(numbers_bundle, device="cuda:0,cuda:1")
     assert Translator.load(numbers_bundle).translate(["one"])[0].text == "eins"
-
-
-@pytest.mark.gpu
-def test_a_device_translates_as_the_cpu_does(tmp_path: Path) -> None:
-    if missing_library(CUDA_LIBRARY) is not None:
-        pytest.skip("no CUDA here")
-    pytest.importorskip("torch", reason="exporting a bundle needs torch")
-    from kvx.exporter.export import export
-    from kvx.exporter.options import ExportOptions
-    from kvx.tests.conftest import NUMBERS
-
-    folder = tmp_path / "cuda"
-    export(ExportOptions(checkpoint=NUMBERS / "model.pt", output=folder, lowering="cuda"))
-    on_cpu = Translator.load(folder).translate(TEXTS)
-    on_device = Translator.load(folder, device="cuda").translate(TEXTS)
-    assert [found.ids for found in on_device] == [found.ids for found in on_cpu]

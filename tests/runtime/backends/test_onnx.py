@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from kvx import BundleError, CapacityError
+from kvx.runtime.backends.device import HOST, Device
 from kvx.runtime.backends.onnx import STEP_FILE, BoundChunk, BoundStep, OnnxBackend
-from kvx.runtime.backends.sessions import Failing, is_out_of_memory
+from kvx.runtime.backends.sessions import Bound, Failing, SessionSettings, is_out_of_memory
 from kvx.runtime.bundle.manifest import Manifest
 from kvx.runtime.decoding.cache import Capacity, KVCache
 
@@ -58,3 +59,24 @@ def test_errors_of_ours_and_interrupts_pass_as_they_are(raised: BaseException) -
     with pytest.raises(type(raised)) as caught, Failing("It broke"):
         raise raised
     assert caught.value is raised
+
+
+@pytest.mark.parametrize(("device", "bound"), [(HOST, 1), (Device("cuda"), 3)])
+def test_inputs_are_bound_again_for_every_run_where_binding_copies_them(device: Device, bound: int) -> None:
+    calls: list[str] = []
+
+    class Session:
+        def run_with_iobinding(self, binding: object) -> None:
+            calls.append("run")
+
+    class Binding:
+        def bind_ortvalue_input(self, name: str, value: object) -> None:
+            calls.append(name)
+
+    settings = SessionSettings(threads=1, spin=False, device=device, tf32=False)
+    step = Bound(Session(), Binding(), {"input_ids": object()}, settings)
+    step.run()
+    step.run()
+    assert calls.count("input_ids") == bound
+    assert calls.count("run") == 2
+    assert calls[:2] == ["input_ids", "run" if device == HOST else "input_ids"]
