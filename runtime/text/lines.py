@@ -61,9 +61,16 @@ def open_lines(path: Path) -> BinaryIO:
         ) from None
 
 
+class _StandardInput(io.BufferedReader):
+    """Standard input, as a stream of its own, which never closes: closing would wait for a thread that reads."""
+
+    def close(self) -> None:
+        """Nothing: the descriptor is the process's own."""
+
+
 def open_standard_input() -> BinaryIO:
-    """Standard input, as a stream of its own: a thread may still wait in it when the program ends."""
-    return open(sys.stdin.fileno(), "rb", closefd=False)
+    """Standard input, in which a thread may still wait when the program ends."""
+    return _StandardInput(io.FileIO(sys.stdin.fileno(), closefd=False))
 
 
 @contextlib.contextmanager

@@ -400,7 +400,7 @@ def test_a_missing_tokenizer_is_named_with_the_option_that_helps(options: Export
     with pytest.raises(TokenizerError) as caught:
         export(dataclasses.replace(options, checkpoint=tmp_path / "model.pt"))
     assert str(tmp_path / "source.model") in caught.value.got
-    assert "--source-tokenizer" in caught.value.remedy
+    assert "`source_tokenizer`" in caught.value.remedy
     assert not options.folder.exists()
 
 
@@ -432,7 +432,7 @@ def test_a_tokenizer_without_control_pieces_is_refused(
     (tmp_path / "partial.model").write_bytes(model.getvalue())
     with pytest.raises(TokenizerError) as caught:
         export(dataclasses.replace(options, target_tokenizer=tmp_path / "partial.model"))
-    assert f"without {' and '.join(missing)}" in caught.value.got
+    assert f"has no {' and no '.join(missing)}" in caught.value.got
     assert not options.folder.exists()
 
 

@@ -58,7 +58,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bundles(checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def quantized(checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The demo model as int8, int8 calibrated and int4, each with its proof."""
     folder = tmp_path_factory.mktemp("quantized")
     options = ExportOptions(
@@ -112,35 +112,35 @@ def test_a_searched_scale_is_never_worse_than_the_one_that_reaches_the_extreme()
     ("name", "product"),
     [("int8", "MatMulIntegerToFloat"), ("calibrated", "MatMulIntegerToFloat"), ("int4", "MatMulNBits")],
 )
-def test_no_product_or_lookup_of_a_weight_stays_in_float(bundles: dict[str, Path], name: str, product: str) -> None:
+def test_no_product_or_lookup_of_a_weight_stays_in_float(quantized: dict[str, Path], name: str, product: str) -> None:
     for file in ("decoder_step.onnx", "decoder_chunk.onnx", "decoder_beams.onnx"):
-        used = collections.Counter(node.op_type for node in onnx.load(bundles[name] / file).graph.node)
+        used = collections.Counter(node.op_type for node in onnx.load(quantized[name] / file).graph.node)
         assert used[product] > 0
         assert used["Gemm"] == used["MatMul"] == 0
         assert used["GatherBlockQuantized"] == 1
-    encoder = collections.Counter(node.op_type for node in onnx.load(bundles[name] / "encoder.onnx").graph.node)
+    encoder = collections.Counter(node.op_type for node in onnx.load(quantized[name] / "encoder.onnx").graph.node)
     assert encoder["MatMulIntegerToFloat"] > 0
     assert encoder["Gemm"] == 0
 
 
 @pytest.mark.parametrize("file", ["encoder.onnx", "decoder_step.onnx", "decoder_chunk.onnx", "decoder_beams.onnx"])
-def test_what_relu_gives_uses_all_256_levels(bundles: dict[str, Path], file: str) -> None:
-    nodes = onnx.load(bundles["int8"] / file).graph.node
+def test_what_relu_gives_uses_all_256_levels(quantized: dict[str, Path], file: str) -> None:
+    nodes = onnx.load(quantized["int8"] / file).graph.node
     layers = sum(node.op_type == "Relu" for node in nodes)
     assert sum(node.op_type == "QuantizeLinear" and "zero_at_0" in node.input for node in nodes) == layers > 0
 
 
-def test_calibrated_scales_need_no_pass_over_the_rows(bundles: dict[str, Path]) -> None:
+def test_calibrated_scales_need_no_pass_over_the_rows(quantized: dict[str, Path]) -> None:
     def maxima(name: str) -> int:
-        nodes = onnx.load(bundles[name] / "decoder_step.onnx").graph.node
+        nodes = onnx.load(quantized[name] / "decoder_step.onnx").graph.node
         return sum(node.op_type == "ReduceMax" for node in nodes)
 
     assert maxima("calibrated") == 0 < maxima("int8")
 
 
 @pytest.mark.parametrize("name", ["int8", "calibrated"])
-def test_a_sentence_keeps_its_translation_whoever_is_beside_it(bundles: dict[str, Path], name: str) -> None:
-    translator = Translator.load(bundles[name], threads=1)
+def test_a_sentence_keeps_its_translation_whoever_is_beside_it(quantized: dict[str, Path], name: str) -> None:
+    translator = Translator.load(quantized[name], threads=1)
     alone = [translator.translate([text])[0].ids for text in TEXTS]
     for rows in (1, 2, 5):
         assert [found.ids for found in translator.translate(TEXTS, rows=rows)] == alone
@@ -148,8 +148,8 @@ def test_a_sentence_keeps_its_translation_whoever_is_beside_it(bundles: dict[str
 
 
 @pytest.mark.parametrize("name", ["int8", "calibrated", "int4"])
-def test_several_tokens_at_once_score_as_one_after_the_other(bundles: dict[str, Path], name: str) -> None:
-    translator = Translator.load(bundles[name], threads=1)
+def test_several_tokens_at_once_score_as_one_after_the_other(quantized: dict[str, Path], name: str) -> None:
+    translator = Translator.load(quantized[name], threads=1)
     found = translator.translate(TEXTS, scores=True)
     scores = translator.score(TEXTS, [translation.ids for translation in found])
     for translation, score in zip(found, scores, strict=True):
@@ -158,15 +158,15 @@ def test_several_tokens_at_once_score_as_one_after_the_other(bundles: dict[str, 
 
 @pytest.mark.parametrize("name", ["int8", "calibrated"])
 def test_unsigned_weights_for_processors_without_wide_products_give_the_same(
-    bundles: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch
+    quantized: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    signed = Translator.load(bundles[name], threads=1).translate(TEXTS, scores=True)
+    signed = Translator.load(quantized[name], threads=1).translate(TEXTS, scores=True)
     monkeypatch.setattr(onnx_backend, "bytes_saturate", lambda: True)
-    assert Translator.load(bundles[name], threads=1).translate(TEXTS, scores=True) == signed
+    assert Translator.load(quantized[name], threads=1).translate(TEXTS, scores=True) == signed
 
 
-def test_the_proof_states_what_was_lost(bundles: dict[str, Path]) -> None:
-    for name, path in bundles.items():
+def test_the_proof_states_what_was_lost(quantized: dict[str, Path]) -> None:
+    for name, path in quantized.items():
         manifest = Manifest.read(path)
         assert manifest.precision == ("int4" if name == "int4" else "int8")
         assert manifest.formats == ("onnx",)
@@ -177,11 +177,11 @@ def test_the_proof_states_what_was_lost(bundles: dict[str, Path]) -> None:
         assert "of 5 lines equal" in details["greedy lines of the verification text"]
 
 
-def test_a_bundle_shrinks_with_its_bits(bundles: dict[str, Path], numbers_bundle: Path) -> None:
+def test_a_bundle_shrinks_with_its_bits(quantized: dict[str, Path], numbers_bundle: Path) -> None:
     def size(folder: Path) -> int:
         return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".onnx", ".data"))
 
-    assert size(bundles["int4"]) < size(bundles["int8"]) < size(numbers_bundle) / 2
+    assert size(quantized["int4"]) < size(quantized["int8"]) < size(numbers_bundle) / 2
 
 
 @pytest.mark.parametrize(
