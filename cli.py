@@ -34,7 +34,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Export encoder-decoder Transformers with an explicit KV cache, prove the export, run it without torch.",
+    help="Export encoder-decoder Transformers to ONNX, prove the export equal to PyTorch, and run it without torch.\n\n"
+    "kvx export turns a checkpoint into a bundle: a folder that all other commands work on.",
 )
 for command in (export, verify, inspect, translate, evaluate, score, bench):
     app.command()(command)
@@ -42,7 +43,7 @@ for command in (export, verify, inspect, translate, evaluate, score, bench):
 shortlists = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Make a shortlist: the target pieces that each source piece may become.",
+    help="Make a shortlist, which lets a bundle translate faster.",
 )
 shortlists.command("train")(shortlist.train)
 shortlists.command("import")(shortlist.import_)

@@ -24,16 +24,19 @@ def bench(
     bundle: BundleArgument,
     text: Annotated[
         Path | None,
-        typer.Option(help="Also translate the lines of this file, in as many decode loops as there are threads."),
+        typer.Option(help="Also measure the translation of this file."),
     ] = None,
     options: Annotated[BenchOptions, Described(BenchOptions)],
     machine: Annotated[MachineOptions, Described(MachineOptions)],
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the curves in this HTML file.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as JSON.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the measured curves as an HTML page, and write it to this file.")
+    ] = None,
 ) -> None:
-    """Measure a bundle on this machine: steps by rows, cost by target length, load time, memory, speed on a file.
+    """Measure how fast a bundle runs on this machine.
 
-    Steps use all threads. For --text the threads are shared by as many decode loops, as for any bulk work.
+    Measures load time, memory, the time of a decoder step by batch size, and the time per token by translation length.
+    Steps use all threads together. With --text each worker has one thread, as when kvx translate reads a file.
     """
     from kvx.runtime.measuring.curves import curves_html
 

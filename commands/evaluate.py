@@ -30,18 +30,22 @@ OPTIONS_OF_AN_EVALUATION = options_of_a_translation(
 def evaluate(
     *,
     bundle: BundleArgument,
-    source: Annotated[Path, typer.Option(help="The test set, a sentence per line.")],
-    reference: Annotated[Path, typer.Option(help="Its reference translations, line by line.")],
-    limit: Annotated[int | None, typer.Option(help="Take only this many lines from the beginning.")] = None,
+    source: Annotated[Path, typer.Option(help="The texts to translate, one per line.")],
+    reference: Annotated[Path, typer.Option(help="Their reference translations, one per line.")],
+    limit: Annotated[int | None, typer.Option(help="Use only the first lines, this many.")] = None,
     tokenize: Annotated[
-        str | None, typer.Option(help="The tokenizer for BLEU: 13a, zh, …  [default: the one that sacrebleu chooses]")
+        str | None, typer.Option(help="The tokenizer that sacrebleu uses for BLEU: 13a, zh, …  [default: 13a]")
     ] = None,
     backend: Annotated[
-        str, typer.Option(help="The backend that runs the model, or several with commas between to compare them.")
+        str,
+        typer.Option(
+            help="What runs the model: onnx, torchscript, torch or torch-no-cache, or several with commas between, "
+            "to compare them."
+        ),
     ] = "onnx",
     machine: Annotated[MachineOptions, Described(MachineOptions, but=("backend",))],
     given: Annotated[dict[str, Any], OPTIONS_OF_AN_EVALUATION],
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as JSON.")] = None,
     hypotheses: Annotated[
         Path | None,
         typer.Option(
@@ -49,7 +53,7 @@ def evaluate(
         ),
     ] = None,
 ) -> None:
-    """Compare backends on a test set: BLEU, chrF, speed and memory in one table."""
+    """Translate a test set, and report BLEU, chrF, speed and memory."""
     require("sacrebleu", extra="evaluate")
     from kvx.runtime.measuring.evaluation import ParallelText
 

@@ -22,7 +22,10 @@ def export(
     given: Annotated[dict[str, Any], Described(ExportOptions, but=("checkpoint",), build=False)],
     parity: Annotated[ParityOptions, Described(ParityOptions)],
 ) -> None:
-    """Export a checkpoint to a bundle, and prove it equal to eager PyTorch."""
+    """Export a checkpoint to a bundle, and prove it.
+
+    A bundle is a folder with everything that translating needs: graphs, weights, tokenizers and a manifest.
+    """
     ready_torch(parity)
     from kvx.exporter.export import export as run
     from kvx.runtime.bundle.description import describe_parity

@@ -13,9 +13,9 @@ from kvx.runtime.bundle.folder import Bundle
 
 def inspect(
     bundle: BundleArgument,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as it is.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest, which is JSON.")] = False,
 ) -> None:
-    """Show a bundle's graphs, sizes, limits, cache needs and parity report."""
+    """Show what a bundle holds, what it needs, and its proof."""
     from kvx.runtime.bundle.description import describe
 
     opened = Bundle.open(bundle)

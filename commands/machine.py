@@ -31,24 +31,32 @@ MOST_THREADS = 4096
 class MachineOptions:
     """What runs a model. Raises OptionError."""
 
-    backend: Annotated[BackendName, Option(choice(BACKENDS), "The backend that runs the model.")] = "onnx"
+    backend: Annotated[
+        BackendName,
+        Option(
+            choice(BACKENDS),
+            "What runs the model: ONNX Runtime, TorchScript, or eager PyTorch with or without its cache, for "
+            "comparison.",
+        ),
+    ] = "onnx"
     device: Annotated[
         str,
         Option(
             text(),
-            "Where the model runs: auto, cpu, cuda, cuda:<index>, or several of them with commas between. With auto, a "
-            "bundle that was exported for CUDA runs on the GPU where there is one, and all else on the CPU.",
+            "Where the model runs: auto, cpu, cuda, cuda:<index>, or several GPUs as cuda:0,cuda:1. auto takes the GPU "
+            "for a bundle that was exported for CUDA, if CUDA works here, and otherwise the CPU.",
         ),
     ] = "auto"
     threads: Annotated[
-        int | None, Option(count(MOST_THREADS), "The number of compute threads.", unset="the cores available")
+        int | None,
+        Option(count(MOST_THREADS), "Compute threads, which the workers share.", unset="the cores available"),
     ] = None
     workers: Annotated[int | None, OPTIONS["workers"]] = None
     spin: Annotated[
         bool,
         Option(
             flag(),
-            "Let threads wait busily within a step. A single text is faster if its cores have nothing else to do.",
+            "Let idle threads spin instead of sleep. Single texts get faster, if nothing else needs the cores.",
         ),
     ] = False
 

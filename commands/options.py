@@ -25,13 +25,18 @@ from kvx.runtime.rules import Option, described
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-BundleArgument = Annotated[Path, typer.Argument(help="A bundle that kvx export wrote.")]
+BundleArgument = Annotated[Path, typer.Argument(help="The folder of a bundle, which kvx export wrote.")]
 ModelOption = Annotated[
-    Path | None, typer.Option(help="The bundle to use.  [default: the newest below ./artifacts]", show_default=False)
+    Path | None,
+    typer.Option(help="The folder of the bundle to use.  [default: the newest below ./artifacts]", show_default=False),
 ]
 OutputOption = Annotated[
     Path | None,
-    typer.Option("-o", "--output", help="Write to this file, which appears once it is complete."),
+    typer.Option(
+        "-o",
+        "--output",
+        help="Write to this file instead of standard output. It appears under its name once it is complete.",
+    ),
 ]
 
 SEQUENCES = (tuple, Sequence)

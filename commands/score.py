@@ -20,26 +20,30 @@ from kvx.runtime.text.lines import output_file, read_file
 @with_described_options
 def score(
     *,
-    source: Annotated[Path, typer.Option(help="The sources, one per line.")],
-    target: Annotated[Path, typer.Option(help="Their translations, line by line.")],
+    source: Annotated[Path, typer.Option(help="The source texts, one per line.")],
+    target: Annotated[Path, typer.Option(help="The translations to score, one per line.")],
     choices: Annotated[
         bool,
         typer.Option(
-            "--choices", help="Rank candidates: each line of --target holds those of one source, with tabs between."
+            "--choices",
+            help="Rank candidates: each line of --target holds all candidates of one source, with tabs between.",
         ),
     ] = False,
-    by: Annotated[RankBy, typer.Option(help="Rank candidates by their sums or by their means per token.")] = "sum",
+    by: Annotated[
+        RankBy, typer.Option(help="With --choices: rank by the total log-probability, or by its mean per token.")
+    ] = "sum",
     model: ModelOption = None,
     machine: Annotated[MachineOptions, Described(MachineOptions)],
     given: Annotated[dict[str, Any], options_of_a_translation("rows", "workers", "cache_bytes")],
     output: OutputOption = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print a JSON object per line, with every token and candidate.")
+        bool, typer.Option("--json", help="Print a JSON object for each line, with every token and candidate.")
     ] = False,
 ) -> None:
-    """Print natural log-probabilities of given translations: sum, mean per token and number of tokens, tab-separated.
+    """Print the log-probabilities of given translations.
 
-    With --choices: the best candidate, its lead over the next one and its sum.
+    Each line has the total, the mean per token and the number of tokens, with tabs between. Logarithms are natural.
+    With --choices, each line has the best candidate, how far it is ahead of the next one, and its total.
     """
     sources, lines = read_file(source), read_file(target)
     candidates = [line.split("\t") if choices else [line] for line in lines]

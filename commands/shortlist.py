@@ -16,18 +16,16 @@ from kvx.runtime.text.lines import open_lines, read_file, read_lines
 if TYPE_CHECKING:
     from kvx.runtime.shortlist.candidates import Shortlist
 
-BundleOption = Annotated[Path, typer.Option("--bundle", help="The bundle whose tokenizers the shortlist is for.")]
-OutputOption = Annotated[
-    Path, typer.Option("-o", "--output", help="The shortlist (.npz), which appears once it is complete.")
-]
+BundleOption = Annotated[Path, typer.Option("--bundle", help="The bundle that the shortlist is for.")]
+OutputOption = Annotated[Path, typer.Option("-o", "--output", help="Write the shortlist (.npz) to this file.")]
 
 
 @with_described_options
 def train(
     *,
     bundle: BundleOption,
-    source: Annotated[Path, typer.Option(help="The sources, one per line.")],
-    target: Annotated[Path, typer.Option(help="Their translations, line by line.")],
+    source: Annotated[Path, typer.Option(help="Source texts to learn from, one per line.")],
+    target: Annotated[Path, typer.Option(help="Their translations, one per line.")],
     output: OutputOption,
     options: Annotated[LexiconOptions, Described(LexiconOptions)],
 ) -> None:
@@ -46,13 +44,16 @@ def train(
 def import_(
     *,
     table: Annotated[
-        Path, typer.Argument(help='Lines of "target source probability", in the pieces of the bundle\'s tokenizers.')
+        Path,
+        typer.Argument(
+            help='The table. Each line is "target source probability", with the pieces of the bundle\'s tokenizers.'
+        ),
     ],
     bundle: BundleOption,
     output: OutputOption,
     options: Annotated[LexiconOptions, Described(LexiconOptions, but=("iterations",))],
 ) -> None:
-    """Make a shortlist from a lexical table (lex.s2t)."""
+    """Make a shortlist from a lexical table, the lex.s2t that Marian uses."""
     opened = Bundle.open(bundle)
     with open_lines(table) as stream, spinner(f"reading {table}"):
         shortlist, read = import_shortlist(opened, read_lines(stream), options)

@@ -33,31 +33,35 @@ def translate(
     *,
     text: Annotated[
         list[str] | None,
-        typer.Argument(help="The texts.  [default: the lines of standard input]", show_default=False),
+        typer.Argument(help="The texts to translate.  [default: the lines of standard input]", show_default=False),
     ] = None,
     input_: Annotated[
-        Path | None, typer.Option("-i", "--input", help="Read the texts from this file, one per line.")
+        Path | None,
+        typer.Option("-i", "--input", help="Read the texts from this file, one per line; - is standard input."),
     ] = None,
     output: OutputOption = None,
     model: ModelOption = None,
     machine: Annotated[MachineOptions, Described(MachineOptions)],
     given: Annotated[dict[str, Any], OPTIONS_OF_A_TRANSLATION],
     prefix_file: Annotated[
-        Path | None, typer.Option(help="Begin each translation with the line of this file that belongs to its text.")
+        Path | None, typer.Option(help="A file with the beginning of each translation, one per line.")
     ] = None,
     alternatives: Annotated[
-        int | None, typer.Option(help="Give this many translations that differ in the token after --prefix.")
+        int | None, typer.Option(help="Give this many translations that differ in the first token after --prefix.")
     ] = None,
     plot_attention: Annotated[
-        Path | None, typer.Option(help="Draw the attention of one text's translation in this HTML file.")
+        Path | None,
+        typer.Option(
+            help="Draw the attention of one translation as an HTML page, and write it to this file. The bundle must "
+            "be exported --with-attention."
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object per line.")] = False,
-    stats: Annotated[bool, typer.Option("--stats", help="Print speed and cache size to stderr.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print each translation as a JSON object.")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Print speed and cache size on standard error.")] = False,
 ) -> None:
-    """Translate texts, one per line, in order.
+    """Translate texts: one line in, one line out, in order.
 
-    With --n-best, --samples or --alternatives there is a line for each translation, which begins with the number of
-    its text.
+    With --n-best, --samples or --alternatives a text has several lines. Each begins with the number of its text.
     """
     task = Task(
         texts=tuple(text or ()),

@@ -17,10 +17,10 @@ from kvx.exporter.proof.limits import ParityOptions
 def verify(
     *,
     bundle: BundleArgument,
-    checkpoint: Annotated[Path, typer.Argument(help="The checkpoint that it was exported from.")],
+    checkpoint: Annotated[Path, typer.Argument(help="The checkpoint that the bundle was exported from.")],
     parity: Annotated[ParityOptions, Described(ParityOptions)],
 ) -> None:
-    """Prove a bundle against its checkpoint again: hashes, graphs, translations."""
+    """Repeat the proof of a bundle against its checkpoint."""
     ready_torch(parity)
     from kvx.exporter.proof.bundle import verify as run
     from kvx.runtime.bundle.description import describe_parity

@@ -39,7 +39,13 @@ class ExportOptions:
     export is proven.
     """
 
-    checkpoint: Annotated[Path, Option(path(), "A state dict of the reference model, or kvx's own model.pt.")]
+    checkpoint: Annotated[
+        Path,
+        Option(
+            path(),
+            "The trained weights: a state dict of the reference architecture, or a model.pt in kvx's own format.",
+        ),
+    ]
     output: Annotated[
         Path | None,
         Option(
@@ -59,13 +65,19 @@ class ExportOptions:
     ] = None
     heads: Annotated[
         int | None,
-        Option(count(MOST_HEADS), "The attention heads of a bare state dict, which cannot tell.", unset="d_model / 64"),
+        Option(
+            count(MOST_HEADS),
+            "The number of attention heads. A plain state dict does not record it, and a wrong number gives wrong "
+            "translations.",
+            unset="d_model / 64",
+        ),
     ] = None
     format: Annotated[
         Format | None,
         Option(
             choice(get_args(Format)),
-            "What to write. With both, model.pt for the eager backends is written too.",
+            "Write ONNX graphs, TorchScript modules, or both. With both, a copy of the checkpoint is written too, "
+            "for the eager backends.",
             unset="both; onnx with fewer bits or for CUDA",
             flags=("--format",),
         ),
@@ -74,8 +86,8 @@ class ExportOptions:
         Lowering | None,
         Option(
             choice(get_args(Lowering)),
-            "The operators of the ONNX graphs: ONNX Runtime's own, those of the standard alone, or those that a "
-            "captured CUDA graph may hold.",
+            "Which operators the ONNX graphs use: ONNX Runtime's own (ort), those of the ONNX standard alone "
+            "(standard), or those that run in CUDA graphs (cuda).",
             unset=default_lowerings(),
         ),
     ] = None
@@ -83,22 +95,23 @@ class ExportOptions:
         Precision,
         Option(
             choice(get_args(Precision)),
-            f"The numbers of the model: {PURPOSES}.",
+            f"The number format of weights and arithmetic: {PURPOSES}.",
         ),
     ] = "fp32"
     calibration: Annotated[
         Path | None,
         Option(
             path(),
-            "Fix the scales of activations in 8 bits on the lines of this file, which makes translating faster.",
-            unset="each row has a scale of its own",
+            "Source texts, one per line, on which to fix the scales of 8-bit activations, which makes translating "
+            "faster. With int8.",
+            unset="scales are computed for each row at run time",
         ),
     ] = None
     max_new_tokens: Annotated[
         int | None,
         Option(
             count(LARGEST_LIMIT),
-            "The bundle's default limit of a translation, in tokens.",
+            "The bundle's default for the longest translation, in tokens.",
             unset="the checkpoint's own limit",
         ),
     ] = None
@@ -106,30 +119,37 @@ class ExportOptions:
         bool,
         Option(
             flag(),
-            "Let decoder steps also give what a decoder layer attends to in the source.",
+            "Also write cross-attention weights into the graphs, for alignments and attention pages.",
             flags=("--with-attention",),
         ),
     ] = False
     attention_layer: Annotated[
         int | None,
         Option(
-            count(MOST_LAYERS - 1, least=0), "The decoder layer of `attention`, counted from 0.", unset="the last layer"
+            count(MOST_LAYERS - 1, least=0),
+            "The decoder layer whose attention `attention` writes, counted from 0.",
+            unset="the last layer",
         ),
     ] = None
-    verify: Annotated[bool, Option(flag(), "Prove the export before it is kept.", flags=("--verify/--no-verify",))] = (
-        True
-    )
+    verify: Annotated[
+        bool,
+        Option(flag(), "Compare the export with eager PyTorch before it is kept.", flags=("--verify/--no-verify",)),
+    ] = True
     parity: ParityOptions = field(default_factory=ParityOptions)
     shortlist: Annotated[
         bool,
-        Option(flag(), "Also write what translating with a shortlist needs (onnx).", flags=("--with-shortlist",)),
+        Option(
+            flag(),
+            "Also write the graph that translating with a shortlist needs. ONNX only.",
+            flags=("--with-shortlist",),
+        ),
     ] = False
     loop: Annotated[
         bool, Option(flag(), "Also write the decoder that feeds itself, with any lowering.", hidden=True)
     ] = False
-    force: Annotated[bool, Option(flag(), "Replace the bundle that is in the output folder.", flags=("--force",))] = (
-        False
-    )
+    force: Annotated[
+        bool, Option(flag(), "Replace the bundle that is already in the output folder.", flags=("--force",))
+    ] = False
 
     def __post_init__(self) -> None:
         wrong = list(wrong_values(self))

@@ -107,49 +107,84 @@ class TranslateOptions:
 
     search: Annotated[Search, Option(SEARCHES, "How targets are searched for.", hidden=True)] = GREEDY
     max_new_tokens: Annotated[
-        int | None, Option(count(), "Most tokens of a translation, with its end.", unset="the bundle's limit")
+        int | None,
+        Option(
+            count(),
+            "The longest translation, in tokens, the end token included. What is longer is cut there.",
+            unset="the bundle's limit",
+        ),
     ] = None
     min_new_tokens: Annotated[
-        int | None, Option(count(), "Fewest tokens of a translation, with its end.", unset="1")
+        int | None, Option(count(), "The shortest translation, in tokens, the end token included.", unset="1")
     ] = None
-    prefix: Annotated[Target | None, Option(PREFIX, "What every translation begins with.")] = None
+    prefix: Annotated[Target | None, Option(PREFIX, "Begin every translation with this text.")] = None
     suppress: Annotated[
-        tuple[str | int, ...], Option(PIECES, "A piece of the target vocabulary that never comes. May be repeated.")
+        tuple[str | int, ...], Option(PIECES, "Never generate this piece of the target vocabulary. May be repeated.")
     ] = ()
     banned: Annotated[
         tuple[Target, ...],
-        Option(TARGETS, "A text whose pieces never come in this order. May be repeated.", flags=("--ban",)),
+        Option(
+            TARGETS,
+            "Never generate this text, as the tokenizer splits it into pieces. Other spellings or splits of it may "
+            "still come. May be repeated.",
+            flags=("--ban",),
+        ),
     ] = ()
-    no_repeated_ngrams: Annotated[int | None, Option(count(), "Never repeat an n-gram of this size.")] = None
+    no_repeated_ngrams: Annotated[
+        int | None, Option(count(), "Never generate the same n tokens in a row twice, where n is this number.")
+    ] = None
     repetition_penalty: Annotated[
-        float | None, Option(number(0.001, 1000), "Above 1, tokens that have come before become less probable.")
+        float | None,
+        Option(
+            number(0.001, 1000),
+            "Make tokens that the translation already has less probable, if above 1; more probable, if below.",
+            unset="1.0",
+        ),
     ] = None
     end_penalty: Annotated[
         float | None,
-        Option(number(-1_000_000, 1_000_000), "What ending costs, in nats. Above 0, translations get longer."),
+        Option(
+            number(-1_000_000, 1_000_000),
+            "Take this from the logit of the end token at each step. Above 0, translations get longer.",
+            unset="0.0",
+        ),
     ] = None
     filters: Annotated[tuple[Filter, ...], Option(CALLABLES, "Further constraints, as callables.", hidden=True)] = ()
     shortlist: Annotated[
         str | Path | None,
-        Option(path(), "A file of `kvx shortlist`: use its candidates only. Needs a bundle exported with a shortlist."),
+        Option(
+            path(),
+            "Choose only among the target pieces that this file lists for the source, which is faster. `kvx "
+            "shortlist` makes the file; the bundle must be exported for shortlists.",
+        ),
     ] = None
     on_long: Annotated[
         OnLong,
-        Option(choice(get_args(OnLong)), "What to do with a source of more tokens than the model has positions."),
+        Option(
+            choice(get_args(OnLong)),
+            "What to do with a source of more tokens than the model has positions: stop with an error, or cut the "
+            "source and say so.",
+        ),
     ] = "error"
-    scores: Annotated[bool, Option(flag(), "Also give log-probabilities.")] = False
+    scores: Annotated[
+        bool,
+        Option(
+            flag(), "Also give each translation's log-probability: the sum over its tokens, as a natural logarithm."
+        ),
+    ] = False
     align: Annotated[
         bool,
         Option(
             flag(),
-            "Also give the source piece that each token attends to most. Needs a bundle exported with attention.",
+            "Also give the source piece that each token attends to most. The bundle must be exported with attention.",
         ),
     ] = False
     replace_unknown: Annotated[
         bool,
         Option(
             flag(),
-            "Put the aligned source word in the place of an unknown token. Needs a bundle exported with attention.",
+            "Replace each unknown token by the source word that it attends to most. The bundle must be exported with "
+            "attention.",
         ),
     ] = False
     window: Annotated[
@@ -162,23 +197,23 @@ class TranslateOptions:
         int | None,
         Option(
             count(),
-            "Rows of the cache of each worker: one for each text, or for each of its beams.",
-            unset="64, or as many as fit",
+            "The batch size of each worker. A text takes one row, or one for each of its beams.",
+            unset="64, or as many as the cache has room for",
         ),
     ] = None
     workers: Annotated[
         int | None,
         Option(
             count(),
-            "Decode loops that share the threads.",
-            unset="one per thread on onnx where there are many texts, else 1",
+            "Translate in this many loops side by side, which share the threads.",
+            unset="one for each thread when a file is translated with onnx on the CPU, else 1",
         ),
     ] = None
     cache_bytes: Annotated[
         int | None,
         Option(
             count(MOST_CACHE_BYTES),
-            "The most that all caches together may hold, in MiB.",
+            "The most memory that the key-value caches of all workers may take together, in MiB.",
             unset="1024",
             flags=("--cache-mb",),
             unit=2**20,

@@ -34,7 +34,7 @@ class ParityOptions:
         float | None,
         Option(
             SHARE,
-            "Allow this difference from eager PyTorch, relative where values are above 1.",
+            "The largest difference from eager PyTorch that passes: absolute for values up to 1, relative above.",
             unset=by_precision("tolerance"),
         ),
     ] = None
@@ -42,7 +42,8 @@ class ParityOptions:
         float | None,
         Option(
             number(0, 1),
-            "Require this share of the verification text to be translated as eager PyTorch does.",
+            "The share of the lines of `verify_text` that must be translated exactly as eager PyTorch does, from 0 "
+            "to 1.",
             unset=by_precision("equal_lines", reduced=True),
         ),
     ] = None
@@ -50,16 +51,20 @@ class ParityOptions:
         float | None,
         Option(
             number(0, 100),
-            "Allow this loss of BLEU, in points, against the reference translations.",
+            "The most BLEU points that may be lost against `verify_reference`.",
             unset=by_precision("bleu_lost", reduced=True),
         ),
     ] = None
-    verify_text: Annotated[Path | None, Option(path(), "Also compare the translations of the lines of this file.")] = (
-        None
-    )
+    verify_text: Annotated[
+        Path | None,
+        Option(path(), "Also translate the lines of this file, and compare them with what eager PyTorch gives."),
+    ] = None
     verify_reference: Annotated[
         Path | None,
-        Option(path(), "Reference translations of `verify_text`: also measure how much BLEU is lost."),
+        Option(
+            path(),
+            "Reference translations of `verify_text`, one per line, against which to measure how much BLEU is lost.",
+        ),
     ] = None
     steps: Annotated[int, Option(count(MOST_STEPS), "Compare this number of decoder steps.", hidden=True)] = 30
     seed: Annotated[

@@ -73,35 +73,35 @@ class Arithmetic:
 
 PRECISIONS: dict[Precision, Arithmetic] = {
     "fp32": Arithmetic(
-        purpose="the translations of PyTorch",
+        purpose="the same translations as PyTorch",
         limits=Limits(1e-4, 1.0, 0.0, neighbours=1e-4),
         lowerings=("ort", "standard", "cuda"),
         older=("float32",),
     ),
     # Roundings of 11 and of 8 bits. Kernels of 16 bits may differ for other numbers of rows, and then round elsewhere.
     "fp16": Arithmetic(
-        purpose="CUDA",
+        purpose="GPUs",
         element="float16",
         residual="float16",
         limits=Limits(5e-3, 0.95, 0.2, neighbours=5e-3),
         lowerings=("cuda", "ort", "standard"),
     ),
     "bf16": Arithmetic(
-        purpose="CUDA where values are beyond fp16",
+        purpose="GPUs where values exceed the range of fp16",
         element="bfloat16",
         limits=Limits(4e-2, 0.9, 0.3, neighbours=4e-2),
         lowerings=("cuda",),
         runs_on_cpu=False,
     ),
     "int8": Arithmetic(
-        purpose="many sentences at a time",
+        purpose="CPUs, many texts at a time",
         step=Widths(8, 8),
         encoder=Widths(8, 8),
         limits=Limits(0.1, 0.8, 0.5, neighbours=1e-4),
         lowerings=("ort",),
     ),
     "int4": Arithmetic(
-        purpose="one sentence at a time",
+        purpose="CPUs, one text at a time",
         step=Widths(4, 4),
         encoder=Widths(8, 4),
         # Its products round otherwise for one row than for several.

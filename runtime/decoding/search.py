@@ -84,20 +84,38 @@ class Sampling:
     call. Raises OptionError.
     """
 
-    samples: Annotated[int, Option(count(MOST_SAMPLES), "Draw this many translations of each text at random.")] = 1
+    samples: Annotated[
+        int,
+        Option(
+            count(MOST_SAMPLES), "Draw this many random translations of each text, instead of looking for the best."
+        ),
+    ] = 1
     temperature: Annotated[
         float,
-        Option(number(0, math.inf, above=True), "Of samples: below 1 more probable, above 1 more varied."),
+        Option(
+            number(0, math.inf, above=True),
+            "Divide the logits by this before a sample is drawn: below 1 samples keep to probable tokens, above 1 "
+            "they vary more.",
+        ),
     ] = 1.0
     top_k: Annotated[
-        int | None, Option(count(), "Sample among this many of the most probable tokens.", unset="all")
+        int | None,
+        Option(count(), "Draw only from this many of the most probable tokens (top-k sampling).", unset="all"),
     ] = None
     top_p: Annotated[
-        float, Option(number(0, 1, above=True), "Sample among the fewest tokens that have this probability together.")
+        float,
+        Option(
+            number(0, 1, above=True),
+            "Draw only from the smallest set of tokens whose probabilities add up to this (nucleus sampling).",
+        ),
     ] = 1.0
     seed: Annotated[
         int | None,
-        Option(count(LARGEST_SEED, least=0), "Draw the same samples every time, in any batch.", unset="a new one"),
+        Option(
+            count(LARGEST_SEED, least=0),
+            "Seed of the samples. The same seed gives the same samples, whatever else is translated beside them.",
+            unset="a new one",
+        ),
     ] = None
     beams: ClassVar[int] = 1
 
@@ -183,17 +201,35 @@ class BeamSearch:
     OptionError.
     """
 
-    size: Annotated[int, Option(count(MOST_BEAMS), "Beams of each text; 1 is greedy.", keyword="beam_size")]
+    size: Annotated[
+        int, Option(count(MOST_BEAMS), "The number of beams in a beam search; 1 is greedy search.", keyword="beam_size")
+    ]
     length_penalty: Annotated[
-        float, Option(number(-50, 50), "Beams are compared by their log-probability / length^this.")
+        float,
+        Option(
+            number(-50, 50),
+            "Beams are ranked by log-probability / length^x, where x is this exponent. Larger values favour longer "
+            "translations.",
+        ),
     ] = 1.0
     early_stopping: Annotated[
         bool,
-        Option(flag(), "End at as many finished beams as there are beams, or when no other can get better."),
+        Option(
+            flag(),
+            "Stop at once when as many beams have finished as there are beams, or go on until no open beam can still "
+            "win.",
+        ),
     ] = True
-    n_best: Annotated[int, Option(count(MOST_BEAMS), "Translations of each text, from its beams.")] = 1
+    n_best: Annotated[
+        int,
+        Option(count(MOST_BEAMS), "Give this many of the best translations of each text, up to the number of beams."),
+    ] = 1
     patience: Annotated[
-        float, Option(number(0, math.inf, above=True), "End at this many times as many finished beams.")
+        float,
+        Option(
+            number(0, math.inf, above=True),
+            "Wait for this many times the number of beams to finish before stopping; 1 is the usual search.",
+        ),
     ] = 1.0
     samples: ClassVar[int] = 1
 

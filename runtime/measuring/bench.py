@@ -54,7 +54,7 @@ def _ascending(least: int) -> Rule:
 class BenchOptions:
     """What to measure. Every source has drawn ids. Raises OptionError."""
 
-    rows: Annotated[tuple[int, ...], Option(_ascending(1), "Row counts to measure, separated by commas.")] = (
+    rows: Annotated[tuple[int, ...], Option(_ascending(1), "Batch sizes to measure, separated by commas.")] = (
         1,
         8,
         32,
@@ -63,17 +63,23 @@ class BenchOptions:
     lengths: Annotated[
         tuple[int, ...],
         Option(
-            _ascending(0), "Target lengths for the cost per token, separated by commas; an empty list measures none."
+            _ascending(0),
+            "Translation lengths at which to measure the time per token, separated by commas. An empty list measures "
+            "none.",
         ),
     ] = (50, 100, 200, 400, 700, 1000)
-    tokens: Annotated[int, Option(POSITIONS, "Steps that are measured for each row count.")] = 24
-    source_tokens: Annotated[int, Option(POSITIONS, "Tokens of every source, bos and eos counted.")] = 20
+    tokens: Annotated[int, Option(POSITIONS, "Decoder steps to measure at each batch size.")] = 24
+    source_tokens: Annotated[int, Option(POSITIONS, "The length of every source in tokens, bos and eos included.")] = 20
     length_rows: Annotated[
-        int, Option(ROW_COUNT, "Rows for the cost per token, or as many of them as fit the default cache.")
+        int,
+        Option(
+            ROW_COUNT,
+            "The batch size at which to measure `lengths`. It is lowered where the default cache has too little room.",
+        ),
     ] = 32
-    repeat: Annotated[int, Option(count(MOST_REPEATS), "How often each row count is measured.")] = 5
+    repeat: Annotated[int, Option(count(MOST_REPEATS), "How often to measure each batch size.")] = 5
     length_repeat: Annotated[
-        int, Option(count(MOST_REPEATS), "How often the target lengths are measured.", hidden=True)
+        int, Option(count(MOST_REPEATS), "How often to measure the translation lengths.", hidden=True)
     ] = 3
     seed: Annotated[int, Option(count(LARGEST_SEED, least=0), "What the ids are drawn from.", hidden=True)] = 0
 

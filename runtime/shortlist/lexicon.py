@@ -38,10 +38,14 @@ ROUNDING = 1e-3  # of printed probabilities
 class LexiconOptions:
     """How a lexicon is learnt and what is kept of it. Raises OptionError."""
 
-    iterations: Annotated[int, Option(count(MOST_ITERATIONS), "Iterations of IBM Model 1.")] = 5
-    per_source: Annotated[int, Option(count(MOST_TARGETS), "Most target pieces of a source piece.")] = 50
+    iterations: Annotated[
+        int, Option(count(MOST_ITERATIONS), "Training iterations of the word alignment (IBM Model 1).")
+    ] = 5
+    per_source: Annotated[
+        int, Option(count(MOST_TARGETS), "Keep up to this many target pieces for each source piece.")
+    ] = 50
     frequent: Annotated[
-        int, Option(count(MOST_TARGETS), "How many of the most frequent target pieces every sentence may use.")
+        int, Option(count(MOST_TARGETS), "Also allow this many of the most frequent target pieces for every text.")
     ] = 100
     least_probability: Annotated[
         float, Option(number(0, 1), "Least probability of a target piece that is kept.", hidden=True)
