@@ -139,6 +139,7 @@ def load_and_say(model: Path | None, options: MachineOptions, *, bulk: bool) -> 
 def ready_torch(parity: ParityOptions) -> None:
     """What an export or a proof needs. One thread for torch takes no longer: on busy cores several only wait."""
     require(*EXPORT_NEEDS, extra="export")
+    require("onnxruntime", extra="gpu")
     if parity.verify_reference is not None:
         require("sacrebleu", extra="evaluate")
     import torch

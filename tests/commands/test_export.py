@@ -182,6 +182,18 @@ def test_without_the_extra_the_way_to_it_is_named(
     assert "pip install 'kvx[export]'" in found.err
 
 
+@pytest.mark.parametrize("arguments", [["export", "model.pt"], ["verify", "bundle", "model.pt"]], ids=" ".join)
+def test_without_onnx_runtime_the_way_to_it_is_named(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *others: None if name == "onnxruntime" else find(name, *others)
+    )
+    found = invoke(*arguments)
+    assert (found.code, found.out) == (2, "")
+    assert "needs onnxruntime, which is not installed" in found.err
+    assert "pip install 'kvx[gpu]'" in found.err
+
+
 def test_ctrl_c_leaves_no_half_bundle(converse: Converse, tmp_path: Path) -> None:
     command = converse("export", str(NUMBERS), "-o", "bundles/numbers")
     deadline = time.monotonic() + PATIENCE
