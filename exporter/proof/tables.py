@@ -60,11 +60,11 @@ class Rows:
 
     def check(self, backend: Backend, name: str, tolerance: float) -> Check:
         """The finding: passed where no row is over the tolerance."""
-        over = [compared for compared, worst in self.worst.items() if worst > tolerance]
-        compared = max(self.worst, key=lambda compared: self.worst[compared])
+        over = [f"{what} (row {self._whose[what]})" for what, worst in self.worst.items() if worst > tolerance]
+        compared = max(self.worst, key=lambda what: self.worst[what])
         detail = f"largest difference {self.worst[compared]:.2g} of the rows' spread in {compared}"
         if over:
-            detail += f", row {self._whose[compared]}, over {tolerance:g}; in {', '.join(over)}"
+            detail += f", over {tolerance:g} in {', '.join(over)}"
         return Check(backend.name, name, not over, detail, dict(self.worst))
 
 

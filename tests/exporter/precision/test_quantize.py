@@ -21,7 +21,7 @@ from kvx.exporter.options import ExportOptions
 from kvx.exporter.precision.quantize import BLOCK, blocks, int8_channels
 from kvx.exporter.proof.bundle import verify
 from kvx.exporter.proof.limits import ParityOptions
-from kvx.runtime.backends import onnx as onnx_backend
+from kvx.runtime.backends import sessions
 from kvx.runtime.bundle.manifest import Manifest
 from kvx.runtime.bundle.precision import PRECISIONS, Precision
 from kvx.runtime.rules import described
@@ -161,7 +161,7 @@ def test_unsigned_weights_for_processors_without_wide_products_give_the_same(
     quantized: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     signed = Translator.load(quantized[name], threads=1).translate(TEXTS, scores=True)
-    monkeypatch.setattr(onnx_backend, "bytes_saturate", lambda: True)
+    monkeypatch.setattr(sessions, "bytes_saturate", lambda: True)
     assert Translator.load(quantized[name], threads=1).translate(TEXTS, scores=True) == signed
 
 

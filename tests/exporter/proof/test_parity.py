@@ -40,13 +40,15 @@ from kvx.runtime.decoding.backend import Step, StepOutput
 from kvx.runtime.decoding.cache import KVCache
 from kvx.runtime.decoding.plan import Plan
 
-ENCODER, LOGITS, CACHES, IN_PLACE, BEAMS, NEIGHBOURS, GREEDY = CHECKS = (
+ENCODER, LOGITS, CACHES, IN_PLACE, BEAMS, NEIGHBOURS, SOURCE_TABLES, TARGET_TABLES, GREEDY = CHECKS = (
     "encoder outputs",
     "logits of",
     "caches written",
     "in place against out of place",
     "several rows a sentence",
     "rows alone against rows among others",
+    "source tables",
+    "target tables",
     "greedy on drawn ids",
 )
 FEW_STEPS = ParityOptions(steps=6)

@@ -27,7 +27,7 @@ from kvx.tests.conftest import Exported
 
 PROVEN: tuple[Precision, ...] = ("fp32", "int8", "int4")
 FEW_STEPS = ParityOptions(steps=4)
-CHANGE = 0.01  # of one weight, where all are up to 0.25, norms about 1 and embeddings about 1
+CHANGE = 0.05  # of one weight, where all are up to 0.25, norms about 1 and embeddings about 1
 
 
 class Exports:
