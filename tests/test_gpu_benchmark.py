@@ -25,6 +25,7 @@ def test_it_proves_measures_and_says_what_it_left_out(tmp_path: Path, capsys: py
     assert all(name in printed for name in names)
 
 
+@pytest.mark.proof
 def test_what_there_is_no_time_for_is_named(tmp_path: Path) -> None:
     file = tmp_path / "found.json"
     sizes = ["--rows", "2", "--steps", "3", "--repeat", "1", "--precisions", "fp32", "--seconds", "0"]

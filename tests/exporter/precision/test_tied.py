@@ -35,7 +35,9 @@ def tied(tiny: Transformer) -> Transformer:
     return model
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
+@pytest.mark.parametrize(
+    "precision", ["int8", *(pytest.param(name, marks=pytest.mark.proof) for name in ("fp32", "fp16", "int4"))]
+)
 def test_a_tied_model_passes_its_proof(
     tied: Transformer, tiny_bundle: Path, tmp_path: Path, precision: Precision
 ) -> None:
