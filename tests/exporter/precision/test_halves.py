@@ -108,6 +108,7 @@ def test_it_translates_on_a_cpu_too(half_bundle: Path, numbers_translator: Trans
     assert got == expected
 
 
+@pytest.mark.proof
 def test_bfloat16_is_proven_as_float32_where_it_has_no_kernels(tiny_checkpoint_folder: Path, tmp_path: Path) -> None:
     checkpoint, folder = tiny_checkpoint_folder / "model.pt", tmp_path / "bundle"
     options = ExportOptions(

@@ -184,12 +184,9 @@ def test_a_bundle_shrinks_with_its_bits(quantized: dict[str, Path], numbers_bund
     assert size(quantized["int4"]) < size(quantized["int8"]) < size(numbers_bundle) / 2
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize(
-    "limits",
-    [
-        pytest.param(ParityOptions(tolerance=1e-6), id="tensors", marks=pytest.mark.proof),
-        pytest.param(ParityOptions(tolerance=0.9, equal_lines=1.0), id="lines"),
-    ],
+    "limits", [ParityOptions(tolerance=1e-6), ParityOptions(tolerance=0.9, equal_lines=1.0)], ids=["tensors", "lines"]
 )
 def test_an_export_over_its_limits_fails_and_leaves_nothing(
     checkpoint: Path, tmp_path: Path, limits: ParityOptions

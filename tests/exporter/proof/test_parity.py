@@ -545,6 +545,7 @@ def write_faulty_torchscript(graph: EncoderGraph | StepGraph, path: Path) -> Non
     write_torchscript(graph, path)
 
 
+@pytest.mark.proof
 def test_a_lowering_that_fails_its_proof_leaves_nothing(
     tiny_checkpoint_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -175,7 +175,8 @@ def test_other_bundles_have_neither(tiny_bundle: Path) -> None:
     assert Manifest.read(tiny_bundle).files.keys().isdisjoint({SHORTLIST_FILE, PROJECTION_FILE})
 
 
-@pytest.mark.parametrize("precision", [pytest.param("int8", marks=pytest.mark.proof), "int4"])
+@pytest.mark.proof
+@pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_quantised_graphs_are_proven_too(
     tiny: Transformer, tiny_checkpoint_folder: Path, tmp_path: Path, precision: Precision
 ) -> None:
