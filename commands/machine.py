@@ -43,8 +43,8 @@ class MachineOptions:
         str,
         Option(
             text(),
-            "Where the model runs: auto, cpu, cuda, cuda:<index>, or several GPUs as cuda:0,cuda:1. auto takes the GPU "
-            "for a bundle that was exported for CUDA, if CUDA works here, and otherwise the CPU.",
+            "Where the model runs: auto, cpu, cuda, cuda:<index>, or several GPUs as cuda:0,cuda:1. auto takes the "
+            "GPU if the bundle was exported with --lowering cuda and CUDA works, and otherwise the CPU.",
         ),
     ] = "auto"
     threads: Annotated[

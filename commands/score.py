@@ -42,7 +42,8 @@ def score(
 ) -> None:
     """Print the log-probabilities of given translations.
 
-    Each line has the total, the mean per token and the number of tokens, with tabs between. Logarithms are natural.
+    Each line has the total, the mean per token and the number of tokens, with tabs between. The end token counts.
+    Logarithms are natural.
     With --choices, each line has the best candidate, how far it is ahead of the next one, and its total.
     """
     sources, lines = read_file(source), read_file(target)

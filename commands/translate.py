@@ -61,7 +61,8 @@ def translate(
 ) -> None:
     """Translate texts: one line in, one line out, in order.
 
-    With --n-best, --samples or --alternatives a text has several lines. Each begins with the number of its text.
+    With --n-best, --samples or --alternatives a text has several lines. Each begins with the number of its text,
+    from 1, and a tab. --scores puts a field before the translation and --align one after it, with tabs between.
     """
     task = Task(
         texts=tuple(text or ()),

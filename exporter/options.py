@@ -95,15 +95,15 @@ class ExportOptions:
         Precision,
         Option(
             choice(get_args(Precision)),
-            f"The number format of weights and arithmetic: {PURPOSES}.",
+            f"The number format of weights and arithmetic: {PURPOSES}. All but fp32 may change translations.",
         ),
     ] = "fp32"
     calibration: Annotated[
         Path | None,
         Option(
             path(),
-            "Source texts, one per line, on which to fix the scales of 8-bit activations, which makes translating "
-            "faster. With int8.",
+            "Sample source texts, one per line. The scales of activations are fixed on them, which speeds up "
+            "translation. For int8 and int4.",
             unset="scales are computed for each row at run time",
         ),
     ] = None
@@ -111,7 +111,8 @@ class ExportOptions:
         int | None,
         Option(
             count(LARGEST_LIMIT),
-            "The bundle's default for the longest translation, in tokens.",
+            "The default length limit of a translation, in tokens, the end token included. `kvx translate` can set "
+            "another.",
             unset="the checkpoint's own limit",
         ),
     ] = None
@@ -140,7 +141,7 @@ class ExportOptions:
         bool,
         Option(
             flag(),
-            "Also write the graph that translating with a shortlist needs. ONNX only.",
+            "Also write the ONNX graph that translating with a shortlist needs.",
             flags=("--with-shortlist",),
         ),
     ] = False

@@ -131,7 +131,7 @@ class TranslateOptions:
         ),
     ] = ()
     no_repeated_ngrams: Annotated[
-        int | None, Option(count(), "Never generate the same n tokens in a row twice, where n is this number.")
+        int | None, Option(count(), "Never generate the same n-gram twice in a translation; this number is n.")
     ] = None
     repetition_penalty: Annotated[
         float | None,
@@ -205,8 +205,8 @@ class TranslateOptions:
         int | None,
         Option(
             count(),
-            "Translate in this many loops side by side, which share the threads.",
-            unset="one for each thread when a file is translated with onnx on the CPU, else 1",
+            "Decode in this many loops side by side, which share the threads.",
+            unset="one for each thread on the CPU with onnx, 1 otherwise and for texts given as arguments",
         ),
     ] = None
     cache_bytes: Annotated[

@@ -34,7 +34,8 @@ class ParityOptions:
         float | None,
         Option(
             SHARE,
-            "The largest difference from eager PyTorch that passes: absolute for values up to 1, relative above.",
+            "The largest difference from eager PyTorch that passes, as a share of the largest value of a tensor, or "
+            "of 1 if that is larger.",
             unset=by_precision("tolerance"),
         ),
     ] = None
@@ -42,8 +43,8 @@ class ParityOptions:
         float | None,
         Option(
             number(0, 1),
-            "The share of the lines of `verify_text` that must be translated exactly as eager PyTorch does, from 0 "
-            "to 1.",
+            "The least share of the lines of `verify_text`, from 0 to 1, whose translations must equal those of "
+            "eager PyTorch. For fewer bits than fp32.",
             unset=by_precision("equal_lines", reduced=True),
         ),
     ] = None
@@ -51,7 +52,7 @@ class ParityOptions:
         float | None,
         Option(
             number(0, 100),
-            "The most BLEU points that may be lost against `verify_reference`.",
+            "The most BLEU points that may be lost against `verify_reference`. For fewer bits than fp32.",
             unset=by_precision("bleu_lost", reduced=True),
         ),
     ] = None

@@ -73,7 +73,7 @@ class Arithmetic:
 
 PRECISIONS: dict[Precision, Arithmetic] = {
     "fp32": Arithmetic(
-        purpose="the same translations as PyTorch",
+        purpose="PyTorch's own translations",
         limits=Limits(1e-4, 1.0, 0.0, neighbours=1e-4),
         lowerings=("ort", "standard", "cuda"),
         older=("float32",),
@@ -87,21 +87,21 @@ PRECISIONS: dict[Precision, Arithmetic] = {
         lowerings=("cuda", "ort", "standard"),
     ),
     "bf16": Arithmetic(
-        purpose="GPUs where values exceed the range of fp16",
+        purpose="GPUs if activations overflow fp16",
         element="bfloat16",
         limits=Limits(4e-2, 0.9, 0.3, neighbours=4e-2),
         lowerings=("cuda",),
         runs_on_cpu=False,
     ),
     "int8": Arithmetic(
-        purpose="CPUs, many texts at a time",
+        purpose="many texts at a time on CPUs",
         step=Widths(8, 8),
         encoder=Widths(8, 8),
         limits=Limits(0.1, 0.8, 0.5, neighbours=1e-4),
         lowerings=("ort",),
     ),
     "int4": Arithmetic(
-        purpose="CPUs, one text at a time",
+        purpose="single texts on CPUs",
         step=Widths(4, 4),
         encoder=Widths(8, 4),
         # Its products round otherwise for one row than for several.

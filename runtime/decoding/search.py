@@ -208,16 +208,16 @@ class BeamSearch:
         float,
         Option(
             number(-50, 50),
-            "Beams are ranked by log-probability / length^x, where x is this exponent. Larger values favour longer "
-            "translations.",
+            "Beams are ranked by log-probability / length^x, where x is this exponent and the length counts bos but "
+            "not eos. Larger values favour longer translations.",
         ),
     ] = 1.0
     early_stopping: Annotated[
         bool,
         Option(
             flag(),
-            "Stop at once when as many beams have finished as there are beams, or go on until no open beam can still "
-            "win.",
+            "Stop as soon as `beam_size` translations have finished, or go on until no unfinished beam can become "
+            "better.",
         ),
     ] = True
     n_best: Annotated[
@@ -228,7 +228,7 @@ class BeamSearch:
         float,
         Option(
             number(0, math.inf, above=True),
-            "Wait for this many times the number of beams to finish before stopping; 1 is the usual search.",
+            "Stop after this many times `beam_size` finished translations, with early stopping.",
         ),
     ] = 1.0
     samples: ClassVar[int] = 1
