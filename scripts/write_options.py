@@ -23,9 +23,10 @@ INTRODUCTION = """\
 # Options
 
 `kvx COMMAND --help` prints what this page lists. The library takes the options of a translation by the names of
-`kvx translate`, with `_` in place of `-`, as in `translator.translate(texts, beam_size=4)`. Two of them have another
-name there: `--ban` is `banned`, and `--cache-mb` is `cache_bytes`, in bytes. `--prefix-file` is `prefixes`, `--alternatives` is the
-method `alternatives`, and `--backend`, `--device`, `--threads`, `--workers` and `--spin` are arguments of `Translator.load`.
+`kvx translate`, with `_` in place of `-`, as in `translator.translate(texts, beam_size=4)`. Some have another name:
+`--ban` is `banned`, `--cache-mb` is `cache_bytes`, in bytes, `--prefix-file` is `prefixes`, and `--alternatives` is
+the method `alternatives`. `--backend`, `--device`, `--threads`, `--workers` and `--spin` are arguments of
+`Translator.load`.
 
 This page is written by `scripts/write_options.py`.
 """
