@@ -32,7 +32,7 @@ def evaluate(
     bundle: BundleArgument,
     source: Annotated[Path, typer.Option(help="The texts to translate, one per line.")],
     reference: Annotated[Path, typer.Option(help="Their reference translations, one per line.")],
-    limit: Annotated[int | None, typer.Option(help="Use only the first lines, this many.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use only this many lines from the start of the files.")] = None,
     tokenize: Annotated[
         str | None, typer.Option(help="The tokenizer that sacrebleu uses for BLEU: 13a, zh, …  [default: 13a]")
     ] = None,

@@ -56,7 +56,7 @@ def translate(
             "be exported --with-attention."
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print each translation as a JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object for each text.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print speed and cache size on standard error.")] = False,
 ) -> None:
     """Translate texts: one line in, one line out, in order.

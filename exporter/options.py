@@ -67,8 +67,8 @@ class ExportOptions:
         int | None,
         Option(
             count(MOST_HEADS),
-            "The number of attention heads. A plain state dict does not record it, and a wrong number gives wrong "
-            "translations.",
+            "The number of attention heads. A plain state dict does not record it, and the proof does not notice a "
+            "wrong number, with which translations are wrong.",
             unset="d_model / 64",
         ),
     ] = None

@@ -137,7 +137,7 @@ class TranslateOptions:
         float | None,
         Option(
             number(0.001, 1000),
-            "Make tokens that the translation already has less probable, if above 1; more probable, if below.",
+            "Above 1, tokens that the translation already contains become less probable; below 1, more probable.",
             unset="1.0",
         ),
     ] = None
