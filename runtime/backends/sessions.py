@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
 import threading
 import time
@@ -224,13 +222,25 @@ def _failure(got: str, *, short: bool) -> KvxError:
 
 def cuda_lacks() -> str | None:
     """What keeps ONNX Runtime's CUDA provider from being loaded, or None. The libraries that pip has installed are
-    found first. Our own words say what is missing, not what is printed or logged meanwhile.
+    found first.
     """
-    with _looking, contextlib.redirect_stdout(io.StringIO()):
+    with _looking:
         if not _looked:
-            ort.preload_dlls()
+            _preload_libraries()
             _looked.append(missing_library(CUDA_LIBRARY))
     return _looked[0]
+
+
+def _preload_libraries() -> None:
+    """Without the words that ONNX Runtime prints where something is missing, which our errors say. The name `print` is
+    another one in its module alone: standard output belongs to all threads of the process.
+    """
+    names = vars(ort)
+    names["print"] = lambda *values, **options: None
+    try:
+        ort.preload_dlls()
+    finally:
+        del names["print"]
 
 
 def _session(path: Path, settings: SessionSettings, *, captured: bool) -> ort.InferenceSession:

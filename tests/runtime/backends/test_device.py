@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from kvx import DeviceError, Translator
+from kvx.runtime.backends import sessions
 from kvx.runtime.backends.device import Device, missing_library, unavailable
+from kvx.runtime.backends.ort import ort
 from kvx.runtime.backends.sessions import CUDA_LIBRARY
 
 TEXTS = ["one", "twelve thousand and four", "ninety-nine", "seven"] * 10
@@ -56,6 +59,19 @@ def test_the_error_names_what_brings_the_missing_library(library: str | None, re
         raise error
     assert "cuda:1" in str(raised.value)
     assert (library or "") in str(raised.value)
+
+
+def test_looking_for_cuda_leaves_standard_output_to_the_other_threads(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen, preload = [], ort.preload_dlls
+    monkeypatch.setattr(sessions, "_looked", [])
+    monkeypatch.setattr(ort, "preload_dlls", lambda: (seen.append(sys.stdout), preload()))
+    before = sys.stdout
+    sessions.cuda_lacks()
+    assert seen == [before]
+    assert capsys.readouterr().out == ""
+    assert "print" not in vars(ort)
 
 
 def test_cuda_that_cannot_be_used_names_the_library_and_leaves_the_process_usable(numbers_bundle: Path) -> None:
