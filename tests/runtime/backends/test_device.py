@@ -64,10 +64,14 @@ def test_the_error_names_what_brings_the_missing_library(library: str | None, re
 def test_looking_for_cuda_leaves_standard_output_to_the_other_threads(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    seen, preload = [], ort.preload_dlls
+    before, preload, seen = sys.stdout, ort.preload_dlls, list[object]()
+
+    def watched() -> None:
+        seen.append(sys.stdout)
+        preload()
+
     monkeypatch.setattr(sessions, "_looked", [])
-    monkeypatch.setattr(ort, "preload_dlls", lambda: (seen.append(sys.stdout), preload()))
-    before = sys.stdout
+    monkeypatch.setattr(ort, "preload_dlls", watched)
     sessions.cuda_lacks()
     assert seen == [before]
     assert capsys.readouterr().out == ""
