@@ -25,9 +25,11 @@ from kvx.commands.options import spelled, spellings
 from kvx.commands.score import score
 from kvx.commands.translate import translate
 from kvx.commands.verify import verify
-from kvx.runtime.errors import KvxError, ParityError
+from kvx.runtime.errors import KvxError, ParityError, remedy_of
 
 DIFFERENCE, BAD_INPUT, INTERNAL_ERROR, INTERRUPTED = 1, 2, 70, 130  # 70 is EX_SOFTWARE of sysexits.h
+
+LIBRARY = "shared object"  # what the loader says where one is missing or damaged
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -104,12 +106,16 @@ def _explain(error: Exception, run: Run) -> int:
     if isinstance(error, KvxError):
         say(f"error: {spelled(str(error), spellings(app, run.command))}")
         return DIFFERENCE if isinstance(error, ParityError) else BAD_INPUT
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno:
         drop_output()
+        place, otherwise = error.filename or "input or output", "Check the disk and the other end of the stream."
         say(
-            f"error: {error.strerror or error} ({error.filename or 'input or output'}). Expected files and streams "
-            "that can be read and written. Check permissions and free space."
+            f"error: {error.strerror} ({place}). Expected files and streams that can be read and written. "
+            f"{remedy_of(error, otherwise)}"
         )
+        return BAD_INPUT
+    if isinstance(error, OSError | ImportError) and LIBRARY in str(error):
+        say(f"error: {error}. Expected the libraries that the installed packages need. Install what is missing.")
         return BAD_INPUT
     say(
         f"internal error: {type(error).__name__}: {error}. This is a bug in kvx {kvx.__version__}. "

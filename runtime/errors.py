@@ -2,7 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any, Self
+
+REMEDIES = {  # for what a system says of a file or stream
+    errno.EACCES: "Check permissions.",
+    errno.EPERM: "Check permissions.",
+    errno.ENOENT: "Check the path.",
+    errno.ENOTDIR: "Check the path.",
+    errno.EISDIR: "Name a file, not a folder.",
+    errno.ELOOP: "Check where the links lead.",
+    errno.ENAMETOOLONG: "Choose a shorter name.",
+    errno.EROFS: "Choose a place that is not mounted read-only.",
+    errno.ENOSPC: "Free space on the disk.",
+    errno.EDQUOT: "Free space: the quota of the disk is used up.",
+    errno.EFBIG: "Raise the limit of the size of files (ulimit -f).",
+    errno.EIO: "Check the disk: it has failed.",
+    errno.EMFILE: "Raise the limit of open files (ulimit -n), or close some.",
+    errno.ENFILE: "Close some files: the system has too many open.",
+    errno.ENOMEM: "Free memory.",
+    errno.EAGAIN: "Raise the limit of threads and processes (ulimit -u), or ask for fewer `threads`.",
+}
 
 
 class KvxError(Exception):
@@ -27,6 +47,11 @@ class KvxError(Exception):
     def __reduce__(self) -> tuple[Any, ...]:
         """Its type and what it holds."""
         return _restore, (type(self), self.args, self.__dict__)
+
+
+def remedy_of(error: OSError, otherwise: str) -> str:
+    """What to do about an error of the system, by its kind, or `otherwise`."""
+    return REMEDIES.get(error.errno or 0, otherwise)
 
 
 class OptionError(KvxError):

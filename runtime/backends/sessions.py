@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
 import time
@@ -11,20 +12,20 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from kvx.runtime.arrays import Tensors
-from kvx.runtime.backends.device import HOST, Device, missing_library, unavailable
+from kvx.runtime.backends.device import CUDA_EXTRA, HOST, Device, missing_library, unavailable
 from kvx.runtime.backends.ort import ort
 from kvx.runtime.bundle.external import external_files
 from kvx.runtime.bundle.files import Files
 from kvx.runtime.bundle.signature import Axis, Signature, TensorSpec
 from kvx.runtime.decoding.cache import KVCache
-from kvx.runtime.errors import BundleError, CapacityError, KvxError
+from kvx.runtime.errors import REMEDIES, BundleError, CapacityError, DeviceError, KvxError
 from kvx.runtime.system import bytes_saturate
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 CUDA_LIBRARY = Path(ort.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
 ERRORS_ONLY_AS_EXCEPTIONS = 4
 SLOWER_FUSIONS = ["SkipLayerNormFusion"]  # 0.3 ms instead of 0.05 for 256 tokens of 256 channels on a CPU
-OUT_OF_MEMORY = ("failed to allocate", "out of memory", "bad_alloc", "bad allocation")
+OUT_OF_MEMORY = ("failed to allocate", "out of memory", "bad_alloc", "bad allocation", "cudnn_status_alloc_failed")
 LONGEST_REASON = 300
 ELEMENT_TYPES = {
     "tensor(int64)": "int64",
@@ -49,6 +50,54 @@ class SessionSettings(NamedTuple):
     spin: bool
     device: Device
     tf32: bool
+
+
+class Cause(NamedTuple):
+    """Why a session cannot be made or run: the `signs` of it in what ONNX Runtime says, in small letters, and the error
+    that it becomes.
+    """
+
+    signs: tuple[str, ...]
+    kind: type[KvxError]
+    expected: str
+    remedy: str
+
+    def error(self, got: str) -> KvxError:
+        """The error whose first sentence is `got`."""
+        return self.kind(got, expected=self.expected, remedy=self.remedy)
+
+
+CAUSES = (
+    Cause(
+        OUT_OF_MEMORY,
+        CapacityError,
+        "enough free memory",
+        "Plan fewer `rows` or fewer `max_new_tokens`, or free memory of the device.",
+    ),
+    Cause(
+        ("driver version is insufficient", "no cuda-capable device", "invalid device ordinal", "cuda failure 100"),
+        DeviceError,
+        "a GPU and a driver for CUDA 13 or newer",
+        "Check nvidia-smi, or use `device` cpu.",
+    ),
+    Cause(
+        ("cannot open shared object", "loadlibrary failed", "failed to load library"),
+        DeviceError,
+        "the libraries that ONNX Runtime links",
+        f"Install them with pip install '{CUDA_EXTRA}', or use `device` cpu.",
+    ),
+    Cause(("errcode = 24", "too many open files"), CapacityError, "a free file descriptor", REMEDIES[errno.EMFILE]),
+    Cause(
+        ("resource temporarily unavailable", "pthread_create", "thread constructor failed"),
+        CapacityError,
+        "room for another thread",
+        REMEDIES[errno.EAGAIN],
+    ),
+    Cause(("errcode = 13", "permission denied"), BundleError, "files that may be read", REMEDIES[errno.EACCES]),
+)
+OTHER_CAUSE = Cause(
+    (), BundleError, "a graph that kvx export wrote", "Export the bundle again with this version of kvx."
+)
 
 
 class Graph:
@@ -191,7 +240,7 @@ class Failing:
     ) -> None:
         """Raises the error of kvx."""
         if isinstance(error, Exception) and not isinstance(error, KvxError):
-            raise _failure(f"{self._got} ({reason(error)})", short=is_out_of_memory(error)) from error
+            raise _failure(f"{self._got} ({reason(error)})", error) from error
 
 
 def reason(error: Exception) -> str:
@@ -206,18 +255,13 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(sign in text for sign in OUT_OF_MEMORY)
 
 
-def _failure(got: str, *, short: bool) -> KvxError:
-    if short:
-        return CapacityError(
-            got,
-            expected="enough free memory",
-            remedy="Plan fewer `rows` or fewer `max_new_tokens`, or free memory of the device.",
-        )
-    return BundleError(
-        got,
-        expected="a graph that kvx export wrote",
-        remedy="Export the bundle again with this version of kvx.",
-    )
+def _failure(got: str, error: Exception) -> KvxError:
+    """The error for what ONNX Runtime says, by its cause."""
+    if is_out_of_memory(error):
+        return CAUSES[0].error(got)
+    text = str(error).lower()
+    known = (cause for cause in CAUSES if any(sign in text for sign in cause.signs))
+    return next(known, OTHER_CAUSE).error(got)
 
 
 def cuda_lacks() -> str | None:

@@ -11,7 +11,7 @@ from typing import Self
 from kvx.runtime.bundle.files import FileEntry, Files, Identity, is_lfs_pointer
 from kvx.runtime.bundle.graphs import FORMAT_ENDINGS, GRAPH_FILES
 from kvx.runtime.bundle.manifest import MANIFEST_FILE, Manifest, lfs_pointer
-from kvx.runtime.errors import BundleError
+from kvx.runtime.errors import BundleError, remedy_of
 
 SOURCE_TOKENIZER_FILE = "source.model"
 TARGET_TOKENIZER_FILE = "target.model"
@@ -136,7 +136,7 @@ def _unreadable(path: Path, error: OSError) -> BundleError:
     return BundleError(
         f"{path} cannot be read ({error.strerror or error})",
         expected="a file of the bundle",
-        remedy="Check its permissions and the disk, or copy the bundle again.",
+        remedy=remedy_of(error, "Copy the bundle again."),
     )
 
 

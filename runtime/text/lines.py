@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
-from kvx.runtime.errors import InputError, OptionError
+from kvx.runtime.errors import InputError, OptionError, remedy_of
 
 LONGEST_LINE = 2**20  # bytes
 STANDARD = "-"  # stands for standard input or output
@@ -57,7 +57,9 @@ def open_lines(path: Path) -> BinaryIO:
         return path.open("rb") if str(path) != STANDARD else open_standard_input()
     except OSError as error:
         raise InputError(
-            f"{path} cannot be read ({error.strerror})", expected="a text file", remedy="Check the path."
+            f"{path} cannot be read ({error.strerror})",
+            expected="a text file",
+            remedy=remedy_of(error, "Check the path."),
         ) from None
 
 
