@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, Self, get_args
 
 from kvx import Translator
 from kvx.commands.console import require, say
 from kvx.exporter.proof.limits import ParityOptions
-from kvx.runtime.backends.device import Device
+from kvx.runtime.backends.device import HOST, Device
+from kvx.runtime.backends.registry import BackendRow, backend_row, check_files, place, register
 from kvx.runtime.bundle.folder import CHECKPOINT_FILE, Bundle, newest_bundle
-from kvx.runtime.bundle.manifest import GRAPH_FILES
+from kvx.runtime.decoding.backend import Backend
 from kvx.runtime.engine.loaded import LoadedModel
-from kvx.runtime.errors import DeviceError
 from kvx.runtime.options import OPTIONS
 from kvx.runtime.rules import Option, Problem, choice, count, flag, refuse, text, wrong_values
 from kvx.runtime.system import available_threads
 
 BackendName = Literal["onnx", "torchscript", "torch", "torch-no-cache"]
 BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
-EAGER = ("torch", "torch-no-cache")
 ARTIFACTS = Path("artifacts")
 EXPORT_NEEDS = ("torch", "onnx", "onnx_ir", "onnxscript")
 MOST_THREADS = 4096
@@ -70,27 +70,25 @@ class MachineOptions:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """An open bundle with what runs it: the options, and the device that "auto" stands for."""
+    """An open bundle with what runs it: the options, and the devices that they name, or that "auto" stands for."""
 
     bundle: Bundle
     options: MachineOptions
-    device: str
+    devices: tuple[Device, ...]
 
     @classmethod
     def of(cls, bundle: Bundle, options: MachineOptions) -> Self:
         """The device is chosen once, here."""
-        return cls(bundle, options, _place(bundle, options))
+        return cls(bundle, options, place(bundle, options.backend, options.device))
 
     def check(self) -> None:
         """Raises BundleError where the bundle lacks what the backend needs."""
-        self.bundle.require(*GRAPH_FILES.get(self.options.backend, (CHECKPOINT_FILE,)))
+        check_files(self.bundle, self.options.backend)
 
     def load(self, *, bulk: bool) -> LoadedModel:
         """The bundle in memory; for `bulk` work on the CPU every worker has one thread."""
-        if self.options.backend in EAGER:
-            return self._load_eager()
         threads, workers = self.options.threads, self.options.workers
-        if workers is None and bulk and self.options.backend == "onnx" and self.device == "cpu":
+        if workers is None and bulk and backend_row(self.options.backend).own_threads and self.devices == (HOST,):
             workers = threads or available_threads()
         return LoadedModel.load(
             self.bundle,
@@ -98,32 +96,38 @@ class Machine:
             threads=threads,
             workers=workers,
             spin=self.options.spin,
-            devices=Device.parse_list(self.device),
+            devices=self.devices,
         )
 
-    def _load_eager(self) -> LoadedModel:
-        """The bundle's own checkpoint on eager PyTorch, which only the command line offers."""
-        require("torch", extra="export")
-        if self.device != "cpu":
-            raise DeviceError(
-                f"The backend {self.options.backend} does not run on {self.device}",
-                expected="the device cpu",
-                remedy="Set `device` to cpu.",
-                option="device",
-            )
-        import torch
 
-        from kvx.models.eager import NoCacheBackend, TorchBackend
-        from kvx.models.importers import load_checkpoint
+def _make_eager(
+    bundle: Bundle, device: Device, *, threads: int | None, workers: int | None, spin: bool, cached: bool
+) -> Backend:
+    """The bundle's own checkpoint on eager PyTorch, which only the command line offers."""
+    import torch
 
-        self.check()
-        self.bundle.check_hashes()
-        if self.options.threads is not None:
-            torch.set_num_threads(self.options.threads)
-        model = load_checkpoint(self.bundle.folder / CHECKPOINT_FILE).model
-        backend = TorchBackend if self.options.backend == "torch" else NoCacheBackend
-        eager = backend(model, attention_layer=self.bundle.manifest.features.attention)
-        return LoadedModel(self.bundle, eager)
+    from kvx.models.eager import NoCacheBackend, TorchBackend
+    from kvx.models.importers import load_checkpoint
+
+    bundle.check_hashes([CHECKPOINT_FILE])  # before it is read
+    if threads is not None:
+        torch.set_num_threads(threads)
+    model = load_checkpoint(bundle.folder / CHECKPOINT_FILE).model
+    backend = TorchBackend if cached else NoCacheBackend
+    return backend(model, attention_layer=bundle.manifest.features.attention)
+
+
+for name, cached in (("torch", True), ("torch-no-cache", False)):
+    register(
+        BackendRow(
+            name=name,
+            files=(CHECKPOINT_FILE,),
+            checked=(),
+            module="torch",
+            install="pip install 'kvx[export]'",
+            make=partial(_make_eager, cached=cached),
+        )
+    )
 
 
 def load_and_say(model: Path | None, options: MachineOptions, *, bulk: bool) -> Translator:
@@ -132,7 +136,7 @@ def load_and_say(model: Path | None, options: MachineOptions, *, bulk: bool) -> 
     machine = Machine.of(Bundle.open(path), options)
     loaded = machine.load(bulk=bulk)
     if model is None or options.device == "auto":
-        say(f"{path} on {options.backend}, {machine.device}")
+        say(f"{path} on {options.backend}, {', '.join(map(str, machine.devices))}")
     return Translator(loaded)
 
 
@@ -145,14 +149,3 @@ def ready_torch(parity: ParityOptions) -> None:
     import torch
 
     torch.set_num_threads(1)
-
-
-def _place(bundle: Bundle, options: MachineOptions) -> str:
-    """The device: auto is CUDA for a bundle exported for it where its libraries are found, else the CPU."""
-    if options.device != "auto":
-        return options.device
-    if options.backend != "onnx" or bundle.manifest.lowering != "cuda":
-        return "cpu"
-    from kvx.runtime.backends.sessions import cuda_lacks
-
-    return "cuda" if cuda_lacks() is None else "cpu"

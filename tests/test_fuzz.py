@@ -16,6 +16,7 @@ from kvx.tests.fuzz import KINDS
 
 FEW, MANY = 40, 1000
 PATIENCE = 60.0  # seconds for one case on a slow, busy machine
+OF_ONNX_RUNTIME = "gcc-toolset-14"  # its own C++ has an assertion that fails in about one altered graph of a thousand
 NEEDS = {"graphs": "onnx", "checkpoints": "torch"}
 
 
@@ -56,6 +57,9 @@ class Campaign:
             if process.wait() != 0:
                 assert process.stderr
                 told = process.stderr.read().decode(errors="replace")[-500:]
+                if OF_ONNX_RUNTIME in told and self._kind in ("graphs", "bytes"):
+                    self.outcomes["aborted"] += 1
+                    return number
                 self.faults.append(f"case {number} ended the process: {process.returncode} {told}")
         return number
 
@@ -74,3 +78,4 @@ def test_only_errors_of_ours_come_out(kind: str, cases: int, tiny_bundle: Path, 
     campaign.run(0, cases)
     assert not campaign.faults, "\n".join(campaign.faults)
     assert len(campaign.outcomes) >= 2, campaign.outcomes
+    assert campaign.outcomes["aborted"] <= cases / 200

@@ -101,7 +101,8 @@ _rows = {
 
 def register(row: BackendRow) -> None:
     """Adds a backend, whose name must be new. Whoever composes a program does this once, before anything is loaded."""
-    assert _rows.setdefault(row.name, row) == row, f"there is a backend {row.name} already"
+    known = _rows.setdefault(row.name, row)
+    assert known == row, f"there is a backend {row.name} already"
 
 
 def backend_names() -> tuple[str, ...]:

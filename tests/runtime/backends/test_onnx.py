@@ -10,7 +10,8 @@ import pytest
 from kvx import BundleError, CapacityError, DeviceError
 from kvx.runtime.backends.device import HOST, Device
 from kvx.runtime.backends.onnx import STEP_FILE, BoundChunk, BoundStep, OnnxBackend
-from kvx.runtime.backends.sessions import Bound, Failing, SessionSettings
+from kvx.runtime.backends.sessions import Bound, Failing, Graph, SessionSettings
+from kvx.runtime.bundle.files import Files
 from kvx.runtime.bundle.manifest import Manifest
 from kvx.runtime.decoding.cache import Capacity, KVCache
 
@@ -55,6 +56,18 @@ def test_errors_are_told_apart_by_their_cause(raised: Exception, becomes: type[E
     with pytest.raises(becomes, match="It broke") as caught, Failing("It broke"):
         raise raised
     assert caught.value.__cause__ is raised
+
+
+def test_a_session_never_falls_back_to_another_device(
+    backend: OnnxBackend, numbers_bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert not backend._step.session()._enable_fallback
+    damaged = tmp_path / STEP_FILE
+    damaged.write_bytes((numbers_bundle / STEP_FILE).read_bytes()[:-100])
+    graph = Graph(Files(tmp_path), STEP_FILE, backend.step_signature, backend._step.settings)
+    with pytest.raises(BundleError):
+        graph.load()
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("raised", [KeyboardInterrupt(), CapacityError("Full", expected="room", remedy="Make room.")])
