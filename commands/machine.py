@@ -12,19 +12,19 @@ from kvx import Translator
 from kvx.commands.console import require, say
 from kvx.exporter.proof.limits import ParityOptions
 from kvx.runtime.backends.device import HOST, Device
+from kvx.runtime.backends.graphs import THREADS
 from kvx.runtime.backends.registry import BackendRow, backend_row, check_files, place, register
 from kvx.runtime.bundle.folder import CHECKPOINT_FILE, Bundle, newest_bundle
 from kvx.runtime.decoding.backend import Backend
 from kvx.runtime.engine.loaded import LoadedModel
 from kvx.runtime.options import OPTIONS
-from kvx.runtime.rules import Option, Problem, choice, count, flag, refuse, text, wrong_values
+from kvx.runtime.rules import Option, Problem, choice, flag, refuse, text, wrong_values
 from kvx.runtime.system import available_threads
 
 BackendName = Literal["onnx", "torchscript", "torch", "torch-no-cache"]
 BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 ARTIFACTS = Path("artifacts")
 EXPORT_NEEDS = ("torch", "onnx", "onnx_ir", "onnxscript")
-MOST_THREADS = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +49,7 @@ class MachineOptions:
     ] = "auto"
     threads: Annotated[
         int | None,
-        Option(count(MOST_THREADS), "Compute threads, which the workers share.", unset="the cores available"),
+        Option(THREADS, "Compute threads, which the workers share.", unset="the cores available"),
     ] = None
     workers: Annotated[int | None, OPTIONS["workers"]] = None
     spin: Annotated[

@@ -152,7 +152,9 @@ def exchange(one: Path, other: Path) -> bool:
     """Lets two folders swap their names in one step, so that there is a folder of either name at any time. False where
     the system cannot do that. Raises OSError.
     """
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # Linux, glibc from 2.28 on
+    if not sys.platform.startswith("linux"):
+        return False
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # glibc from 2.28 on
     if rename is None:
         return False
     if rename(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), ctypes.c_uint(RENAME_EXCHANGE)) == 0:

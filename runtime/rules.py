@@ -104,11 +104,6 @@ def path() -> Rule:
     return Rule("a path", lambda value: isinstance(value, str | Path) and "\0" not in str(value))
 
 
-def anything(expected: str) -> Rule:
-    """What is checked elsewhere."""
-    return Rule(expected, lambda value: True)
-
-
 def described(owner: type) -> dict[str, Option]:
     """The described fields of a dataclass, by name."""
     return _described(owner)

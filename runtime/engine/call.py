@@ -133,7 +133,8 @@ class Latch:
 
     def __call__(self) -> bool:
         """Whether it ever was."""
-        self._over = self._over or self._asked()
+        if not self._over and self._asked():
+            self._over = True
         return self._over
 
 

@@ -116,8 +116,8 @@ def _keep_access(path: Path, file: BinaryIO) -> None:
     """Gives a file the mode of the one that it will replace, if there is one, and its owner where that is allowed."""
     if path.exists():
         was = path.stat()
-        os.fchmod(file.fileno(), stat.S_IMODE(was.st_mode))
-        with contextlib.suppress(OSError):
+        Path(file.name).chmod(stat.S_IMODE(was.st_mode))
+        with contextlib.suppress(OSError, AttributeError):  # Windows has no owners
             os.fchown(file.fileno(), was.st_uid, was.st_gid)
 
 

@@ -12,12 +12,12 @@ from typer.testing import CliRunner, Result
 
 from kvx.commands.options import Described, spelled, with_described_options
 from kvx.runtime.errors import OptionError
-from kvx.runtime.rules import Option, anything, choice, count, flag, number, path, refuse, text, wrong_values
+from kvx.runtime.rules import Option, Rule, choice, count, flag, number, path, refuse, text, wrong_values
 
 Guests = Annotated[list[str] | None, typer.Argument(help="Who comes.")]
 Flavour = Literal["sweet", "sour"]
-SPICES = anything("a tuple of texts")
-SIZES = anything("a tuple of counts")
+SPICES = Rule("a tuple of texts", lambda value: True)
+SIZES = Rule("a tuple of counts", lambda value: True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
