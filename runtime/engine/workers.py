@@ -15,6 +15,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from kvx.runtime.decoding.backend import Backend
 from kvx.runtime.decoding.decode import Cancelled, Loop, never
 from kvx.runtime.decoding.results import DecodeStats, Outcome, Sentence
+from kvx.runtime.errors import CapacityError
 
 SENTENCES_AT_ONCE = 16
 
@@ -27,11 +28,22 @@ def side_by_side(
     *,
     at_once: int = SENTENCES_AT_ONCE,
 ) -> Generator[Outcome, None, None]:
-    """What becomes of all sentences, as they are over, from these loops, each given up to `at_once` of them."""
-    if len(loops) == 1:
-        yield from loops[0].run(iter(sentences), stats, cancelled)
-    else:
-        yield from run_in_parallel(loops, sentences, stats, cancelled, at_once=at_once)
+    """What becomes of all sentences, as they are over, from these loops, each given up to `at_once` of them.
+
+    Raises CapacityError where memory is short.
+    """
+    try:
+        if len(loops) == 1:
+            yield from loops[0].run(iter(sentences), stats, cancelled)
+        else:
+            yield from run_in_parallel(loops, sentences, stats, cancelled, at_once=at_once)
+    except MemoryError as error:
+        raise CapacityError(
+            f"There is not enough memory for {len(loops)} decode loops ({error or 'an allocation failed'})",
+            expected="memory for the cache, the logits and the texts of all rows",
+            remedy="Use fewer rows (`rows`), fewer workers (`workers`) or a smaller cache (`cache_bytes`).",
+            option="rows",
+        ) from None
 
 
 def run_in_parallel(

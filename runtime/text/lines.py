@@ -144,6 +144,7 @@ def output_file(path: Path | None) -> Iterator[TextIO]:
     else:
         sys.stdout.reconfigure(encoding="utf-8", newline="\n")  # type: ignore[union-attr]  # a TextIOWrapper
         yield sys.stdout
+        sys.stdout.flush()
 
 
 def one_field(text: str) -> str:

@@ -15,7 +15,8 @@ from kvx.runtime.decoding import schedule
 from kvx.runtime.decoding.cache import KVCache
 from kvx.runtime.decoding.decode import Cancelled
 from kvx.runtime.decoding.results import DecodeStats, Hypothesis, Outcome, Sentence
-from kvx.runtime.engine.workers import run_in_parallel
+from kvx.runtime.engine.workers import run_in_parallel, side_by_side
+from kvx.runtime.errors import CapacityError
 from kvx.runtime.options import TranslateOptions
 
 TEXTS = ["one", "", "forty-two", "nine hundred and ninety-nine", "seven thousand and eight"] * 60
@@ -71,6 +72,16 @@ def test_an_error_in_one_worker_ends_all_and_reaches_the_consumer() -> None:
     with pytest.raises(OSError, match="broken"):
         list(run_in_parallel([Running(each)] * 2, endless, DecodeStats()))
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_memory_that_runs_out_is_an_error_that_names_what_to_lower(workers: int) -> None:
+    def each(sentence: Sentence) -> None:
+        raise MemoryError("Unable to allocate 3.00 GiB")
+
+    with pytest.raises(CapacityError, match=r"not enough memory .*3.00 GiB.*`rows`") as caught:
+        list(side_by_side([Running(each)] * workers, [Sentence(0, (1,))], DecodeStats()))
+    assert caught.value.option == "rows"
 
 
 def test_an_error_in_the_sources_reaches_the_consumer(numbers_translator: Translator) -> None:
