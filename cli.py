@@ -27,7 +27,7 @@ from kvx.commands.score import score
 from kvx.commands.signals import cleaning_up
 from kvx.commands.translate import translate
 from kvx.commands.verify import verify
-from kvx.runtime.errors import KvxError, ParityError
+from kvx.runtime.errors import KvxError, ParityError, is_out_of_threads, out_of_threads
 
 DIFFERENCE, BAD_INPUT, INTERNAL_ERROR, INTERRUPTED = 1, 2, 70, 130  # 70 is EX_SOFTWARE of sysexits.h
 
@@ -112,6 +112,8 @@ def _in_utf8(argument: str) -> str:
 
 def _explain(error: Exception, run: Run) -> int:
     """Says on stderr what went wrong → the exit code."""
+    if is_out_of_threads(error):
+        error = out_of_threads(f"A thread cannot be started ({error})")
     if isinstance(error, KvxError):
         say(f"error: {spelled(str(error), spellings(app, run.command))}")
         return DIFFERENCE if isinstance(error, ParityError) else BAD_INPUT

@@ -19,7 +19,7 @@ from kvx.runtime.bundle.external import external_files
 from kvx.runtime.bundle.files import Files
 from kvx.runtime.bundle.signature import Axis, Signature, TensorSpec
 from kvx.runtime.decoding.cache import KVCache
-from kvx.runtime.errors import BundleError, CapacityError, KvxError
+from kvx.runtime.errors import BundleError, CapacityError, KvxError, is_out_of_threads, out_of_threads
 from kvx.runtime.system import bytes_saturate
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -176,8 +176,8 @@ def _beside(files: Files, path: Path) -> list[str]:
 
 
 class Failing:
-    """A context in which an exception of ONNX Runtime becomes a CapacityError where memory is short and else a
-    BundleError. `got` is the sentence for what failed.
+    """A context in which an exception of ONNX Runtime becomes a CapacityError where memory or threads are short and
+    else a BundleError. `got` is the sentence for what failed.
     """
 
     __slots__ = ("_got",)
@@ -193,7 +193,7 @@ class Failing:
     ) -> None:
         """Raises the error of kvx."""
         if isinstance(error, Exception) and not isinstance(error, KvxError):
-            raise _failure(f"{self._got} ({reason(error)})", short=is_out_of_memory(error)) from error
+            raise _failure(f"{self._got} ({reason(error)})", error) from error
 
 
 def reason(error: Exception) -> str:
@@ -208,8 +208,10 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(sign in text for sign in OUT_OF_MEMORY)
 
 
-def _failure(got: str, *, short: bool) -> KvxError:
-    if short:
+def _failure(got: str, error: Exception) -> KvxError:
+    if is_out_of_threads(error):
+        return out_of_threads(got)
+    if is_out_of_memory(error):
         return CapacityError(
             got,
             expected="enough free memory",

@@ -129,9 +129,10 @@ class TestErrors:
         ("raised", "code", "says"),
         [
             (MemoryError("Unable to allocate 3.00 GiB"), 2, "kvx: error: There is not enough memory (Unable"),
+            (RuntimeError("can't start new thread"), 2, "kvx: error: A thread cannot be started"),
             (ImportError("initialization failed"), 130, ""),
         ],
-        ids=["memory", "Ctrl-C"],
+        ids=["memory", "threads", "Ctrl-C"],
     )
     def test_what_is_no_fault_of_kvx_is_not_told_as_one(
         self, monkeypatch: pytest.MonkeyPatch, raised: Exception, code: int, says: str

@@ -84,6 +84,28 @@ def test_memory_that_runs_out_is_an_error_that_names_what_to_lower(workers: int)
     assert caught.value.option == "rows"
 
 
+@pytest.mark.parametrize("allowed", [0, 1])
+def test_a_limit_on_threads_is_an_error_that_names_what_to_lower(
+    numbers_translator: Translator, monkeypatch: pytest.MonkeyPatch, allowed: int
+) -> None:
+    """Python raises this where the system gives no thread."""
+    left, start, before = itertools.count(), threading.Thread.start, threading.active_count()
+
+    def limited(thread: threading.Thread) -> None:
+        if next(left) >= allowed:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    options = TranslateOptions(rows=2, workers=2)
+    with pytest.raises(CapacityError, match="no more threads") as caught:
+        list(numbers_translator.translate_iter(iter(["one"] * 9), options))
+    assert caught.value.option == "threads"
+    with pytest.raises(CapacityError, match="no more threads"):
+        numbers_translator.translate(["one"] * 9, options)
+    assert threading.active_count() == before
+
+
 def test_an_error_in_the_sources_reaches_the_consumer(numbers_translator: Translator) -> None:
     def texts() -> Iterator[str]:
         yield from ["one"] * 100
