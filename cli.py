@@ -18,7 +18,7 @@ import typer
 import kvx
 from kvx.commands import shortlist
 from kvx.commands.bench import bench
-from kvx.commands.console import drop_output, hold_closed_streams, say
+from kvx.commands.console import drop_output, hold_closed_streams, say, saying_warnings
 from kvx.commands.evaluate import evaluate
 from kvx.commands.export import export
 from kvx.commands.inspect import inspect
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The entry point of the `kvx` command. Typer itself tells of usage errors and of Ctrl-C."""
     run = Run()
     try:
-        with cleaning_up():
+        with cleaning_up(), saying_warnings():
             hold_closed_streams()
             app([_in_utf8(one) for one in sys.argv[1:]] if arguments is None else arguments, prog_name="kvx", obj=run)
     except SystemExit as end:

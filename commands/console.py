@@ -6,6 +6,7 @@ import contextlib
 import errno
 import importlib.util
 import io
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -33,6 +34,22 @@ def tell(line: str) -> None:
         typer.echo(line, err=True)
     except OSError:
         _drop(sys.stderr)
+
+
+class _Saying(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())
+
+
+@contextlib.contextmanager
+def saying_warnings() -> Iterator[None]:
+    """What the library warns of becomes lines of kvx's own."""
+    log, handler = logging.getLogger("kvx"), _Saying(logging.WARNING)
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
 
 
 @contextlib.contextmanager

@@ -143,3 +143,19 @@ def test_arguments_are_utf8_in_any_locale(numbers_bundle: Path, locale: str) -> 
     done = subprocess.run(line, capture_output=True, env=environment, check=False, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert "zwölf" in done.stdout.decode()
+
+
+def test_a_file_that_is_mounted_is_written_in_place_and_this_is_said(numbers_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "origin").write_text("before")
+    (tmp_path / "out").touch()
+    mount = f"mount --bind {tmp_path / 'origin'} {tmp_path / 'out'}"
+    if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True, check=False).returncode:
+        pytest.skip("nothing can be mounted here")
+    line = ["unshare", "-m", "sh", "-c", f'{mount} && exec "$@"', "sh", *KVX, "translate", "--device", "cpu"]
+    line += ["--model", str(numbers_bundle), "-o", str(tmp_path / "out"), "twelve"]
+    done = subprocess.run(line, capture_output=True, env=ENVIRONMENT, check=False, timeout=PATIENCE)
+    assert (done.returncode, done.stdout) == (0, b"")
+    assert done.stderr.startswith(b"kvx: ")
+    assert done.stderr.endswith(b"so it is written in place. It is incomplete if that is cut short.\n")
+    assert (tmp_path / "origin").read_text(encoding="utf-8") == "zwölf\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["origin", "out"]
