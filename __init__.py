@@ -1,5 +1,6 @@
 """kvx: encoder-decoder Transformers, exported once with an explicit cache, proven, and run without torch."""
 
+from kvx import loading  # noqa: F401  # before all else
 from kvx.runtime.arrays import FloatArray, IntArray
 from kvx.runtime.bundle.manifest import FileEntry, Manifest, SpecialIds
 from kvx.runtime.bundle.signature import Dimensions, Signature, StepFeatures, TensorSpec

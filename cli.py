@@ -1,6 +1,7 @@
 """The `kvx` command: its commands, and what becomes of their errors.
 
-Exit codes: 0 success; 1 a proof found a difference; 2 bad input or usage; 70 a fault of kvx; 130 Ctrl-C.
+Exit codes: 0 success; 1 a proof found a difference; 2 bad input or usage; 70 a fault of kvx; 130 Ctrl-C; 128 + n the
+end by another signal.
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ import typer
 import kvx
 from kvx.commands import shortlist
 from kvx.commands.bench import bench
-from kvx.commands.console import drop_output, say
+from kvx.commands.console import drop_output, hold_closed_streams, say, saying_warnings
 from kvx.commands.evaluate import evaluate
 from kvx.commands.export import export
 from kvx.commands.inspect import inspect
 from kvx.commands.options import spelled, spellings
 from kvx.commands.score import score
+from kvx.commands.signals import cleaning_up
 from kvx.commands.translate import translate
 from kvx.commands.verify import verify
-from kvx.runtime.errors import KvxError, ParityError, remedy_of
+from kvx.runtime.errors import KvxError, ParityError, is_out_of_threads, out_of_threads, remedy_of
 
 DIFFERENCE, BAD_INPUT, INTERNAL_ERROR, INTERRUPTED = 1, 2, 70, 130  # 70 is EX_SOFTWARE of sysexits.h
 
@@ -82,7 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The entry point of the `kvx` command. Typer itself tells of usage errors and of Ctrl-C."""
     run = Run()
     try:
-        app([_in_utf8(one) for one in sys.argv[1:]] if arguments is None else arguments, prog_name="kvx", obj=run)
+        with cleaning_up(), saying_warnings():
+            hold_closed_streams()
+            app([_in_utf8(one) for one in sys.argv[1:]] if arguments is None else arguments, prog_name="kvx", obj=run)
     except SystemExit as end:
         if not isinstance(end.__context__, BrokenPipeError):
             raise
@@ -92,8 +96,15 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except Exception as error:
         if run.debug:
             traceback.print_exception(error)
-        sys.exit(_explain(error, run))
+        sys.exit(INTERRUPTED if _was_interrupted(error) else _explain(error, run))
     sys.exit(0)
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an error: modules in C make an ImportError of it while they load."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _in_utf8(argument: str) -> str:
@@ -103,9 +114,17 @@ def _in_utf8(argument: str) -> str:
 
 def _explain(error: Exception, run: Run) -> int:
     """Says on stderr what went wrong → the exit code."""
+    if is_out_of_threads(error):
+        error = out_of_threads(f"A thread cannot be started ({error})")
     if isinstance(error, KvxError):
         say(f"error: {spelled(str(error), spellings(app, run.command))}")
         return DIFFERENCE if isinstance(error, ParityError) else BAD_INPUT
+    if isinstance(error, MemoryError):
+        say(
+            f"error: There is not enough memory ({error or 'an allocation failed'}). Expected enough for this command. "
+            "Free some, or raise the limit of this process."
+        )
+        return BAD_INPUT
     if isinstance(error, OSError) and error.errno:
         drop_output()
         place, otherwise = error.filename or "input or output", "Check the disk and the other end of the stream."

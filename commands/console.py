@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
+import io
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 import typer
@@ -15,6 +19,8 @@ from kvx.runtime.errors import OptionError
 
 if TYPE_CHECKING:
     from kvx.exporter.progress import Progress as Listener
+
+STDOUT = 1
 
 
 def say(text: str) -> None:
@@ -28,6 +34,22 @@ def tell(line: str) -> None:
         typer.echo(line, err=True)
     except OSError:
         _drop(sys.stderr)
+
+
+class _Saying(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())
+
+
+@contextlib.contextmanager
+def saying_warnings() -> Iterator[None]:
+    """What the library warns of becomes lines of kvx's own."""
+    log, handler = logging.getLogger("kvx"), _Saying(logging.WARNING)
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
 
 
 @contextlib.contextmanager
@@ -83,6 +105,41 @@ def require(*modules: str, extra: str) -> None:
             f"This command needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed",
             expected=f"the packages of the extra {extra}",
             remedy=f"Install them with: pip install 'kvx[{extra}]'",
+        )
+
+
+class ClosedOutput(io.TextIOBase):
+    """Stands for a standard output that was closed before the command began: every write fails."""
+
+    def write(self, text: str, /) -> int:
+        """Raises OSError."""
+        raise OSError(errno.EBADF, "Standard output is closed")
+
+    def reconfigure(self, **_: object) -> None:
+        """Nothing: there is nothing to write."""
+
+    def fileno(self) -> int:
+        """Its number, which no other file has."""
+        return STDOUT
+
+
+def hold_closed_streams() -> None:
+    """Keeps the numbers of standard streams that are closed from the files that are opened later: libraries print to
+    them. What is written to a closed standard output fails instead of getting lost.
+    """
+    for number, stream in enumerate((sys.stdin, sys.stdout, sys.stderr)):
+        if stream is None and (opened := os.open(os.devnull, os.O_RDWR)) != number:
+            os.dup2(opened, number)
+            os.close(opened)
+    if sys.stdout is None:
+        sys.stdout = ClosedOutput()
+
+
+def check_output(output: Path | None) -> None:
+    """Raises OptionError where results would go to a standard output that is closed."""
+    if output is None and (sys.stdout is None or isinstance(sys.stdout, ClosedOutput)):
+        raise OptionError(
+            "Standard output is closed", expected="a place to write to", remedy="Use `output`.", option="output"
         )
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvx.commands.console import spinner
+from kvx.commands.console import check_output, spinner
 from kvx.commands.machine import MachineOptions, load_and_say
 from kvx.commands.options import Described, ModelOption, OutputOption, with_described_options
 from kvx.commands.output import format_ranking
@@ -46,6 +46,7 @@ def score(
     Logarithms are natural.
     With --choices, each line has the best candidate, how far it is ahead of the next one, and its total.
     """
+    check_output(output)
     sources, lines = read_file(source), read_file(target)
     candidates = [line.split("\t") if choices else [line] for line in lines]
     options = TranslateOptions(**given)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from kvx.commands.console import counting, say
+from kvx.commands.console import check_output, counting, say
 from kvx.commands.machine import MachineOptions, load_and_say
 from kvx.commands.options import Described, ModelOption, OutputOption, with_described_options
 from kvx.commands.output import format_stats, translation_json, translation_lines
@@ -120,10 +120,7 @@ class Task:
                 remedy="Give the one text whose attention you want to see.",
                 option="plot_attention",
             )
-        if self.output is None and sys.stdout is None:
-            raise OptionError(
-                "Standard output is closed", expected="a place to write to", remedy="Use `output`.", option="output"
-            )
+        check_output(self.output)
 
     def _check_sources(self) -> None:
         if self.texts and self.input:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -248,8 +249,8 @@ class ExportOptions:
 
     @property
     def folder(self) -> Path:
-        """The bundle's folder."""
-        return self.output or Path("artifacts") / self.checkpoint.resolve().parent.name
+        """The bundle's folder. A checkpoint that is a link is named for where the link is: a hub's own are hashes."""
+        return self.output or Path("artifacts") / Path(os.path.normpath(self.checkpoint.absolute())).parent.name
 
     def tokenizer_path(self, name: str, chosen: Path | None) -> Path:
         """Where a tokenizer is: the chosen path, or the file of this name beside the checkpoint."""

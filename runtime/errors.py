@@ -100,6 +100,24 @@ class ParityError(KvxError):
     """An export differs from eager PyTorch by more than the tolerance."""
 
 
+SIGNS_OF_TOO_FEW_THREADS = ("can't start new thread", "pthread_create", "resource temporarily unavailable")
+
+
+def is_out_of_threads(error: BaseException) -> bool:
+    """Whether an exception of Python, torch or ONNX Runtime says that the system gives no more threads."""
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in SIGNS_OF_TOO_FEW_THREADS)
+
+
+def out_of_threads(got: str) -> CapacityError:
+    """The error for it."""
+    return CapacityError(
+        f"{got}, because the system allows this process no more threads",
+        expected="a limit on threads that leaves room for those of kvx",
+        remedy="Use fewer `threads` and `workers`, or raise the limit (ulimit -u, or pids of the container).",
+        option="threads",
+    )
+
+
 def _restore(kind: type[KvxError], args: tuple[Any, ...], state: dict[str, Any]) -> KvxError:
     error = kind.__new__(kind, *args)
     error.args = args

@@ -15,7 +15,7 @@ from kvx.runtime.backends.device import HOST, Device
 from kvx.runtime.bundle.folder import Bundle
 from kvx.runtime.bundle.graphs import FORMAT_ENDINGS, GRAPH_FILES
 from kvx.runtime.decoding.backend import Backend
-from kvx.runtime.errors import DeviceError
+from kvx.runtime.errors import DeviceError, out_of_threads
 from kvx.runtime.system import available_threads
 
 AUTO = "auto"
@@ -155,7 +155,10 @@ def load_backends(
     checked = [file for file in bundle.manifest.files if file.endswith((*row.checked, ".model"))]
     make = partial(row.make, bundle, threads=threads, workers=workers, spin=spin)
     with ThreadPoolExecutor(max_workers=1) as pool:
-        hashes = pool.submit(bundle.check_hashes, checked)
+        try:
+            hashes = pool.submit(bundle.check_hashes, checked)
+        except RuntimeError as error:
+            raise out_of_threads("The thread that checks the files cannot be started") from error
         try:
             backends = [make(device) for device in devices]
         finally:

@@ -18,7 +18,15 @@ from kvx.runtime.bundle.external import external_files
 from kvx.runtime.bundle.files import Files
 from kvx.runtime.bundle.signature import Axis, Signature, TensorSpec
 from kvx.runtime.decoding.cache import KVCache
-from kvx.runtime.errors import REMEDIES, BundleError, CapacityError, DeviceError, KvxError
+from kvx.runtime.errors import (
+    REMEDIES,
+    BundleError,
+    CapacityError,
+    DeviceError,
+    KvxError,
+    is_out_of_threads,
+    out_of_threads,
+)
 from kvx.runtime.system import bytes_saturate
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -91,12 +99,6 @@ CAUSES = (
         f"Install them with pip install '{CUDA_EXTRA}', or use `device` cpu.",
     ),
     Cause(("errcode = 24", "too many open files"), CapacityError, "a free file descriptor", REMEDIES[errno.EMFILE]),
-    Cause(
-        ("resource temporarily unavailable", "pthread_create", "thread constructor failed"),
-        CapacityError,
-        "room for another thread",
-        REMEDIES[errno.EAGAIN],
-    ),
     Cause(("errcode = 13", "permission denied"), BundleError, "files that may be read", REMEDIES[errno.EACCES]),
 )
 OTHER_CAUSE = Cause(
@@ -227,8 +229,8 @@ def _beside(files: Files, path: Path) -> list[str]:
 
 
 class Failing:
-    """A context in which an exception of ONNX Runtime becomes a CapacityError where memory is short and else a
-    BundleError. `got` is the sentence for what failed.
+    """A context in which an exception of ONNX Runtime becomes a CapacityError where memory or threads are short and
+    else a BundleError. `got` is the sentence for what failed.
     """
 
     __slots__ = ("_got",)
@@ -261,6 +263,8 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def _failure(got: str, error: Exception) -> KvxError:
     """The error for what ONNX Runtime says, by its cause."""
+    if is_out_of_threads(error):
+        return out_of_threads(got)
     if is_out_of_memory(error):
         return CAUSES[0].error(got)
     text = str(error).lower()

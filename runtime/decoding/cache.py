@@ -57,7 +57,8 @@ class KVCache:
     `buffers` by tensor name, described by `specs`; `lengths` [rows] positions written, `source_lengths` one for each
     row, or for each seat where the buffers of sources are shared by its rows; rows 0 … active − 1 are in use.
     `generation` changes whenever the buffers do, so that whoever bound them binds again. What lies beyond a row's
-    lengths is finite, never meaningful. Raises OptionError for bfloat16.
+    lengths is finite, never meaningful. Raises OptionError for bfloat16,
+    CapacityError where memory is short.
     """
 
     def __init__(self, specs: Sequence[TensorSpec], capacity: Capacity) -> None:
@@ -161,7 +162,10 @@ class KVCache:
         self.lengths[: self.active] += 1
 
     def resize(self, capacity: Capacity) -> None:
-        """Repacks the active rows into buffers of another capacity, which must hold what the rows hold."""
+        """Repacks the active rows into buffers of another capacity, which must hold what the rows hold.
+
+        Raises CapacityError, and leaves the cache as it is, where it does not or memory is short.
+        """
         used_target = int(self.lengths[: self.active].max(initial=0))
         used_source = self.longest_source
         if (
@@ -177,8 +181,9 @@ class KVCache:
                 f"and {used_source} positions in use",
                 remedy="Resize to what the active rows need.",
             )
-        old, taken, self.capacity = self.buffers, self.seated, capacity
+        old, taken = self.buffers, self.seated
         self.buffers = self._allocate(capacity)
+        self.capacity = capacity
         self.lengths = _with_rows(self.lengths, capacity.rows)
         self.source_lengths = _with_rows(self.source_lengths, self._sources_of(capacity))
         for spec in self.specs:
@@ -188,7 +193,16 @@ class KVCache:
         self.generation += 1
 
     def _allocate(self, capacity: Capacity) -> dict[str, NDArray[Any]]:
-        return {spec.name: np.zeros(spec.shape(capacity.sizes), spec.dtype) for spec in self.specs}
+        try:
+            return {spec.name: np.zeros(spec.shape(capacity.sizes), spec.dtype) for spec in self.specs}
+        except (MemoryError, ValueError) as error:  # numpy's ValueError: more bytes than can be addressed
+            raise CapacityError(
+                f"There is not enough memory for a cache of {capacity.rows} rows with {capacity.target} target and "
+                f"{capacity.source} source positions ({error})",
+                expected=f"{capacity.bytes(self.specs):,} bytes that can be allocated",
+                remedy="Use fewer rows (`rows`) or fewer bytes (`cache_bytes`), or free memory.",
+                option="cache_bytes",
+            ) from None
 
     def _sources_of(self, capacity: Capacity, rows: int | None = None) -> int:
         """How many sources the buffers hold, or how many of them are in the first `rows`."""

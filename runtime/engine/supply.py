@@ -8,6 +8,8 @@ import threading
 from collections.abc import Iterable, Iterator
 from typing import Generic, Protocol, TypeVar
 
+from kvx.runtime.errors import is_out_of_threads, out_of_threads
+
 END = 0.1  # seconds that a thread gets to end
 PAUSE = 0.01  # seconds without a further item, after which those at hand are enough
 
@@ -22,7 +24,7 @@ class Supply(Protocol[Item]):
 
     def take(self, most: int, *, wait: bool) -> list[Item]:
         """Up to `most` items that are at hand. None where there is none: for good where it is `exhausted`, which is
-        always so where it may `wait`.
+        always so where it may `wait`. Raises CapacityError where the system has no thread to wait in.
         """
         ...
 
@@ -75,7 +77,7 @@ class Awaited(Generic[Item]):
         if self.exhausted:
             return []
         if not self._thread.ident:
-            self._thread.start()
+            self._start()
         if most > self._asked_for:
             self._wanted.release(most - self._asked_for)
             self._asked_for = most
@@ -108,6 +110,14 @@ class Awaited(Generic[Item]):
                 break
         self.exhausted = True
         return found
+
+    def _start(self) -> None:
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            if is_out_of_threads(error):
+                raise out_of_threads("The thread that reads the texts cannot be started") from error
+            raise
 
     def _read(self, items: Iterator[Item]) -> None:
         try:

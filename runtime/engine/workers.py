@@ -15,6 +15,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from kvx.runtime.decoding.backend import Backend
 from kvx.runtime.decoding.decode import Cancelled, Loop, never
 from kvx.runtime.decoding.results import DecodeStats, Outcome, Sentence
+from kvx.runtime.errors import CapacityError, is_out_of_threads, out_of_threads
 
 SENTENCES_AT_ONCE = 16
 
@@ -27,11 +28,22 @@ def side_by_side(
     *,
     at_once: int = SENTENCES_AT_ONCE,
 ) -> Generator[Outcome, None, None]:
-    """What becomes of all sentences, as they are over, from these loops, each given up to `at_once` of them."""
-    if len(loops) == 1:
-        yield from loops[0].run(iter(sentences), stats, cancelled)
-    else:
-        yield from run_in_parallel(loops, sentences, stats, cancelled, at_once=at_once)
+    """What becomes of all sentences, as they are over, from these loops, each given up to `at_once` of them.
+
+    Raises CapacityError where memory is short.
+    """
+    try:
+        if len(loops) == 1:
+            yield from loops[0].run(iter(sentences), stats, cancelled)
+        else:
+            yield from run_in_parallel(loops, sentences, stats, cancelled, at_once=at_once)
+    except MemoryError as error:
+        raise CapacityError(
+            f"There is not enough memory for {len(loops)} decode loops ({error or 'an allocation failed'})",
+            expected="memory for the cache, the logits and the texts of all rows",
+            remedy="Use fewer rows (`rows`), fewer workers (`workers`) or a smaller cache (`cache_bytes`).",
+            option="rows",
+        ) from None
 
 
 def run_in_parallel(
@@ -49,11 +61,13 @@ def run_in_parallel(
     """
     drawn = iter(sentences)
     news: queue.SimpleQueue[_News] = queue.SimpleQueue()
-    workers = [_Worker(loop, cancelled, news) for loop in loops]
-    for worker in workers:
-        worker.start()
-    running = len(workers)
+    workers: list[_Worker] = []
+    running = len(loops)
     try:
+        for loop in loops:
+            worker = _Worker(loop, cancelled, news)
+            worker.start()
+            workers.append(worker)
         while running:
             match news.get():
                 case Outcome() as outcome:
@@ -103,9 +117,14 @@ class _Worker(threading.Thread):
         self._stopped = False
 
     def start(self) -> None:
-        """Starts it, to be stopped at the end of the interpreter at the latest."""
+        """Starts it, to be stopped at the end of the interpreter at the latest. Raises CapacityError."""
+        try:
+            super().start()
+        except RuntimeError as error:
+            if is_out_of_threads(error):
+                raise out_of_threads("A decode loop cannot be started") from error
+            raise
         _running.add(self)
-        super().start()
 
     def run(self) -> None:
         """Runs until there are no more sentences, or nobody wants the results."""

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import errno
 import io
 import itertools
+import logging
 import os
 import secrets
+import shutil
 import stat
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TextIO
@@ -18,6 +22,10 @@ from kvx.runtime.errors import InputError, OptionError, remedy_of
 
 LONGEST_LINE = 2**20  # bytes
 STANDARD = "-"  # stands for standard input or output
+NO_NEW_FILES = (errno.EACCES, errno.EPERM, errno.EROFS)  # of a folder
+NOT_REPLACED = (errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM)  # mounted, or another's in a sticky folder
+
+_log = logging.getLogger("kvx")
 
 
 def read_lines(stream: BinaryIO) -> Iterator[str]:
@@ -77,7 +85,8 @@ def open_standard_input() -> BinaryIO:
 
 @contextlib.contextmanager
 def complete_file(path: Path) -> Iterator[TextIO]:
-    """A text file that appears under its name only when it is complete; a device or pipe is written directly.
+    """A text file that appears under its name only when it is complete; a device or pipe is written directly. A file
+    that cannot be replaced, but written, gets the complete content in its place, which is logged as a warning.
 
     Raises InputError where it cannot be made.
     """
@@ -88,28 +97,71 @@ def complete_file(path: Path) -> Iterator[TextIO]:
 @contextlib.contextmanager
 def complete_binary_file(path: Path) -> Iterator[BinaryIO]:
     """As complete_file, for bytes."""
-    special = path.exists() and not path.is_file()
-    if not special:
-        path = path.resolve()  # a link stays one
-    partial = path if special else path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        file = partial.open("wb" if special else "xb")
-    except OSError as error:
-        raise InputError(
-            f"{path} cannot be written ({error.strerror})",
-            expected="a file name in a folder that exists",
-            remedy="Check the path.",
-        ) from None
+    if path.exists() and not path.is_file():
+        with _opened(path) as file:
+            yield file
+        return
+    path = path.resolve()  # a link stays one
+    partial, file = _partial(path)
     try:
         with file:
-            if not special:
+            if partial.parent == path.parent:
                 _keep_access(path, file)
             yield file
-        if not special:
-            partial.replace(path)
+        _put(partial, path)
     finally:
-        if not special:
-            partial.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("wb")
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
+def _partial(path: Path) -> tuple[Path, BinaryIO]:
+    """A new file beside this one. Where the folder takes none but the file itself can be written, one elsewhere."""
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        return beside, beside.open("xb")
+    except OSError as error:
+        if error.errno not in NO_NEW_FILES or not _is_writable(path):
+            raise _unwritable(path, error) from None
+    descriptor, name = tempfile.mkstemp(prefix="kvx.", suffix=".partial")
+    return Path(name), os.fdopen(descriptor, "wb")
+
+
+def _is_writable(path: Path) -> bool:
+    try:
+        with path.open("r+b"):
+            return True
+    except OSError:
+        return False
+
+
+def _put(partial: Path, path: Path) -> None:
+    """Lets a complete file take the place of another, or its content where the other must stay. Raises OSError."""
+    if partial.parent == path.parent:
+        try:
+            partial.replace(path)
+        except OSError as error:
+            if error.errno not in NOT_REPLACED or not _is_writable(path):
+                raise
+        else:
+            return
+    _log.warning("%s cannot be replaced, so it is written in place. It is incomplete if that is cut short.", path)
+    with partial.open("rb") as complete, path.open("r+b") as file:
+        shutil.copyfileobj(complete, file)
+        file.truncate()
+
+
+def _unwritable(path: Path, error: OSError) -> InputError:
+    return InputError(
+        f"{path} cannot be written ({error.strerror})",
+        expected="a file name in a folder that exists",
+        remedy="Check the path.",
+    )
 
 
 def _keep_access(path: Path, file: BinaryIO) -> None:
@@ -146,6 +198,7 @@ def output_file(path: Path | None) -> Iterator[TextIO]:
     else:
         sys.stdout.reconfigure(encoding="utf-8", newline="\n")  # type: ignore[union-attr]  # a TextIOWrapper
         yield sys.stdout
+        sys.stdout.flush()
 
 
 def one_field(text: str) -> str:

@@ -125,6 +125,27 @@ class TestErrors:
             1, "", "kvx: error: It differs. Expected none of that. Report it.\n"
         )
 
+    @pytest.mark.parametrize(
+        ("raised", "code", "says"),
+        [
+            (MemoryError("Unable to allocate 3.00 GiB"), 2, "kvx: error: There is not enough memory (Unable"),
+            (RuntimeError("can't start new thread"), 2, "kvx: error: A thread cannot be started"),
+            (ImportError("initialization failed"), 130, ""),
+        ],
+        ids=["memory", "threads", "Ctrl-C"],
+    )
+    def test_what_is_no_fault_of_kvx_is_not_told_as_one(
+        self, monkeypatch: pytest.MonkeyPatch, raised: Exception, code: int, says: str
+    ) -> None:
+        def fail(_: Path) -> NoReturn:
+            raise raised from (KeyboardInterrupt() if code == 130 else None)
+
+        monkeypatch.setattr(Bundle, "open", fail)
+        found = invoke("inspect", "bundle")
+        assert (found.code, found.out) == (code, "")
+        assert found.err.startswith(says)
+        assert bool(found.err) == bool(says)
+
     def test_an_option_is_named_as_the_command_that_ran_spells_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(_: Path) -> NoReturn:
             raise kvx.OptionError("`bundle`, `output`", expected="`cache_bytes`", remedy="Leave out `max_new_tokens`.")

@@ -194,14 +194,17 @@ def test_without_onnx_runtime_the_way_to_it_is_named(monkeypatch: pytest.MonkeyP
     assert "pip install 'kvx[gpu]'" in found.err
 
 
-def test_ctrl_c_leaves_no_half_bundle(converse: Converse, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_ends_an_export_leaves_no_half_bundle(
+    converse: Converse, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
     command = converse("export", str(NUMBERS), "-o", "bundles/numbers")
     deadline = time.monotonic() + PATIENCE
     while not list(tmp_path.glob("bundles/.numbers.*/encoder.onnx")) and time.monotonic() < deadline:
         time.sleep(0.05)
     [partial] = names_in(tmp_path / "bundles")
     assert re.fullmatch(r"\.numbers\.[0-9a-f]+\.partial", partial)
-    command.process.send_signal(signal.SIGINT)
+    command.process.send_signal(number)
     found = command.end()
-    assert (found.code, found.out, found.err) == (130, "", "")
+    assert (found.code, found.out, found.err) == (code, "", "")
     assert names_in(tmp_path / "bundles") == []

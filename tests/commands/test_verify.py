@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +33,19 @@ def test_it_translates_a_text_too(bundle: Path, tmp_path: Path) -> None:
     found = invoke("verify", bundle, NUMBERS, "--verify-text", tmp_path / "text")
     assert found.code == 0
     assert "greedy on the verification text: 2 of 2 sentences equal" in found.out
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_links_to_the_right_files_are_proven_and_so_are_the_files(
+    bundle: Path, tmp_path: Path, link: Callable[[Path, Path], None]
+) -> None:
+    (tmp_path / "linked").mkdir()
+    for path in bundle.iterdir():
+        link(path, tmp_path / "linked" / path.name)
+    for folder in (tmp_path / "linked", bundle):
+        found = invoke("verify", folder, NUMBERS)
+        assert (found.code, found.err) == (0, ""), found.out
+        assert "  ok   onnx: ONNX checker" in found.out
 
 
 @pytest.mark.parametrize("name", ["encoder.onnx", "decoder_step.ts", "target.model"])

@@ -49,6 +49,19 @@ def test_the_defaults_of_the_lowering_are_those_of_the_precisions() -> None:
         assert ExportOptions(checkpoint=Path("x"), precision=name).operators == arithmetic.lowerings[0]
 
 
+@pytest.mark.parametrize("linked", ["file", "folder"])
+def test_a_checkpoint_that_is_a_link_is_named_for_the_links_folder(tmp_path: Path, linked: str) -> None:
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "model.pt").touch()
+    if linked == "file":
+        (tmp_path / "captions").mkdir()
+        (tmp_path / "captions" / "model.pt").symlink_to(tmp_path / "blobs" / "model.pt")
+    else:
+        (tmp_path / "captions").symlink_to("blobs")
+    for path in ("captions/model.pt", "blobs/../captions/./model.pt"):
+        assert ExportOptions(checkpoint=tmp_path / path).folder == Path("artifacts") / "captions"
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("heads", 0), ("heads", True), ("max_new_tokens", 2.5), ("verify", 1), ("output", 3), ("format", "ts")],

@@ -70,6 +70,16 @@ def test_a_session_never_falls_back_to_another_device(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize(
+    "says",
+    ["pthread_create failed, error code: 11 error msg: Resource temporarily unavailable", "can't start new thread"],
+)
+def test_a_limit_on_threads_is_told_as_one(says: str) -> None:
+    with pytest.raises(CapacityError, match="no more threads") as caught, Failing("It broke"):
+        raise RuntimeError(says)
+    assert caught.value.option == "threads"
+
+
 @pytest.mark.parametrize("raised", [KeyboardInterrupt(), CapacityError("Full", expected="room", remedy="Make room.")])
 def test_errors_of_ours_and_interrupts_pass_as_they_are(raised: BaseException) -> None:
     with pytest.raises(type(raised)) as caught, Failing("It broke"):

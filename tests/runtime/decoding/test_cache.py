@@ -378,6 +378,20 @@ def test_resizing_below_what_is_used_is_refused_and_changes_nothing(target: int,
         np.testing.assert_array_equal(buffer, before[name])
 
 
+@pytest.mark.parametrize("target", [2**44, 2**62])
+def test_memory_that_is_not_there_is_refused_with_its_bytes_and_changes_nothing(target: int) -> None:
+    huge = Capacity(2, target, 4)
+    with pytest.raises(CapacityError, match=f"{huge.bytes(SPECS):,} bytes") as caught:
+        KVCache(SPECS, huge)
+    assert caught.value.option == "cache_bytes"
+    assert f"2 rows with {target} target and 4 source positions" in str(caught.value)
+    cache = full_cache(3, 1)
+    before, capacity = dict(cache.buffers), cache.capacity
+    with pytest.raises(CapacityError, match="not enough memory"):
+        cache.resize(huge)
+    assert (cache.buffers, cache.capacity, cache.generation) == (before, capacity, 0)
+
+
 def test_the_lengths_of_released_rows_do_not_keep_a_cache_large() -> None:
     cache = full_cache(4, 1)
     cache.release(0)

@@ -15,7 +15,8 @@ from kvx.runtime.decoding import schedule
 from kvx.runtime.decoding.cache import KVCache
 from kvx.runtime.decoding.decode import Cancelled
 from kvx.runtime.decoding.results import DecodeStats, Hypothesis, Outcome, Sentence
-from kvx.runtime.engine.workers import run_in_parallel
+from kvx.runtime.engine.workers import run_in_parallel, side_by_side
+from kvx.runtime.errors import CapacityError
 from kvx.runtime.options import TranslateOptions
 
 TEXTS = ["one", "", "forty-two", "nine hundred and ninety-nine", "seven thousand and eight"] * 60
@@ -70,6 +71,38 @@ def test_an_error_in_one_worker_ends_all_and_reaches_the_consumer() -> None:
     before = threading.active_count()
     with pytest.raises(OSError, match="broken"):
         list(run_in_parallel([Running(each)] * 2, endless, DecodeStats()))
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_memory_that_runs_out_is_an_error_that_names_what_to_lower(workers: int) -> None:
+    def each(sentence: Sentence) -> None:
+        raise MemoryError("Unable to allocate 3.00 GiB")
+
+    with pytest.raises(CapacityError, match=r"not enough memory .*3.00 GiB.*`rows`") as caught:
+        list(side_by_side([Running(each)] * workers, [Sentence(0, (1,))], DecodeStats()))
+    assert caught.value.option == "rows"
+
+
+@pytest.mark.parametrize("allowed", [0, 1])
+def test_a_limit_on_threads_is_an_error_that_names_what_to_lower(
+    numbers_translator: Translator, monkeypatch: pytest.MonkeyPatch, allowed: int
+) -> None:
+    """Python raises this where the system gives no thread."""
+    left, start, before = itertools.count(), threading.Thread.start, threading.active_count()
+
+    def limited(thread: threading.Thread) -> None:
+        if next(left) >= allowed:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    options = TranslateOptions(rows=2, workers=2)
+    with pytest.raises(CapacityError, match="no more threads") as caught:
+        list(numbers_translator.translate_iter(iter(["one"] * 9), options))
+    assert caught.value.option == "threads"
+    with pytest.raises(CapacityError, match="no more threads"):
+        numbers_translator.translate(["one"] * 9, options)
     assert threading.active_count() == before
 
 

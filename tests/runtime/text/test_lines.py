@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import io
 import os
 import stat
+import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,8 @@ from hypothesis import strategies as st
 
 from kvx.runtime.errors import InputError
 from kvx.runtime.text.lines import LONGEST_LINE, complete_binary_file, complete_file, open_lines, read_lines
+
+NOBODY = 65534
 
 
 def lines(content: bytes) -> list[str]:
@@ -190,3 +195,69 @@ def test_a_path_that_cannot_be_written_is_named(tmp_path: Path, name: str) -> No
 def test_a_byte_order_mark_at_the_beginning_is_no_text(text: str) -> None:
     lines = text.removesuffix("\n").split("\n") if text else []
     assert list(read_lines(io.BytesIO(codecs.BOM_UTF8 + text.encode()))) == lines
+
+
+@contextlib.contextmanager
+def without_privileges() -> Iterator[None]:
+    """Whatever runs the tests, permissions count."""
+    privileged = os.geteuid() == 0
+    if privileged:
+        os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        if privileged:
+            os.seteuid(0)
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that everybody can reach."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o777)
+        yield Path(name)
+
+
+@pytest.mark.parametrize("mode", [0o555, 0o1777], ids=["closed folder", "sticky folder"])
+def test_a_file_that_can_be_written_but_not_replaced_is_written_in_place(
+    open_folder: Path, caplog: pytest.LogCaptureFixture, mode: int
+) -> None:
+    path = open_folder / "out"
+    path.write_text("something longer before")
+    path.chmod(0o666)
+    open_folder.chmod(mode)
+    inode = path.stat().st_ino
+    if mode == 0o1777 and os.geteuid() != 0:
+        pytest.skip("needs a file of somebody else")
+    with without_privileges(), complete_file(path) as file:
+        file.write("new\n")
+        assert path.read_text() == "something longer before"
+    assert (path.read_text(), path.stat().st_ino) == ("new\n", inode)
+    assert [(record.name, record.levelname) for record in caplog.records] == [("kvx", "WARNING")]
+    assert str(path) in caplog.text
+    assert [one.name for one in open_folder.iterdir()] == ["out"]
+
+
+def test_a_file_that_is_written_in_place_stays_as_it_is_where_writing_fails(open_folder: Path) -> None:
+    path = open_folder / "out"
+    path.write_text("before")
+    path.chmod(0o666)
+    open_folder.chmod(0o555)
+    with without_privileges(), contextlib.suppress(ZeroDivisionError), complete_file(path) as file:
+        file.write("new\n")
+        raise ZeroDivisionError
+    assert path.read_text() == "before"
+
+
+def test_a_file_that_can_be_neither_written_nor_replaced_is_refused(open_folder: Path) -> None:
+    (open_folder / "out").write_text("before")
+    (open_folder / "out").chmod(0o444)
+    open_folder.chmod(0o555)
+    for name in ("out", "new"):
+        with (
+            without_privileges(),
+            pytest.raises(InputError, match="cannot be written"),
+            complete_file(open_folder / name),
+        ):
+            pass
+    assert (open_folder / "out").read_text() == "before"
