@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kvx.commands.console import spinner
+from kvx.commands.console import check_places, spinner
 from kvx.commands.machine import Machine, MachineOptions
 from kvx.commands.options import BundleArgument, Described, with_described_options
 from kvx.runtime.bundle.folder import Bundle
@@ -40,6 +40,7 @@ def bench(
     """
     from kvx.runtime.measuring.curves import curves_html
 
+    check_places(json_file, plot)
     chosen = Machine.of(Bundle.open(bundle), machine)
     chosen.check()
     subject = Subject(bundle=str(bundle), threads=machine.threads, workers=machine.workers, spin=machine.spin)

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, TextIO
 
 import typer
 
-from kvx.runtime.errors import OptionError
+from kvx.runtime.errors import InputError, OptionError
+from kvx.runtime.text.lines import STANDARD
 
 if TYPE_CHECKING:
     from kvx.exporter.progress import Progress as Listener
@@ -137,10 +138,21 @@ def hold_closed_streams() -> None:
 
 def check_output(output: Path | None) -> None:
     """Raises OptionError where results would go to a standard output that is closed."""
-    if output is None and (sys.stdout is None or isinstance(sys.stdout, ClosedOutput)):
+    if (output is None or str(output) == STANDARD) and (sys.stdout is None or isinstance(sys.stdout, ClosedOutput)):
         raise OptionError(
             "Standard output is closed", expected="a place to write to", remedy="Use `output`.", option="output"
         )
+
+
+def check_places(*paths: Path | None) -> None:
+    """Raises InputError, before any work, for a file of results that no folder could hold."""
+    for path in paths:
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise InputError(
+                f"{path} cannot be written",
+                expected="a file name in a folder that exists",
+                remedy="Check the path.",
+            )
 
 
 def drop_output() -> None:
@@ -150,4 +162,6 @@ def drop_output() -> None:
 
 def _drop(stream: TextIO | None) -> None:
     if stream is not None:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)

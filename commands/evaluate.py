@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvx.commands.console import require, say, spinner
+from kvx.commands.console import check_places, require, say, spinner
 from kvx.commands.machine import BACKENDS, BackendName, Machine, MachineOptions
 from kvx.commands.options import BundleArgument, Described, with_described_options
 from kvx.commands.translation import options_of_a_translation
@@ -57,6 +57,7 @@ def evaluate(
     require("sacrebleu", extra="evaluate")
     from kvx.runtime.measuring.evaluation import ParallelText
 
+    check_places(json_file, hypotheses)
     names = _backends(backend)
     if "shortlist" in given and set(names) != {"onnx"}:
         raise OptionError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from kvx.runtime.bundle.folder import CHECKPOINT_FILE, Bundle, newest_bundle
 from kvx.runtime.decoding.backend import Backend
 from kvx.runtime.engine.loaded import LoadedModel
 from kvx.runtime.options import OPTIONS
-from kvx.runtime.rules import Option, Problem, choice, flag, refuse, text, wrong_values
+from kvx.runtime.rules import Option, choice, flag, refuse, text, wrong_values
 from kvx.runtime.system import available_threads
 
 BackendName = Literal["onnx", "torchscript", "torch", "torch-no-cache"]
@@ -61,11 +60,7 @@ class MachineOptions:
     ] = False
 
     def __post_init__(self) -> None:
-        refuse([*wrong_values(self), *self._contradictions()])
-
-    def _contradictions(self) -> Iterator[Problem]:
-        if self.spin and self.backend != "onnx":
-            yield Problem("spin", f"`spin` has no effect on the backend {self.backend}", "`spin` only with onnx")
+        refuse(wrong_values(self))
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from kvx.commands.options import Described, ModelOption, OutputOption, with_desc
 from kvx.commands.output import format_ranking
 from kvx.commands.translation import options_of_a_translation
 from kvx.runtime.engine.scoring import RankBy
+from kvx.runtime.errors import OptionError
 from kvx.runtime.options import TranslateOptions
 from kvx.runtime.text.lines import output_file, read_file
 
@@ -30,8 +31,11 @@ def score(
         ),
     ] = False,
     by: Annotated[
-        RankBy, typer.Option(help="With --choices: rank by the total log-probability, or by its mean per token.")
-    ] = "sum",
+        RankBy | None,
+        typer.Option(
+            help="With --choices: rank by the total log-probability, or by its mean per token.  [default: sum]"
+        ),
+    ] = None,
     model: ModelOption = None,
     machine: Annotated[MachineOptions, Described(MachineOptions)],
     given: Annotated[dict[str, Any], options_of_a_translation("rows", "workers", "cache_bytes")],
@@ -43,16 +47,22 @@ def score(
     """Print the log-probabilities of given translations.
 
     Each line has the total, the mean per token and the number of tokens, with tabs between. The end token counts.
-    Logarithms are natural.
-    With --choices, each line has the best candidate, how far it is ahead of the next one, and its total.
+    Logarithms are natural. With --choices, each line has the best candidate, its lead over the next one, and its total.
     """
     check_output(output)
+    if by is not None and not choices:
+        raise OptionError(
+            "`by` has no effect without `choices`",
+            expected="candidates to rank",
+            remedy="Add `choices`, or leave out `by`.",
+            option="by",
+        )
     sources, lines = read_file(source), read_file(target)
     candidates = [line.split("\t") if choices else [line] for line in lines]
     options = TranslateOptions(**given)
     translator = load_and_say(model, machine, bulk=True)
     with spinner(f"scoring {len(lines)} lines"):
-        rankings = translator.rank(sources, candidates, by=by, options=options)
+        rankings = translator.rank(sources, candidates, by=by or "sum", options=options)
     with output_file(output) as out:
         for texts, ranking in zip(candidates, rankings, strict=True):
             out.write(format_ranking(texts, ranking, choices=choices, as_json=as_json) + "\n")

@@ -112,6 +112,8 @@ class DeviceRows:
             with self._lock, self._loop.running:
                 self._session.run_with_iobinding(self._binding, _run_options(graph_id))
                 self._binding.synchronize_outputs()
+        except CapacityError:
+            raise
         except KvxError as error:
             _log.warning("steps run uncaptured: %s", error.got)
         else:

@@ -12,10 +12,12 @@ from functools import partial
 from typing import Protocol
 
 from kvx.runtime.backends.device import HOST, Device
+from kvx.runtime.backends.graphs import THREADS
 from kvx.runtime.bundle.folder import Bundle
 from kvx.runtime.bundle.graphs import FORMAT_ENDINGS, GRAPH_FILES
 from kvx.runtime.decoding.backend import Backend
 from kvx.runtime.errors import DeviceError, out_of_threads
+from kvx.runtime.rules import Problem, flag, refuse, wrong_value
 from kvx.runtime.system import available_threads
 
 AUTO = "auto"
@@ -150,6 +152,7 @@ def load_backends(
     """
     row, started = backend_row(name), time.perf_counter()
     _check_devices(row, devices)
+    _check_threads(row, workers=workers, spin=spin)
     _check_installed(row)
     bundle.require(*row.files)
     checked = [file for file in bundle.manifest.files if file.endswith((*row.checked, ".model"))]
@@ -180,6 +183,16 @@ def _check_devices(row: BackendRow, devices: Sequence[Device]) -> None:
             remedy="Use `device` cpu, or another `backend`.",
             option="device",
         )
+
+
+def _check_threads(row: BackendRow, *, workers: int | None, spin: bool) -> None:
+    problems = list(wrong_value("spin", spin, flag()))
+    if workers is not None:
+        problems += wrong_value("workers", workers, THREADS)
+    if spin and not row.own_threads:
+        got = f"`spin` has no effect on the backend {row.name}"
+        problems.append(Problem("spin", got, "`spin` only with onnx"))
+    refuse(problems)
 
 
 def _check_installed(row: BackendRow) -> None:

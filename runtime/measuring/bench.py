@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import itertools
 import json
 import time
@@ -112,15 +114,21 @@ class Host:
     @classmethod
     def here(cls) -> Self:
         """This machine and this process."""
-        from kvx.runtime.backends.ort import ort
-
         return cls(
             cpu=cpu_model(),
             cores=available_threads(),
             kvx=kvx.__version__,
-            onnxruntime=ort.__version__,
+            onnxruntime=_onnxruntime_version(),
             numpy=np.__version__,
         )
+
+
+def _onnxruntime_version() -> str:
+    """Of the package that is installed, whichever it is."""
+    for name in ("onnxruntime-gpu", "onnxruntime"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return "not installed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

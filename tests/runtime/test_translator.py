@@ -373,7 +373,7 @@ def test_an_unknown_device_is_refused(numbers_bundle: Path, backend: str, device
         Translator.load(numbers_bundle, backend=backend, device=device)
 
 
-@pytest.mark.parametrize("backend", ["", "torch", "ONNX"])
+@pytest.mark.parametrize("backend", ["", "tensorrt", "ONNX"])
 def test_an_unknown_backend_is_refused(numbers_bundle: Path, backend: str) -> None:
     with pytest.raises(DeviceError, match=f"backend '{backend}'"):
         Translator.load(numbers_bundle, backend=backend)

@@ -6,6 +6,7 @@ import importlib.util
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,6 +62,21 @@ def test_what_a_backend_needs_installed_is_named_with_the_command_that_brings_it
         assert f"needs {module}, which is not installed" in caught.value.got
         assert f"pip install {command}" in caught.value.remedy
         assert caught.value.option == "backend"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ({"spin": True}, "`spin` has no effect on the backend torchscript"),
+        ({"spin": "maybe"}, "`spin` is 'maybe'"),
+        ({"workers": 0}, "`workers` is 0"),
+    ],
+)
+def test_what_has_no_effect_or_no_meaning_is_refused(
+    numbers_bundle: Path, arguments: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(OptionError, match=problem):
+        Translator.load(numbers_bundle, backend="torchscript", **arguments)
 
 
 def test_a_backend_without_cuda_is_refused_on_it(bundle: Bundle) -> None:
