@@ -25,7 +25,7 @@ from kvx.commands.inspect import inspect
 from kvx.commands.options import spelled, spellings
 from kvx.commands.score import score
 from kvx.commands.signals import cleaning_up
-from kvx.commands.translate import translate
+from kvx.commands.translate import CommandOfTexts, translate
 from kvx.commands.verify import verify
 from kvx.runtime.errors import KvxError, ParityError, is_out_of_threads, out_of_threads, remedy_of
 
@@ -42,7 +42,7 @@ app = typer.Typer(
     "kvx export turns a checkpoint into a bundle: a folder that all other commands work on.",
 )
 for command in (export, verify, inspect, translate, evaluate, score, bench):
-    app.command()(command)
+    app.command(cls=CommandOfTexts if command is translate else None)(command)
 
 shortlists = typer.Typer(
     no_args_is_help=True,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
+from typer.core import TyperCommand
 
 from kvx.commands.console import check_output, counting, say
 from kvx.commands.machine import MachineOptions, load_and_say
@@ -26,6 +27,20 @@ if TYPE_CHECKING:
     from kvx.runtime.decoding.results import DecodeStats
 
 NAMED_LINES = 10
+AFTER_DASHES = "Put -- before a text that begins with a dash: kvx translate -- '-5 degrees'"
+
+
+class CommandOfTexts(TyperCommand):
+    """A command whose arguments are texts, which may begin with a dash."""
+
+    def parse_args(self, *arguments: Any, **named: Any) -> list[str]:  # noqa: ANN401  # Typer's own differ by version
+        """As Typer does; an option that does not exist may have been meant as a text."""
+        try:
+            return super().parse_args(*arguments, **named)
+        except Exception as error:
+            if hasattr(error, "possibilities"):  # it is NoSuchOption, which Typer has from click or as its own
+                error.message, error.possibilities = f"{error.format_message()}. {AFTER_DASHES}", None  # type: ignore[attr-defined]
+            raise
 
 
 @with_described_options
@@ -33,7 +48,11 @@ def translate(
     *,
     text: Annotated[
         list[str] | None,
-        typer.Argument(help="The texts to translate.  [default: the lines of standard input]", show_default=False),
+        typer.Argument(
+            help="The texts to translate. Put -- before a text that begins with a dash.  "
+            "[default: the lines of standard input]",
+            show_default=False,
+        ),
     ] = None,
     input_: Annotated[
         Path | None,

@@ -28,7 +28,7 @@ def check_output(folder: Path, checkpoint: Path, *, force: bool) -> None:
     """Raises OptionError, before any work, for an output that must not be replaced."""
     if not folder.exists() and not folder.is_symlink():
         return
-    if checkpoint.resolve().is_relative_to(folder.resolve()):
+    if Path(os.path.realpath(checkpoint)).is_relative_to(os.path.realpath(folder)):  # a loop of links is no error yet
         remedy = "Name another folder with `output`: this one holds the checkpoint."
     elif folder.is_symlink() or not _is_bundle(folder):
         remedy = "Name another folder with `output`: this one is no bundle, so it is never replaced."

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import onnx_ir
 import torch
+from onnx_ir.external_data import convert_tensors_to_external
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 from torch import nn
 
@@ -22,6 +23,8 @@ from kvx.exporter.writing.loop import LoopGraph
 from kvx.models.layers import Linear
 from kvx.runtime.bundle.precision import Widths
 from kvx.runtime.bundle.signature import PAST
+
+LARGEST_INSIDE = 2**16  # bytes of a weight that may stay within the file of a graph that shares the others
 
 
 def write_onnx(
@@ -34,7 +37,8 @@ def write_onnx(
     """One graph → an ONNX file that the checker passes, its weights beside it as `<path>.data`, which runtimes map into
     memory. With `widths` they are quantised.
 
-    With `weights_of`, another graph in the same folder, they are shared with that one.
+    With `weights_of`, another graph in the same folder, they are shared with that one; `<path>.data` then has the large
+    ones that differ, if there are any.
     """
     letters = {letter: torch.export.Dim(letter, min=1) for letter in ("B", "C", "G", "Q", "S", "T")}
     shapes = [
@@ -60,9 +64,12 @@ def write_onnx(
     if widths is not None:
         quantize(program.model, widths, _weights(graph))
     CommonSubexpressionEliminationPass()(program.model)
-    if weights_of is not None:
+    if weights_of is None:
+        program.save(path, external_data=True)
+    else:
         _share_weights(program.model, weights_of)
-    program.save(path, external_data=True if weights_of is None else None)
+        _put_beside(program.model, path)
+        onnx_ir.save(program.model, path)  # program.save stores weights that are shared once more in large models
     onnx.checker.check_model(path, full_check=True)
 
 
@@ -82,6 +89,20 @@ def _share_weights(model: onnx_ir.Model, other: Path) -> None:
         tensor = theirs[name].const_value if name in theirs else None
         own = value.const_value
         if isinstance(tensor, onnx_ir.ExternalTensor) and own and np.array_equal(tensor.numpy(), own.numpy()):
+            value.const_value = tensor
+
+
+def _put_beside(model: onnx_ir.Model, path: Path) -> None:
+    """Moves large weights that are not in any file yet to one of their own: a graph's file holds 2 GiB at the most."""
+    tensors = {value: value.const_value for value in model.graph.initializers.values()}
+    own = {
+        value: tensor
+        for value, tensor in tensors.items()
+        if tensor is not None and not isinstance(tensor, onnx_ir.ExternalTensor) and tensor.nbytes > LARGEST_INSIDE
+    }
+    if own:
+        moved = convert_tensors_to_external(list(own.values()), path.parent, f"{path.name}.data")
+        for value, tensor in zip(own, moved, strict=True):
             value.const_value = tensor
 
 

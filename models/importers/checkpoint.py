@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from kvx.runtime.errors import CheckpointError
 StateDict = Mapping[str, Tensor]
 
 NAMED_PROBLEMS = 10
+LONGEST_PROBLEM = 200  # characters: names in a file may be of any length
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +41,9 @@ class Checkpoint:
 
 def read_file(path: Path) -> object:
     """What a file written by torch.save holds. Raises CheckpointError for anything that could run code."""
-    if not path.is_file():
-        raise CheckpointError(
-            f"{path} is {'a folder' if path.is_dir() else 'not there'}",
-            expected="a checkpoint file",
-            remedy="Check the path.",
-        )
+    missing = _why_no_file(path)
+    if missing is not None:
+        raise CheckpointError(f"{path} {missing}", expected="a checkpoint file", remedy="Check the path.")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected pickle protocol", category=UserWarning)
@@ -62,6 +61,18 @@ def read_file(path: Path) -> object:
             expected="a file written by torch.save",
             remedy="Copy or save the checkpoint again.",
         ) from None
+
+
+def _why_no_file(path: Path) -> str | None:
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return "is not there"
+    except (OSError, ValueError) as error:  # a link to itself, a name that cannot be one
+        return f"cannot be opened ({getattr(error, 'strerror', None) or error})"
+    if stat.S_ISREG(mode):
+        return None
+    return "is a folder" if stat.S_ISDIR(mode) else "is a device or a pipe"
 
 
 def _ends_with(path: Path, name: str) -> bool:
@@ -91,11 +102,12 @@ def build(config: ModelConfig, state: StateDict, path: Path, names: Mapping[str,
         for name, shape in expected.items()
         if name in state and not _fits(state[name], shape)
     ]
-    fitting = {name: state[name].float() for name, shape in expected.items() if _fits(state.get(name), shape)}
+    read = {name: _as_float(state[name]) for name, shape in expected.items() if _fits(state.get(name), shape)}
+    fitting = {name: tensor for name, tensor in read.items() if tensor is not None and bool(tensor.isfinite().all())}
     problems += [
-        f"{names.get(name, name)} with values that are not finite"
-        for name, tensor in fitting.items()
-        if not bool(tensor.isfinite().all())
+        f"{names.get(name, name)} with values that {'cannot be read' if tensor is None else 'are not finite'}"
+        for name, tensor in read.items()
+        if name not in fitting
     ]
     if problems:
         refuse_tensors(path, problems)
@@ -105,15 +117,27 @@ def build(config: ModelConfig, state: StateDict, path: Path, names: Mapping[str,
     return model.eval().requires_grad_(requires_grad=False)
 
 
+def is_plain(value: object) -> bool:
+    """Whether this is a tensor with a shape and values of its own: not nested, sparse or without data."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta and not value.is_nested
+
+
 def _fits(value: object, shape: torch.Size) -> bool:
-    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
-        return False
-    return value.shape == shape and value.is_floating_point()
+    return isinstance(value, Tensor) and is_plain(value) and value.shape == shape and value.is_floating_point()
+
+
+def _as_float(tensor: Tensor) -> Tensor | None:
+    """The values as float32, or None for a type that torch can store but not convert."""
+    try:
+        return tensor.float()
+    except RuntimeError:
+        return None
 
 
 def refuse_tensors(path: Path, problems: Sequence[str]) -> None:
     """Raises CheckpointError that counts all problems and names the first."""
-    shown = ", ".join(problems[:NAMED_PROBLEMS]) + (", …" if len(problems) > NAMED_PROBLEMS else "")
+    named = (one if len(one) <= LONGEST_PROBLEM else f"{one[:LONGEST_PROBLEM]}…" for one in problems[:NAMED_PROBLEMS])
+    shown = ", ".join(named) + (", …" if len(problems) > NAMED_PROBLEMS else "")
     raise CheckpointError(
         f"{path} has {len(problems)} wrong tensor{'s' if len(problems) > 1 else ''}: {shown}",
         expected="exactly the tensors of the model, in the shapes that its sizes imply",
@@ -124,8 +148,8 @@ def refuse_tensors(path: Path, problems: Sequence[str]) -> None:
 def describe(value: object) -> str:
     """A value of a file in a few words."""
     if isinstance(value, Tensor):
-        kind = "" if value.layout == torch.strided and not value.is_meta else " without plain values"
-        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}{kind}"
+        shape = "nested" if value.is_nested else list(value.shape)
+        return f"{str(value.dtype).removeprefix('torch.')} {shape}{'' if is_plain(value) else ' without plain values'}"
     if isinstance(value, dict):
         odd_first = sorted(value, key=lambda key: isinstance(key, str))
         return f"a dict with the keys {odd_first[:NAMED_PROBLEMS]}"

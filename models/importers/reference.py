@@ -9,7 +9,15 @@ from pathlib import Path
 from torch import Tensor
 
 from kvx.models.config import ModelConfig
-from kvx.models.importers.checkpoint import Checkpoint, StateDict, build, expected_shapes, refuse_tensors
+from kvx.models.importers.checkpoint import (
+    Checkpoint,
+    StateDict,
+    build,
+    describe,
+    expected_shapes,
+    is_plain,
+    refuse_tensors,
+)
 from kvx.runtime.errors import CheckpointError
 
 REFERENCE_TOKEN_LIMIT = 59  # the reference script stops at 60 positions, bos included
@@ -95,9 +103,9 @@ def reference_name(name: str) -> str:
 def _infer_config(state: StateDict, path: Path, heads: int | None) -> tuple[ModelConfig, tuple[str, ...]]:
     telling = {name: reference_name(name) for name, _ in SIZES.values()}
     problems = [f"missing {name}" for name in sorted(set(telling.values()) - state.keys())]
-    problems += [
-        f"{name} with too few axes" for name in set(telling.values()) if name in state and state[name].ndim < 2
-    ]
+    known = {name: state[name] for name in sorted(set(telling.values())) if name in state}
+    problems += [f"{name} of {describe(tensor)}" for name, tensor in known.items() if not is_plain(tensor)]
+    problems += [f"{name} with too few axes" for name, tensor in known.items() if tensor.ndim < 2]
     if problems:
         refuse_tensors(path, problems)
     sizes = {field: state[telling[name]].shape[axis] for field, (name, axis) in SIZES.items()}
@@ -127,9 +135,11 @@ def _choose_heads(d_model: int, heads: int | None) -> tuple[int, tuple[str, ...]
 
 
 def _count_layers(state: StateDict, side: str) -> int:
+    """What is beyond the number of all tensors has gaps below it, which are missing tensors."""
+    most = len(state)
     found = (re.match(rf"transformer\.{side}\.layers\.(\d+)\.", name) for name in state)
-    highest = max((int(match[1]) for match in found if match), default=0)
-    return 1 + min(highest, len(state))  # what is beyond has gaps below it, which are missing tensors
+    numbers = (int(match[1]) if len(match[1]) <= len(str(most)) else most for match in found if match)
+    return 1 + min(most, max(numbers, default=0))
 
 
 def _is_state_dict(content: Mapping[object, object]) -> bool:

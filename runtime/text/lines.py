@@ -97,11 +97,11 @@ def complete_file(path: Path) -> Iterator[TextIO]:
 @contextlib.contextmanager
 def complete_binary_file(path: Path) -> Iterator[BinaryIO]:
     """As complete_file, for bytes."""
-    if path.exists() and not path.is_file():
+    if _is_special(path):
         with _opened(path) as file:
             yield file
         return
-    path = path.resolve()  # a link stays one
+    path = Path(os.path.realpath(path))  # a link stays one
     partial, file = _partial(path)
     try:
         with file:
@@ -111,6 +111,16 @@ def complete_binary_file(path: Path) -> Iterator[BinaryIO]:
         _put(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _is_special(path: Path) -> bool:
+    """Whether this is no regular file, nor a place for one. Raises InputError."""
+    try:
+        return not stat.S_ISREG(path.stat().st_mode)
+    except FileNotFoundError:
+        return False
+    except OSError as error:  # a loop of links, a name that cannot be one
+        raise _unwritable(path, error) from None
 
 
 def _opened(path: Path) -> BinaryIO:

@@ -19,6 +19,7 @@ from kvx.tests.commands.running import (
     Run,
     invoke,
     names_in,
+    refused,
 )
 
 OWN_LINE = re.compile(r"kvx: |parity with eager PyTorch: |  (ok  |FAIL) ")
@@ -86,6 +87,12 @@ def test_the_default_output_is_named_after_the_checkpoints_folder(
     folder = f"artifacts/{Path(small[1]).parent.name}"
     assert invoke(*small).out == f"{folder}\n"
     assert Manifest.read(tmp_path / folder).formats == ("torchscript",)
+
+
+def test_a_checkpoint_that_is_a_link_to_itself_is_refused(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.pt").symlink_to("model.pt")
+    for output in (tmp_path / "new", bundle):
+        refused(invoke("export", tmp_path / "model.pt", "-o", output, "--force"), "model.pt cannot be opened")
 
 
 @pytest.mark.parametrize("force", [[], ["--force"]])

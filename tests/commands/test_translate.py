@@ -26,6 +26,7 @@ from kvx.tests.commands.running import (
     names_in,
     outcome,
     refused,
+    refused_usage,
 )
 
 LONG = " ".join(["one"] * 100)
@@ -52,6 +53,13 @@ def test_a_file(translate: Run, tmp_path: Path, option: str) -> None:
 @pytest.mark.parametrize("backend", ["onnx", "torchscript", "torch", "torch-no-cache"])
 def test_every_backend_says_the_same_and_nothing_else(translate: Run, backend: str) -> None:
     assert translate("--backend", backend, "twelve", "one") == Outcome(0, "zwölf\neins\n", "")
+
+
+@pytest.mark.parametrize("text", ["-5 degrees", "--twelve", "--ba n"])
+def test_a_text_that_begins_with_a_dash_says_how_to_give_it(translate: Run, text: str) -> None:
+    refused_usage(translate(text), "No such option: ", "Put -- before a text that begins with a dash")
+    found = translate("--", text)
+    assert (found.code, found.out.count("\n")) == (0, 1)
 
 
 def test_an_output_file_is_complete_and_alone(translate: Run, tmp_path: Path) -> None:

@@ -5,24 +5,29 @@ Letters: B rows, S source positions, T capacity of a row's cache, V target vocab
 
 from __future__ import annotations
 
+import copy
 import getpass
 import sys
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
+from torch.onnx._internal.exporter import _onnx_program
 
 from kvx.exporter.lowerings.standard import StandardOperators
+from kvx.exporter.writing import onnx as writing
 from kvx.exporter.writing.graphs import EncoderGraph, StepGraph
-from kvx.exporter.writing.onnx import write_onnx
+from kvx.exporter.writing.onnx import LARGEST_INSIDE, write_onnx
 from kvx.models.eager import TorchBackend
 from kvx.models.transformer import Transformer
 from kvx.runtime.arrays import IntArray, Tensors
 from kvx.runtime.backends.onnx import ENCODER_FILE, STEP_FILE, OnnxBackend
-from kvx.runtime.bundle.manifest import BEAMS_FILE
+from kvx.runtime.bundle.external import external_files
+from kvx.runtime.bundle.manifest import BEAMS_FILE, CHUNK_FILE
 from kvx.runtime.bundle.signature import Dimensions, Signature, StepFeatures, encoder_signature, step_signature
 from kvx.runtime.decoding.cache import Capacity, EncodedSource, KVCache
 
@@ -192,3 +197,50 @@ def test_large_weights_lie_beside_the_graph(tiny: Transformer, tmp_path: Path) -
             if entry.key == "location"
         ]
         assert set(external) == {f"{name}.data"}
+
+
+def inside(path: Path) -> dict[str, int]:
+    """The bytes of every tensor that lies in the graph's own file."""
+    graph = onnx.load(path, load_external_data=False).graph
+    constants = [attribute.t for node in graph.node for attribute in node.attribute if attribute.HasField("t")]
+    tensors = [*graph.initializer, *constants]
+    return {one.name: one.ByteSize() for one in tensors if one.data_location != onnx.TensorProto.EXTERNAL}
+
+
+def test_large_weights_that_cannot_be_shared_lie_beside_their_graph_too(
+    tiny: Transformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writing, "LARGEST_INSIDE", 512)
+    other = copy.deepcopy(tiny)
+    other.head.weight = torch.nn.Parameter(tiny.head.weight * 2, requires_grad=False)
+    write_onnx(StepGraph(tiny, StandardOperators()), tmp_path / STEP_FILE)
+    write_onnx(StepGraph(other, StandardOperators()), tmp_path / CHUNK_FILE, weights_of=tmp_path / STEP_FILE)
+    assert max(inside(tmp_path / CHUNK_FILE).values()) < 1024
+    assert external_files(tmp_path / CHUNK_FILE) == {f"{STEP_FILE}.data", f"{CHUNK_FILE}.data"}
+    assert (tmp_path / f"{CHUNK_FILE}.data").stat().st_size == other.head.weight.nbytes
+    session = onnxruntime.InferenceSession(tmp_path / CHUNK_FILE, providers=["CPUExecutionProvider"])
+    for model in (tiny, other):
+        eager = TorchBackend(model)
+        cache = cache_of(eager, np.ones((3, 6), np.int64))
+        feeds = {"input_ids": np.full(3, 4), "past_lengths": cache.lengths, "source_lengths": SOURCE_LENGTHS}
+        logits = session.run(["logits"], {**feeds, **cache.buffers})[0]
+        expected = eager.bind(cache)(np.full(3, 4)).logits
+        assert np.allclose(logits, expected, rtol=0, atol=FLOAT32_NOISE) == (model is other)
+
+
+def test_a_large_model_does_not_store_what_it_shares(
+    tiny: Transformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond this size torch's own writing copies every weight beside each graph."""
+    monkeypatch.setattr(_onnx_program, "_LARGE_MODEL_THRESHOLD", 0)
+    for name, shared in ((STEP_FILE, None), (CHUNK_FILE, tmp_path / STEP_FILE)):
+        write_onnx(StepGraph(tiny, StandardOperators()), tmp_path / name, weights_of=shared)
+    assert {path.name for path in tmp_path.iterdir()} == {STEP_FILE, f"{STEP_FILE}.data", CHUNK_FILE}
+
+
+@pytest.mark.parametrize("name", ["attention", "loop", "numbers", "shortlist", "standard"])
+def test_no_graph_of_a_bundle_holds_a_large_tensor(name: str, request: pytest.FixtureRequest) -> None:
+    folder: Path = request.getfixturevalue(f"{name}_bundle")
+    largest = {path.name: max(inside(path).values(), default=0) for path in folder.glob("*.onnx")}
+    assert largest
+    assert max(largest.values()) <= LARGEST_INSIDE + 1024, largest

@@ -339,14 +339,43 @@ def test_weights_that_are_not_finite_in_float32_are_refused(path: Path, state: S
 
 @pytest.mark.parametrize(
     "convert",
-    [lambda tensor: tensor.to_sparse(), lambda tensor: tensor.to("meta")],
-    ids=["sparse", "meta"],
+    [
+        lambda tensor: tensor.to_sparse(),
+        lambda tensor: tensor.flatten(1).to_sparse_csr(),
+        lambda tensor: tensor.to("meta"),
+        lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8),
+        lambda tensor: torch.nested.nested_tensor(list(tensor)),
+        lambda tensor: torch.nested.nested_tensor(list(tensor), layout=torch.jagged),
+        lambda tensor: torch.zeros(tensor.shape, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
+    ],
+    ids=["sparse", "CSR", "meta", "quantised", "nested", "jagged", "float4"],
 )
+@pytest.mark.parametrize("name", [HEAD, "transformer.src_embedding.embed.weight", "transformer.enc_pos.pe"])
+@pytest.mark.filterwarnings("ignore")  # torch warns of half of these itself
 def test_tensors_without_plain_values_are_refused_by_name(
-    path: Path, state: StateDict, convert: Callable[[Tensor], Tensor]
+    path: Path, state: StateDict, name: str, convert: Callable[[Tensor], Tensor]
 ) -> None:
-    torch.save({**state, HEAD: convert(state[HEAD])}, path)
-    assert HEAD in refusal(path).got
+    torch.save({**state, name: convert(state[name])}, path)
+    assert name in refusal(path).got
+
+
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+def test_a_layer_number_of_any_length_is_refused_in_a_short_sentence(path: Path, state: StateDict, side: str) -> None:
+    torch.save({**state, f"transformer.{side}.layers.{'9' * 5000}.ff.ff1.bias": torch.ones(1)}, path)
+    assert "missing transformer." in refusal(path).got
+    assert len(refusal(path).got) < 5000
+
+
+def test_a_name_of_any_length_is_shortened(path: Path, own: dict[str, object], tiny: Transformer) -> None:
+    torch.save(own | {"state_dict": {**tiny.state_dict(), "x" * 5000: torch.ones(1)}}, path)
+    assert "unexpected xxx" in refusal(path).got
+    assert len(refusal(path).got) < 1000
+
+
+@pytest.mark.parametrize("name", ["itself", "x" * 5000, "zero\0byte"], ids=["loop", "long", "zero byte"])
+def test_a_path_that_leads_to_no_file_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "itself").symlink_to("itself")
+    assert "cannot be opened" in refusal(tmp_path / name).got
 
 
 def test_a_key_that_is_no_string_is_refused(path: Path, state: StateDict) -> None:

@@ -261,3 +261,11 @@ def test_a_file_that_can_be_neither_written_nor_replaced_is_refused(open_folder:
         ):
             pass
     assert (open_folder / "out").read_text() == "before"
+
+
+@pytest.mark.parametrize("name", ["itself", "x" * 5000], ids=["loop", "long"])
+def test_a_path_that_cannot_lead_to_a_file_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "itself").symlink_to("itself")
+    with pytest.raises(InputError, match="cannot be written"), complete_file(tmp_path / name):
+        pass
+    assert (tmp_path / "itself").is_symlink()
