@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +12,17 @@ import torch
 
 from kvx.runtime.arrays import IntArray, Tensors
 from kvx.runtime.backends.graphs import THREADS, GraphBackend
+from kvx.runtime.backends.torchscript_code import check_module
 from kvx.runtime.bundle.files import Files, files_of
 from kvx.runtime.bundle.manifest import GRAPH_FILES
 from kvx.runtime.bundle.signature import Dimensions, Signature, StepFeatures
 from kvx.runtime.decoding.backend import Step, StepOutput
 from kvx.runtime.decoding.cache import KVCache
-from kvx.runtime.errors import BundleError
+from kvx.runtime.errors import BundleError, CapacityError
 from kvx.runtime.rules import refuse, wrong_value
 
 ENCODER_FILE, STEP_FILE = GRAPH_FILES["torchscript"]
+LONGEST_REASON = 300
 
 
 class TorchScriptBackend(GraphBackend):
@@ -55,7 +58,7 @@ class TorchScriptBackend(GraphBackend):
                 "past_lengths": cache.lengths[:n],
                 "source_lengths": cache.source_lengths[:n],
             } | {name: buffer[:n] for name, buffer in cache.buffers.items()}
-            with torch.inference_mode():
+            with torch.inference_mode(), _running(STEP_FILE):
                 outputs = self._step(*(torch.from_numpy(arrays[name]) for name in names))
             named = _named(self.step_signature, outputs)
             presents = self.step_signature.presents
@@ -63,21 +66,37 @@ class TorchScriptBackend(GraphBackend):
 
         return step
 
-    def bind_chunk(self, cache: KVCache) -> Step:
-        """There is no such step: `query_tokens` is false."""
-        raise NotImplementedError("torchscript takes one token of a row at a time")
-
     def run_encoder(self, feeds: Tensors) -> Tensors:
         """The encoder module as it is: its inputs by name → its outputs by name."""
-        return _run(self._encoder, self.encoder_signature, feeds)
+        return _run(self._encoder, ENCODER_FILE, self.encoder_signature, feeds)
 
     def run_step(self, feeds: Tensors) -> Tensors:
         """The step module out of place: its inputs by name → its outputs by name; the inputs stay as they are."""
-        return _run(self._step, self.step_signature, {name: array.copy() for name, array in feeds.items()})
+        copies = {name: array.copy() for name, array in feeds.items()}
+        return _run(self._step, STEP_FILE, self.step_signature, copies)
 
 
-def _run(module: torch.jit.ScriptModule, signature: Signature, feeds: Tensors) -> Tensors:
-    with torch.inference_mode():
+@contextlib.contextmanager
+def _running(file: str) -> Iterator[None]:
+    """What torch raises while a module runs becomes a CapacityError where memory is short and else a BundleError."""
+    try:
+        yield
+    except (RuntimeError, IndexError, MemoryError) as error:
+        *_, last = str(error).strip().splitlines() or [type(error).__name__]
+        got = f"TorchScript cannot run {file} ({last[:LONGEST_REASON]})"
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise CapacityError(
+                got, expected="enough free memory", remedy="Plan fewer `rows` or fewer `max_new_tokens`."
+            ) from error
+        raise BundleError(
+            got,
+            expected="a module that kvx export wrote",
+            remedy="Export the bundle again with this version of kvx.",
+        ) from error
+
+
+def _run(module: torch.jit.ScriptModule, file: str, signature: Signature, feeds: Tensors) -> Tensors:
+    with torch.inference_mode(), _running(file):
         outputs = module(*(torch.from_numpy(np.ascontiguousarray(feeds[spec.name])) for spec in signature.inputs))
     return {name: output.numpy() for name, output in _named(signature, outputs).items()}
 
@@ -93,6 +112,7 @@ def _named(signature: Signature, outputs: Sequence[torch.Tensor]) -> dict[str, t
 
 
 def _load(path: Path, signature: Signature) -> torch.jit.ScriptModule:
+    check_module(path)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`torch.jit.load` is deprecated", category=DeprecationWarning)
         try:
