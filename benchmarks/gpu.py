@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import onnxruntime
 import torch
 from numpy.typing import NDArray
 
@@ -48,6 +47,7 @@ from kvx.models.transformer import Transformer
 from kvx.runtime.arrays import IntArray
 from kvx.runtime.backends.device import Device
 from kvx.runtime.backends.onnx import ENCODER_FILE, STEP_FILE, OnnxBackend
+from kvx.runtime.backends.ort import ort as onnxruntime
 from kvx.runtime.bundle.manifest import LOOP_FILE, SpecialIds
 from kvx.runtime.bundle.precision import PRECISIONS, Precision
 from kvx.runtime.bundle.signature import Dimensions, StepFeatures

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from functools import partial
 
 import numpy as np
-import onnxruntime as ort
 from onnx import TensorProto, helper
 
+from kvx.runtime.backends.ort import ort
 from kvx.runtime.measuring.tables import markdown_table
 from kvx.runtime.system import available_threads, cpu_model
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+from kvx.runtime.backends.ort import ort
 from kvx.runtime.measuring.tables import markdown_table
 
 LAYERS, WIDTH, INNER, WORDS = 6, 512, 2048, 32_000
