@@ -28,6 +28,7 @@ from kvx.tests.commands.running import (
     refused,
     refused_usage,
 )
+from kvx.tests.conftest import Seed
 
 LONG = " ".join(["one"] * 100)
 
@@ -320,4 +321,13 @@ def test_a_program_that_waits_for_each_answer_gets_it(converse: Converse) -> Non
         command.stdin.write(f"{text}\n".encode())
         command.stdin.flush()
         assert command.read(PATIENCE).decode() == f"{answer}\n"
+    assert command.end().code == 0
+
+
+def test_the_reference_model_answers_line_by_line_too(converse: Converse, seed: Seed, seed_bundle: Path) -> None:
+    command = converse("translate", "--model", str(seed_bundle.absolute()), "--device", "cpu")
+    for text, line in zip(seed.sources[:3], seed.greedy, strict=False):
+        command.stdin.write(f"{text}\n".encode())
+        command.stdin.flush()
+        assert command.read(PATIENCE).decode() == f"{line['text']}\n"
     assert command.end().code == 0
