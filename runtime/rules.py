@@ -38,9 +38,8 @@ class Option:
     """One option. `help` is a sentence for people; `unset` says what None stands for; `keyword` is its name where it
     is not the field's.
 
-    `flags` are its spellings on the command line, by default its name with dashes; `choices` are listed there. `unit`
-    is what the command line counts in: a value there is this many of the library's. `hidden` options are the
-    library's alone.
+    `flags` are its spellings on the command line, by default its name with dashes. `unit` is what the command
+    line counts in: a value there is this many of the library's. `hidden` options are the library's alone.
     """
 
     rule: Rule

@@ -113,9 +113,7 @@ class Files:
         return (self.folder / name).is_file() if self._entries is None else name in self._entries
 
     def check(self, names: Iterable[str]) -> None:
-        """Raises BundleError where a file is not the one of the manifest any more, which a graph needs that is opened
-        now.
-        """
+        """Raises BundleError where a file that is about to be opened is no longer the one of the manifest."""
         for name in names:
             now = Identity.of(self.folder / name)
             if self._entries is not None and (now is None or now != self._seen[name]):

@@ -366,8 +366,8 @@ def largest(logits: FloatArray, count: int) -> tuple[FloatArray, IntArray]:
     """logits [n, V] → the `count` largest of each row in falling order, and their ids, lower ones first on ties.
 
     They lie in the `count` blocks with the largest maxima: one pass over the logits finds these, side by side for all
-    blocks, which take every so manieth logit. Where more of a row equal the last than there is room for, it is sorted
-    whole; which of the impossible ones are given is left open.
+    blocks, each of which takes logits at equal distances. Where more of a row equal the last than there is room for, it
+    is sorted whole; which of the impossible ones are given is left open.
     """
     n, vocabulary = logits.shape
     candidates, ids = logits, np.broadcast_to(np.arange(vocabulary), logits.shape)

@@ -72,8 +72,8 @@ def run_in_parallel(
             match news.get():
                 case Outcome() as outcome:
                     yield outcome
-                case _Worker() as hungry:
-                    hungry.feed(list(itertools.islice(drawn, at_once)))
+                case _Worker() as asking:
+                    asking.feed(list(itertools.islice(drawn, at_once)))
                 case BaseException() as error:
                     raise error
                 case None:
@@ -102,7 +102,7 @@ def _stop_all() -> None:
 
 
 class _Worker(threading.Thread):
-    """One loop. What it finds, its hunger for sentences (itself) and its end (None, or what went wrong) are news.
+    """One loop. What it finds, its asking for sentences (itself) and its end (None, or what went wrong) are news.
 
     Nothing else bounds the queue: a worker that is fed only after the news before have been taken cannot run away.
     """
@@ -113,7 +113,7 @@ class _Worker(threading.Thread):
         self._loop = loop
         self._cancelled = cancelled
         self._news = news
-        self._food: queue.SimpleQueue[list[Sentence]] = queue.SimpleQueue()
+        self._fed: queue.SimpleQueue[list[Sentence]] = queue.SimpleQueue()
         self._stopped = False
 
     def start(self) -> None:
@@ -139,7 +139,7 @@ class _Worker(threading.Thread):
 
     def feed(self, sentences: list[Sentence]) -> None:
         """Gives the worker sentences; none means that there are no more."""
-        self._food.put(sentences)
+        self._fed.put(sentences)
 
     def stop(self) -> None:
         """Ends the worker at its next step."""
@@ -152,10 +152,10 @@ class _Worker(threading.Thread):
     def _sentences(self) -> Iterator[Sentence]:
         while not self._stopped:
             self._news.put(self)
-            food = self._food.get()
-            if not food:
+            sentences = self._fed.get()
+            if not sentences:
                 return
-            yield from food
+            yield from sentences
 
 
 _running: weakref.WeakSet[_Worker] = weakref.WeakSet()
