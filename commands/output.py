@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any
@@ -33,7 +34,23 @@ def translation_lines(translation: Translation, number: int, *, several: bool) -
 
 def translation_json(translation: Translation) -> str:
     """An object a line."""
-    return json.dumps(_form(translation), ensure_ascii=False)
+    return strict_json(_form(translation))
+
+
+def strict_json(form: object) -> str:
+    """JSON, in which a number that is not finite, such as the logarithm of no probability, is null."""
+    try:
+        return json.dumps(form, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(form), ensure_ascii=False, allow_nan=False)
+
+
+def _finite(form: object) -> object:
+    if isinstance(form, float):
+        return form if math.isfinite(form) else None
+    if isinstance(form, dict):
+        return {name: _finite(value) for name, value in form.items()}
+    return [_finite(value) for value in form] if isinstance(form, list | tuple) else form
 
 
 def _form(translation: Translation) -> dict[str, Any]:
@@ -60,7 +77,7 @@ def format_ranking(candidates: Sequence[str], ranking: Ranking, *, choices: bool
             }
             for text, score in zip(candidates, ranking.scores, strict=True)
         ]
-        return json.dumps({"best": ranking.best, "margin": ranking.margin, "scores": scores}, ensure_ascii=False)
+        return strict_json({"best": ranking.best, "margin": ranking.margin, "scores": scores})
     if choices:
         margin = "" if ranking.margin is None else f"{ranking.margin:.4f}"
         return f"{candidates[ranking.best]}\t{margin}\t{best.sum:.4f}"

@@ -106,9 +106,10 @@ class Translator:
 
         Texts that are no list or tuple are read in a thread of their own: what is finished never waits for more.
 
-        Where a text is refused, those before it are still given; then InputError is raised. Where `cancelled` answers
-        true, what was read ends as it is, and nothing more is read. `stats` is filled at the end, however it comes.
-        Raises OptionError and CapacityError.
+        Where a text is refused, those before it are still given; then InputError is raised. A text whose logits are not
+        finite has an empty translation that "failed", and InputError is raised after all others. Where `cancelled`
+        answers true, what was read ends as it is, and nothing more is read. `stats` is filled at the end, however it
+        comes. Raises OptionError and CapacityError.
         """
         options = options_or_default(options)
         return translate(self._model, texts, options, stats, prefixes=prefixes, cancelled=cancelled)

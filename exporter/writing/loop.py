@@ -10,6 +10,8 @@ vocabulary.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -48,13 +50,16 @@ class LoopGraph(nn.Module):
         """Ids, lengths, limits and finished [B], past_ids [B, T], then key and value per layer: L self [B, H, T, D],
         L cross [B, H, S, D] → next_ids, present_lengths, present_finished [B], present_ids [B, T], 2·L self caches.
 
-        A finished row writes pad beyond its length, over what it wrote there before.
+        A finished row writes pad beyond its length, over what it wrote there before. So does a row whose logits are
+        not finite: it is finished, but has neither ended nor reached its limit.
         """
         past, cross = caches_of(caches)
         positions = past_lengths.clamp(max=self.model.config.target_positions - 1)  # one finished there is beyond them
         lengths = past_lengths, source_lengths
         stepped = self.model.step(input_ids, *lengths, past, cross, self.ops, positions=positions)
-        chosen = torch.where(past_finished, NOTHING, stepped.logits.argmax(dim=-1))
+        best = stepped.logits.argmax(dim=-1)
+        finite = stepped.logits.gather(1, best[:, None])[:, 0].to(torch.float32).abs() < math.inf
+        chosen = torch.where(past_finished | ~finite, NOTHING, best)
         over, advance = chosen < 0, (chosen >= 0).to(torch.int64)
         next_ids = torch.where(over, self.special_ids.pad, chosen)
         present_lengths = past_lengths + advance

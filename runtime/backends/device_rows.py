@@ -43,6 +43,7 @@ class DeviceRows:
 
     def __init__(self, encoder: Graph, loop: Graph, capacity: Capacity, *, capture: bool, lock: threading.Lock) -> None:
         self.capacity = capacity
+        self.spoilt = False
         self._lock = lock
         self._encoder = encoder
         self._loop = loop
@@ -89,6 +90,10 @@ class DeviceRows:
     def read(self) -> LoopState:
         """The state as it is now, copied."""
         return LoopState(**{name: self._values[name].numpy().copy() for name in LoopState.__slots__})
+
+    def spoil(self) -> None:
+        """Notes that what a row left behind is not finite: nobody else may have these rows after this decode."""
+        self.spoilt = True
 
     def release(self) -> None:
         """Gives up the captured graph, if there is one."""
@@ -155,6 +160,9 @@ class IdleRows:
             return found
 
     def _give_back(self, rows: DeviceRows) -> None:
+        if rows.spoilt:
+            rows.release()
+            return
         with self._lock:
             self._idle.append(rows)
             if len(self._idle) > MOST_IDLE:

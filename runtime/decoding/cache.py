@@ -128,6 +128,11 @@ class KVCache:
         self.active = self._rows(last).start
         return last
 
+    def clear(self, seat: int) -> None:
+        """Overwrites with zeros all that a seat has, which may not be finite."""
+        for spec in self.specs:
+            self.buffers[spec.name][self._places(spec, seat)] = 0
+
     def move(self, origin: int, destination: int) -> None:
         """Copies what is meaningful of one seat over another."""
         if origin == destination:

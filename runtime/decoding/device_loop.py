@@ -80,6 +80,10 @@ class LoopRows(Protocol):
         """The state as it is now."""
         ...
 
+    def spoil(self) -> None:
+        """Notes that what a row left behind is not finite: nobody else may have these rows after this decode."""
+        ...
+
 
 @runtime_checkable
 class LoopBackend(Protocol):
@@ -111,7 +115,8 @@ def decode_in_blocks(
     """Sentences, each with one target of which nothing is fixed → their greedy translations, as they are over.
 
     As `decode` with Greedy, but that the host looks only every `block` steps: a row stops at most so much later than it
-    might. A source that is too long for the rows waits until they are empty and gets larger ones.
+    might. A source that is too long for the rows waits until they are empty and gets larger ones. A row that a sentence
+    left with numbers that are not finite is given to no other.
     """
     waiting = _Line(iter(sentences))
     while ahead := waiting.look(plan.rows):
@@ -154,6 +159,7 @@ class _Loop:
         self._block = block
         self._cancelled = cancelled
         self._seated: list[Sentence | None] = [None] * rows.capacity.rows
+        self._spoilt: set[int] = set()  # rows that nobody may take any more
         self._state = LoopState.idle(rows.capacity)
 
     def run(self) -> Iterator[Outcome]:
@@ -167,7 +173,7 @@ class _Loop:
 
     def _fill(self) -> bool:
         """Seats waiting sentences in the free rows; true while any row has one."""
-        free = [row for row, sentence in enumerate(self._seated) if sentence is None]
+        free = [row for row, sentence in enumerate(self._seated) if sentence is None and row not in self._spoilt]
         admitted: list[int] = []
         for row in free:
             ahead = self._waiting.look(1)
@@ -218,10 +224,16 @@ class _Loop:
                 yield self._outcome(row, sentence)
 
     def _outcome(self, row: int, sentence: Sentence, *, cancelled: bool = False) -> Outcome:
+        """A row that was given no token, although it had not ended and has room, has logits that are not finite."""
         ids = tuple(self._state.past_ids[row, : self._state.past_lengths[row]].tolist())
+        ended = bool(ids) and ids[-1] == self._plan.eos
         self._stats.sentences += 1
+        if self._state.past_finished[row] and not ended and len(ids) < self._state.limits[row]:
+            self._spoilt.add(row)
+            self._rows.spoil()
+            return Outcome.nothing(sentence, 0, scored=False, failed=True)
         self._stats.tokens += len(ids)
-        return Outcome(sentence, 0, (Hypothesis(ids, bool(ids) and ids[-1] == self._plan.eos),), cancelled)
+        return Outcome(sentence, 0, (Hypothesis(ids, ended),), cancelled)
 
     def _cancel(self) -> Iterator[Outcome]:
         for row, sentence in enumerate(self._seated):

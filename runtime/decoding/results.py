@@ -8,7 +8,7 @@ from typing import Literal
 
 from kvx.runtime.arrays import FloatArray
 
-FinishReason = Literal["end", "length", "cancelled"]
+FinishReason = Literal["end", "length", "cancelled", "failed"]
 
 
 @dataclass(slots=True, eq=False)
@@ -58,12 +58,16 @@ class Hypothesis:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a sentence's target of this number: hypotheses, the best first, and whether it was cancelled."""
+    """What became of a sentence's target of this number: hypotheses, the best first, and whether it was cancelled.
+
+    It has `failed`, with one hypothesis of nothing, where the model gave logits that are not finite.
+    """
 
     sentence: Sentence
     target: int
     hypotheses: tuple[Hypothesis, ...]
     cancelled: bool = False
+    failed: bool = False
 
     @property
     def best(self) -> Hypothesis:
@@ -72,15 +76,17 @@ class Outcome:
 
     def reason(self, hypothesis: Hypothesis) -> FinishReason:
         """Why a hypothesis is no longer."""
+        if self.failed:
+            return "failed"
         if hypothesis.ended:
             return "end"
         return "cancelled" if self.cancelled else "length"
 
     @classmethod
-    def nothing(cls, sentence: Sentence, target: int, *, scored: bool) -> Outcome:
-        """Of a target that was cancelled before it began."""
+    def nothing(cls, sentence: Sentence, target: int, *, scored: bool, failed: bool = False) -> Outcome:
+        """Of a target that was cancelled before it began, or that has `failed`."""
         hypothesis = Hypothesis((), ended=False, log_probabilities=() if scored else None)
-        return cls(sentence, target, (hypothesis,), cancelled=True)
+        return cls(sentence, target, (hypothesis,), cancelled=not failed, failed=failed)
 
 
 @dataclass(slots=True)

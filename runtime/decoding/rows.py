@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kvx.runtime.arrays import FloatArray, IntArray
+from kvx.runtime.arrays import BoolArray, FloatArray, IntArray
 from kvx.runtime.decoding.cache import EncodedSource, KVCache
 from kvx.runtime.decoding.plan import Plan
 from kvx.runtime.decoding.results import Hypothesis, Sentence
@@ -47,7 +47,7 @@ class Seat:
 class Choice(NamedTuple):
     """What a search decided for n rows in G seats: the next `ids` [n]; `over` [G], the seats that are done; and where
     it keeps them, natural `log_probabilities` [n], `parents` [n], the rows that they go on from, and `scores` [n],
-    by which it compares rows.
+    by which it compares rows. `failed` [G] are the seats whose logits are not finite; None where all are.
     """
 
     ids: IntArray
@@ -55,6 +55,7 @@ class Choice(NamedTuple):
     log_probabilities: NDArray[np.float64] | None = None
     parents: IntArray | None = None
     scores: NDArray[np.float64] | None = None
+    failed: BoolArray | None = None
 
 
 class Rows:

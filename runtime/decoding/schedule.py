@@ -82,7 +82,9 @@ class Schedule:
             rows.log_probabilities[row, start : start + count] = log_probabilities[row, :count]
         self.cache.lengths[:n] += taken
         self._count_step()
-        yield from self._finish(rows.at_limit())
+        meant = np.arange(log_probabilities.shape[1]) < taken[:, None]
+        failed = (np.isnan(log_probabilities) & meant).any(axis=-1)
+        yield from self._finish(rows.at_limit() | failed, failed)
 
     def record(self, choice: Choice, attention: FloatArray | None = None) -> Iterator[Outcome]:
         """Appends the chosen tokens; gives the targets that are over with them, then their seats to who waits.
@@ -91,7 +93,8 @@ class Schedule:
         """
         self.rows.append(choice, attention)
         self._count_step()
-        yield from self._finish(choice.over | self.rows.at_limit())
+        over, failed = choice.over | self.rows.at_limit(), self._failed(choice)
+        yield from self._finish(over, None) if failed is None else self._finish(over | failed, failed)
 
     def cancel(self) -> Iterator[Outcome]:
         """Every target as far as it has come, those that wait for a seat and all further sentences with nothing."""
@@ -117,11 +120,21 @@ class Schedule:
         left, room = self.rows.limits[:n] - lengths, self._plan.max_new_tokens - lengths
         return int(max(1, min(self._at_once // n, left.max(), room.min())))
 
-    def _finish(self, over: BoolArray) -> Iterator[Outcome]:
+    def _failed(self, choice: Choice) -> BoolArray | None:
+        """The seats whose logits are not finite [G], if any: those that the search saw, and those whose filters hid it
+        while a score shows it.
+        """
+        if choice.log_probabilities is None or not (nan := np.isnan(choice.log_probabilities)).any():
+            return choice.failed
+        nan &= self.rows.scores[: self.rows.n] > -np.inf
+        seats: BoolArray = nan.reshape(-1, self._plan.beams).max(axis=-1)
+        return seats if choice.failed is None else seats | choice.failed
+
+    def _finish(self, over: BoolArray, failed: BoolArray | None) -> Iterator[Outcome]:
         """What became of the seats that are `over`; then their places go to who waits."""
         places = np.flatnonzero(over).tolist()
         for place in places:
-            yield self._outcome(place)
+            yield self._failure(place) if failed is not None and failed[place] else self._outcome(place)
         for place in places[::-1]:  # from the end, so that a target that moves in is not over itself
             if self._can_seat(place):
                 self._seat(place)
@@ -134,6 +147,13 @@ class Schedule:
         self._stats.sentences += 1
         self._stats.tokens += len(found[0].ids)
         return Outcome(seat.sentence, seat.target, tuple(found), cancelled)
+
+    def _failure(self, place: int) -> Outcome:
+        """Of a seat whose numbers are not finite: none of them may stay for whoever takes it."""
+        seat = self.rows.seats[place]
+        self.cache.clear(place)
+        self._stats.sentences += 1
+        return Outcome.nothing(seat.sentence, seat.target, scored=self.rows.scored, failed=True)
 
     def _can_seat(self, place: int) -> bool:
         """Whether a target is ready for this place, and the budget has room for it beside the others."""

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from kvx.runtime.arrays import FloatArray, IntArray
+from kvx.runtime.arrays import BoolArray, FloatArray, IntArray
 from kvx.runtime.decoding.backend import StepOutput
 from kvx.runtime.decoding.results import Hypothesis, Sentence
 from kvx.runtime.decoding.rows import Choice, Rows
@@ -67,7 +67,9 @@ class Greedy:
     def choose(self, output: StepOutput, logits: FloatArray, rows: Rows) -> Choice:
         """logits [n, V] → argmax [n]."""
         ids: IntArray = logits.argmax(axis=-1)
-        return Choice(ids, ids == rows.eos, log_probabilities(output.logits, ids) if rows.scored else None)
+        failed = not_finite(output.logits, logits[np.arange(len(ids)), ids])
+        scores = log_probabilities(output.logits, ids) if rows.scored else None
+        return Choice(ids, ids == rows.eos, scores, failed=failed)
 
     def results(self, rows: Rows, seat: int) -> list[Hypothesis]:
         """The row."""
@@ -134,8 +136,13 @@ class Sampling:
     def choose(self, output: StepOutput, logits: FloatArray, rows: Rows) -> Choice:
         """logits [n, V] → drawn ids [n]."""
         drawn = np.array([seat.state.random() for seat in rows.seats])
-        ids = self.draw(self._tempered(logits), drawn)
-        return Choice(ids, ids == rows.eos, log_probabilities(output.logits, ids) if rows.scored else None)
+        peaks = logits.max(axis=-1)
+        failed = not_finite(output.logits, peaks)
+        if failed is not None:
+            logits, peaks = np.where(failed[:, None], 0, logits), np.where(failed, 0, peaks)
+        ids = self.draw(self._tempered(logits, peaks), drawn)
+        scores = log_probabilities(output.logits, ids) if rows.scored else None
+        return Choice(ids, ids == rows.eos, scores, failed=failed)
 
     def results(self, rows: Rows, seat: int) -> list[Hypothesis]:
         """The row."""
@@ -153,12 +160,12 @@ class Sampling:
         chosen: IntArray = np.take_along_axis(ids, np.minimum(passed, last)[:, None], axis=-1)[:, 0]
         return chosen
 
-    def _tempered(self, logits: FloatArray) -> FloatArray:
-        """logits [n, V] → their distances to the largest one, in temperatures, always finite or −∞."""
+    def _tempered(self, logits: FloatArray, peaks: FloatArray) -> FloatArray:
+        """logits [n, V], the largest ones [n] → the distances to these, in temperatures, always finite or −∞."""
         limits = np.finfo(np.float32)
         temperature = np.float32(min(max(self.temperature, float(limits.tiny)), float(limits.max)))
-        with np.errstate(over="ignore"):
-            tempered: FloatArray = (logits - logits.max(axis=-1, keepdims=True)) / temperature
+        with np.errstate(over="ignore", invalid="ignore"):  # filters may forbid all, a distance of −∞ to −∞
+            tempered: FloatArray = (logits - peaks[:, None]) / temperature
         return tempered
 
     def _candidates(self, logits: FloatArray) -> tuple[IntArray, NDArray[np.float64]]:
@@ -258,6 +265,12 @@ class BeamSearch:
         those that do end are closed.
         """
         k, normalizers = self.size, log_normalizers(output.logits)
+        finite = np.isfinite(normalizers)  # [n]
+        failed = None
+        if not finite.all():
+            broken = ~finite
+            failed = (broken & (rows.scores[: rows.n] > -np.inf)).reshape(-1, k).max(axis=-1)
+            logits, normalizers = np.where(broken[:, None], 0, logits), np.where(broken, 0.0, normalizers)
         values, ids = largest(logits, min(2 * k, logits.shape[1]))
         totals = rows.scores[: rows.n, None] + values - normalizers[:, None]  # [n, m]
         order = (-totals.reshape(-1, k * ids.shape[1])).argsort(axis=-1, kind="stable")[:, : 2 * k]
@@ -275,6 +288,7 @@ class BeamSearch:
             log_probabilities=_chosen(output.logits, parents, tokens, normalizers, rows_of) if rows.scored else None,
             parents=_placed(parents, rows_of),
             scores=_placed(totals, rows_of),
+            failed=failed,
         )
 
     def results(self, rows: Rows, seat: int) -> list[Hypothesis]:
@@ -403,16 +417,19 @@ def _places_of_largest(values: FloatArray, count: int) -> IntArray:
 
 
 def log_normalizers(logits: FloatArray) -> NDArray[np.float64]:
-    """logits [n, V] → log Σ exp [n], in float64; a few rows at a time, which stay in the processor's cache."""
+    """logits [n, V] → log Σ exp [n], in float64; a few rows at a time, which stay in the processor's cache. NaN where
+    any of them is NaN or +∞, or all are −∞.
+    """
     peaks = logits.max(axis=-1)
     totals = np.empty(len(logits))
     masses = np.empty((min(ROWS_AT_ONCE, len(logits)), logits.shape[1]), np.float32)
-    for first in range(0, len(logits), ROWS_AT_ONCE):
-        some = slice(first, first + ROWS_AT_ONCE)
-        part = masses[: len(peaks[some])]
-        np.subtract(logits[some], peaks[some, None], out=part)
-        np.exp(part, out=part)
-        part.sum(axis=-1, out=totals[some])
+    with np.errstate(invalid="ignore"):
+        for first in range(0, len(logits), ROWS_AT_ONCE):
+            some = slice(first, first + ROWS_AT_ONCE)
+            part = masses[: len(peaks[some])]
+            np.subtract(logits[some], peaks[some, None], out=part)
+            np.exp(part, out=part)
+            part.sum(axis=-1, out=totals[some])
     normalizers: NDArray[np.float64] = peaks + np.log(totals)
     return normalizers
 
@@ -422,3 +439,18 @@ def log_probabilities(logits: FloatArray, ids: IntArray) -> NDArray[np.float64]:
     chosen = np.take_along_axis(logits, ids[:, None], axis=-1)[:, 0]
     difference: NDArray[np.float64] = chosen - log_normalizers(logits)
     return difference
+
+
+def not_finite(logits: FloatArray, peaks: FloatArray) -> BoolArray | None:
+    """logits [n, V] as the model gave them, the largest of each row after filters [n] → the rows that have no finite
+    maximum [n]; None where all have one.
+
+    A NaN is the maximum of its row, so that the logits are looked at only where a peak is odd: filters may forbid
+    everything.
+    """
+    finite = np.isfinite(peaks)
+    if finite.all():
+        return None
+    odd: BoolArray = ~finite
+    odd[odd] = ~np.isfinite(logits[odd].max(axis=-1))
+    return odd if odd.any() else None

@@ -85,10 +85,11 @@ class Call:
     def run(
         self, requests: Supply[Request], stats: DecodeStats, cancelled: Cancelled | None, window: int | None = None
     ) -> Iterator[Translation]:
-        """The translation of each request, in order. An error in reading is raised after those read before it. A
-        `window` of requests is sorted by length together.
+        """The translation of each request, in order. An error in reading is raised after those read before it, and
+        the error of a text whose numbers are not finite after all others. A `window` of requests is sorted by length
+        together.
         """
-        stop, writer = Latch(cancelled), Writer(self.model.targets.tokenizer, self.options)
+        stop, writer = Latch(cancelled), Writer(self.model, self.options)
         window = window or self.plan.rows * self.workers * WINDOW_PER_ROW
         queue = RequestQueue(requests, window, self.shortlist, stop)
         loops = [self._loop(backend) for backend in shared_out(self.model.backends, self.workers)]
@@ -103,6 +104,8 @@ class Call:
                 yield from map(writer.write, queue.finished())
         if requests.error is not None:
             raise requests.error
+        if writer.failure is not None:
+            raise writer.failure
 
     def _loop(self, backend: Backend) -> Loop:
         """The loop that gives what is asked for: on a device that feeds itself, nothing but greedy tokens."""

@@ -20,3 +20,8 @@ class Request(Sentence):
     def finished(self) -> bool:
         """Whether its translation can be written."""
         return not self.ids or self.results is not None
+
+    @property
+    def failed(self) -> bool:
+        """Whether the model gave numbers for it, by now, that are not finite."""
+        return any(outcome is not None and outcome.failed for outcome in self.outcomes)

@@ -13,6 +13,7 @@ from kvx.runtime.decoding.search import BeamSearch, Sampling
 from kvx.runtime.engine.loaded import LoadedModel
 from kvx.runtime.engine.request import Request
 from kvx.runtime.engine.workers import shared_out, side_by_side
+from kvx.runtime.engine.writer import not_finite
 from kvx.runtime.errors import InputError
 from kvx.runtime.options import TranslateOptions
 from kvx.runtime.rules import Problem, choice, refuse, wrong_value
@@ -82,6 +83,9 @@ def rank(
     loops = [ScoringLoop(backend, plan) for backend in shared_out(model.backends, workers)]
     for outcome in side_by_side(loops, longest_first, DecodeStats()):
         outcome.sentence.outcomes[outcome.target] = outcome
+    for request in requests:
+        if request.failed:
+            raise not_finite(request, model.manifest)
     return [_ranking(_scores(request), by) for request in requests]
 
 

@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import logging
+from dataclasses import dataclass, field, replace
 
+from kvx.runtime.bundle.manifest import Manifest
+from kvx.runtime.bundle.precision import PRECISIONS
 from kvx.runtime.decoding.results import Hypothesis, Outcome
+from kvx.runtime.engine.loaded import LoadedModel
 from kvx.runtime.engine.request import Request
+from kvx.runtime.errors import InputError
 from kvx.runtime.options import TranslateOptions
 from kvx.runtime.text.alignment import align, replace_unknown
-from kvx.runtime.text.tokenizers.sentencepiece import Tokenizer
 from kvx.runtime.translation import Translation
 
+_log = logging.getLogger("kvx")
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True)
 class Writer:
-    """Makes translations of what was found, with what the options ask for."""
+    """Makes translations of what was found, with what the options ask for.
 
-    tokenizer: Tokenizer
+    `failure` is the error of the first request whose translation failed, for the end: the translations of the others
+    come before it.
+    """
+
+    model: LoadedModel
     options: TranslateOptions
+    failure: InputError | None = field(default=None, init=False)
 
     def write(self, request: Request) -> Translation:
-        """The translation of a request that is finished, all others of it included."""
+        """The translation of a request that is finished, all others of it included; an empty one where it failed."""
+        if request.failed:
+            error = not_finite(request, self.model.manifest)
+            _log.warning("%s", error)
+            self.failure = self.failure or error
         outcomes = request.results if request.ids else None
         if not outcomes:
             return self._nothing()
@@ -28,7 +43,7 @@ class Writer:
         return replace(first, others=tuple(others)) if others else first
 
     def _write(self, request: Request, outcome: Outcome, hypothesis: Hypothesis) -> Translation:
-        tokenizer, align_it = self.tokenizer, self.options.align
+        tokenizer, align_it = self.model.targets.tokenizer, self.options.align
         ids = hypothesis.ids[:-1] if hypothesis.ended else hypothesis.ids
         pieces, attention = tokenizer.pieces(ids), hypothesis.attention
         alignment = () if attention is None else align(attention[: len(ids)])
@@ -61,3 +76,18 @@ class Writer:
             alignment=() if self.options.align else None,
             source_tokens=() if self.options.align else None,
         )
+
+
+def not_finite(request: Request, manifest: Manifest) -> InputError:
+    """The error of a request for which the model gave numbers that are not finite."""
+    precision = manifest.precision
+    if PRECISIONS[precision].element == "float16":
+        remedy = "Export the model again with `precision` fp32 or bf16: float16 ends at 65,504."
+    else:
+        remedy = "Check the weights of the checkpoint, and export it again with `precision` fp32."
+    return InputError(
+        f"The model, in {precision}, gives numbers for this text that are not finite",
+        expected="finite logits",
+        remedy=remedy,
+        line=request.number,
+    )

@@ -109,6 +109,22 @@ def test_bound_onto_itself_it_translates_as_eager_does(tiny: Transformer, folder
     assert plan.eos in {ids[-1] for ids in got if ids}
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_row_whose_logits_are_not_finite_is_finished_without_a_token_and_its_neighbours_go_on(
+    tiny: Transformer, folder: Path, plan: Plan, value: float
+) -> None:
+    state = start(tiny, len(SOURCES), plan.max_new_tokens)
+    state["past_key_values.1.encoder.value"][2] = value
+    loop = BoundLoop(folder / LOOP_FILE, dimensions(tiny), state)
+    loop()
+    assert (state["past_finished"][2], state["past_lengths"][2]) == (True, 0)
+    while not state["past_finished"].all():
+        loop()
+    got = [tuple(ids[:length].tolist()) for ids, length in zip(state["past_ids"], state["past_lengths"], strict=True)]
+    expected = translations(TorchBackend(tiny), SOURCES, plan)
+    assert got == [() if row == 2 else expected[row] for row in range(len(SOURCES))]
+
+
 def test_a_row_may_end_at_the_last_position_and_wait_there(tiny: Transformer, folder: Path, plan: Plan) -> None:
     positions = tiny.config.target_positions
     state = start(tiny, len(SOURCES), positions)
