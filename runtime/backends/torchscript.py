@@ -112,10 +112,10 @@ def _named(signature: Signature, outputs: Sequence[torch.Tensor]) -> dict[str, t
 
 
 def _load(path: Path, signature: Signature) -> torch.jit.ScriptModule:
-    check_module(path)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`torch.jit.load` is deprecated", category=DeprecationWarning)
         try:
+            check_module(path.name, torch._C.PyTorchFileReader(str(path)))
             module: torch.jit.ScriptModule = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
         except (RuntimeError, ValueError, OSError) as error:
             raise BundleError(
