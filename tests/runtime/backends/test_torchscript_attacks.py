@@ -202,3 +202,15 @@ def test_records_of_another_kind_are_refused(bundle: Path, name: str) -> None:
 def test_pickles_of_another_kind_are_refused(bundle: Path, record: str, pattern: bytes, by: bytes) -> None:
     change(bundle, {record: first(pattern, by)})
     refused(bundle)
+
+
+def test_a_graph_that_fails_while_it_runs_or_gives_other_tensors_is_an_error_of_the_bundle(bundle: Path) -> None:
+    original = (bundle / STEP).read_bytes()
+    for pattern, by, mention in (
+        (rb"torch\.transpose\(heads, 1, 2\)", b"torch.transpose(heads, 1, 7)", "cannot run"),
+        (rb"\(torch\.to\(logits, 6\)", b"(torch.to(logits, 7)", "float64"),
+        (rb"\(torch\.to\(logits, 6\)", b"(torch.select(logits, 0, 0)", "[1, 72]"),
+    ):
+        (bundle / STEP).write_bytes(original)
+        change(bundle, {".py": first(pattern, by)})
+        refused(bundle, mention)
