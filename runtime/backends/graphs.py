@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
 
 from kvx.runtime.arrays import IntArray, Tensors
 from kvx.runtime.bundle.signature import (
     Dimensions,
+    Signature,
     StepFeatures,
     TensorSpec,
     cache_specs,
@@ -15,6 +17,7 @@ from kvx.runtime.bundle.signature import (
 )
 from kvx.runtime.decoding.backend import Step
 from kvx.runtime.decoding.cache import KVCache
+from kvx.runtime.errors import BundleError
 from kvx.runtime.rules import count
 
 THREADS = count(1024)  # what a number of threads or workers may be
@@ -49,3 +52,27 @@ class GraphBackend(ABC):
     def bind_chunk(self, cache: KVCache) -> Step:
         """The step for several tokens of a row, input_ids [n, Q] → logits [n, Q, V], where `query_tokens` is true."""
         raise NotImplementedError(f"{self.name} has no step for several tokens of a row")
+
+
+def sizes_of(signature: Signature, feeds: Tensors) -> dict[str, int]:
+    """The axes of a graph's inputs by their letters."""
+    return {
+        axis: size
+        for spec in signature.inputs
+        for axis, size in zip(spec.axes, feeds[spec.name].shape, strict=True)
+        if isinstance(axis, str)
+    }
+
+
+def check_outputs(file: str, specs: Iterable[TensorSpec], sizes: Mapping[str, int], outputs: Tensors) -> None:
+    """Raises BundleError where a graph gave another shape or type than the contract has: it declares them itself, and
+    need not keep to it.
+    """
+    for spec in specs:
+        array, shape = outputs[spec.name], spec.shape(sizes)
+        if array.shape != shape or (array.dtype != spec.dtype and spec.dtype != "bfloat16"):
+            raise BundleError(
+                f"{file} gave {spec.name} as {array.dtype} {list(array.shape)}",
+                expected=f"{spec.dtype} {list(shape)}",
+                remedy="Export the bundle again with this version of kvx.",
+            )

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from kvx.runtime.arrays import Tensors
 from kvx.runtime.backends.device import CUDA_EXTRA, HOST, Device, missing_library, unavailable
+from kvx.runtime.backends.graphs import check_outputs, sizes_of
 from kvx.runtime.backends.ort import ort
 from kvx.runtime.bundle.external import external_files
 from kvx.runtime.bundle.files import Files
@@ -149,7 +150,9 @@ class Graph:
         """Inputs by name → outputs by name, out of place."""
         session, names = self.begin(), [spec.name for spec in self.signature.outputs]
         with self.running:
-            return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+            outputs = dict(zip(names, session.run(names, dict(feeds)), strict=True))
+        check_outputs(self._file, self.signature.outputs, sizes_of(self.signature, feeds), outputs)
+        return outputs
 
     def bind(self, cache: KVCache, tokens: Tensors, n: int) -> Bound:
         """Binds the leading n rows, and their sentences, of the cache and of the other tensors, `present` onto `past`.

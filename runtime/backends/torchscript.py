@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from kvx.runtime.arrays import IntArray, Tensors
-from kvx.runtime.backends.graphs import THREADS, GraphBackend
+from kvx.runtime.backends.graphs import THREADS, GraphBackend, check_outputs, sizes_of
 from kvx.runtime.backends.torchscript_code import check_module
 from kvx.runtime.bundle.files import Files, files_of
 from kvx.runtime.bundle.manifest import GRAPH_FILES
@@ -50,6 +50,7 @@ class TorchScriptBackend(GraphBackend):
     def bind(self, cache: KVCache) -> Step:
         """The step for one token of each row, input_ids [n], over the cache's buffers."""
         names = [spec.name for spec in self.step_signature.inputs]
+        given = [spec for spec in self.step_signature.outputs if spec.name not in self.step_signature.presents]
 
         def step(input_ids: IntArray) -> StepOutput:
             n = cache.active
@@ -60,9 +61,10 @@ class TorchScriptBackend(GraphBackend):
             } | {name: buffer[:n] for name, buffer in cache.buffers.items()}
             with torch.inference_mode(), _running(STEP_FILE):
                 outputs = self._step(*(torch.from_numpy(arrays[name]) for name in names))
-            named = _named(self.step_signature, outputs)
-            presents = self.step_signature.presents
-            return StepOutput(**{name: tensor.numpy() for name, tensor in named.items() if name not in presents})
+            named = _named(STEP_FILE, self.step_signature, outputs)
+            found = {spec.name: named[spec.name].numpy() for spec in given}
+            check_outputs(STEP_FILE, given, {**cache.capacity.sizes, "B": n}, found)
+            return StepOutput(**found)
 
         return step
 
@@ -98,13 +100,15 @@ def _running(file: str) -> Iterator[None]:
 def _run(module: torch.jit.ScriptModule, file: str, signature: Signature, feeds: Tensors) -> Tensors:
     with torch.inference_mode(), _running(file):
         outputs = module(*(torch.from_numpy(np.ascontiguousarray(feeds[spec.name])) for spec in signature.inputs))
-    return {name: output.numpy() for name, output in _named(signature, outputs).items()}
+    found = {name: output.numpy() for name, output in _named(file, signature, outputs).items()}
+    check_outputs(file, signature.outputs, sizes_of(signature, feeds), found)
+    return found
 
 
-def _named(signature: Signature, outputs: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-    if len(outputs) != len(signature.outputs):
+def _named(file: str, signature: Signature, outputs: object) -> dict[str, torch.Tensor]:
+    if not isinstance(outputs, tuple) or len(outputs) != len(signature.outputs):
         raise BundleError(
-            f"A TorchScript module has {len(outputs)} outputs",
+            f"{file} has {len(outputs) if isinstance(outputs, tuple) else 1} outputs",
             expected=f"{len(signature.outputs)}: {', '.join(spec.name for spec in signature.outputs)}",
             remedy="Export the bundle again with this version of kvx.",
         )
@@ -112,10 +116,10 @@ def _named(signature: Signature, outputs: Sequence[torch.Tensor]) -> dict[str, t
 
 
 def _load(path: Path, signature: Signature) -> torch.jit.ScriptModule:
-    check_module(path)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`torch.jit.load` is deprecated", category=DeprecationWarning)
         try:
+            check_module(path.name, torch._C.PyTorchFileReader(str(path)))
             module: torch.jit.ScriptModule = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
         except (RuntimeError, ValueError, OSError) as error:
             raise BundleError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import TracebackType
 
 from kvx.runtime.bundle.manifest import SpecialIds
 from kvx.runtime.errors import TokenizerError
@@ -31,6 +32,7 @@ class Tokenizer:
                 expected="a sentencepiece model",
                 remedy="Copy the tokenizer that the model was trained with.",
             ) from None
+        self._reading = _Reading(path)
         self._check_special_ids(path)
 
     def _check_special_ids(self, path: Path) -> None:
@@ -52,33 +54,64 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Text → the ids of its pieces, without bos and eos."""
-        ids: list[int] = self._processor.encode(text)
+        with self._reading:
+            ids: list[int] = self._processor.encode(text)
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The ids of pieces → text; special pieces vanish."""
-        text: str = self._processor.decode(list(ids))
+        with self._reading:
+            text: str = self._processor.decode(list(ids))
         return text
 
     def surfaces(self, text: str) -> tuple[str, ...]:
         """The pieces of a text, one for each id of `encode`; where there is none for it, the text itself."""
-        return tuple(self._processor.encode(text, out_type=str))
+        with self._reading:
+            return tuple(self._processor.encode(text, out_type=str))
 
     def join(self, pieces: Sequence[str]) -> str:
         """Pieces, some of them replaced by other text, → text; special pieces vanish."""
-        text: str = self._processor.decode(list(pieces))
+        with self._reading:
+            text: str = self._processor.decode(list(pieces))
         return text
 
     def pieces(self, ids: Sequence[int]) -> tuple[str, ...]:
         """The pieces with these ids."""
-        return tuple(self._processor.id_to_piece(list(ids)))
+        with self._reading:
+            return tuple(self._processor.id_to_piece(list(ids)))
 
     def piece_id(self, piece: str) -> int | None:
         """The id of a piece, or None where the vocabulary has no such piece."""
-        one = int(self._processor.piece_to_id(piece))
-        return one if self._processor.id_to_piece(one) == piece else None
+        with self._reading:
+            one = int(self._processor.piece_to_id(piece))
+            return one if self._processor.id_to_piece(one) == piece else None
 
     def unknown_surfaces(self, text: str) -> list[str]:
         """The pieces of a text that the vocabulary does not have."""
         ids = self.encode(text)
         return [piece for piece, one in zip(self.surfaces(text), ids, strict=True) if one == self.unknown_id]
+
+
+class _Reading:
+    """A context in which what sentencepiece raises becomes a TokenizerError: a model that can be loaded may still hold
+    pieces that are no UTF-8.
+    """
+
+    __slots__ = ("_path",)
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        """Nothing is done beforehand."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Raises TokenizerError."""
+        if isinstance(error, UnicodeDecodeError | RuntimeError | IndexError):
+            raise TokenizerError(
+                f"sentencepiece cannot use {self._path} ({error})",
+                expected="a model whose pieces are text",
+                remedy="Copy the tokenizer that the model was trained with.",
+            ) from error

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from kvx import BundleError, Translator
-from kvx.runtime.backends.torchscript_code import OPERATORS, check_module
+from kvx.runtime.backends.torchscript_code import OPERATORS
+from kvx.runtime.backends.torchscript_code import check_module as check_records
 from kvx.runtime.bundle.manifest import MANIFEST_FILE, FileEntry, Manifest
 from kvx.tests.conftest import ROOT
 
@@ -52,6 +53,10 @@ class WritesWhenLoaded(torch.nn.Module):  # type: ignore[misc, name-defined]
         self.path = state[0]
         self.x = torch.from_file(state[0], shared=True, size=4)
         self.training = state[2]
+
+
+def check_module(path: Path) -> None:
+    check_records(path.name, torch._C.PyTorchFileReader(str(path)))
 
 
 def saved(folder: Path) -> Path:
@@ -111,20 +116,20 @@ def test_a_module_that_writes_when_it_is_loaded_is_not_loaded(numbers_bundle: Pa
 
 def test_a_module_with_an_operator_that_no_export_has_is_refused(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.script(Writes()), tmp_path / STEP)
-    with pytest.raises(BundleError, match=r"in its class|calls"):
+    with pytest.raises(BundleError, match="Do not use this bundle"):
         check_module(tmp_path / STEP)
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda code: code.replace("torch.relu(", "torch.save("), "calls torch.save"),
-        (lambda code: code.replace("torch.relu(", "ops.aten.relu("), "calls ops.aten.relu"),
-        (lambda code: code.replace('"cpu"', '"/etc/passwd"'), "characters in its code|names"),
+        (lambda code: code.replace("torch.relu(", "torch.save("), "torch.save"),
+        (lambda code: code.replace("torch.relu(", "ops.aten.relu("), "ops.aten.relu"),
+        (lambda code: code.replace('"cpu"', '"/etc/passwd"'), "characters"),
         (lambda code: code + "# a comment\n", "characters"),
-        (lambda code: code + "class Other(Module):\n  __parameters__ = []\n", "not one class"),
-        (lambda code: code + "  def more(self) -> int:\n    return 1\n", "not one class|in its class"),
-        (lambda code: code.replace("    return ", "    while True:\n      x = 1\n    return ", 1), "statement While"),
+        (lambda code: code + "class Other(Module):\n  __parameters__ = []\n", "cannot be read"),
+        (lambda code: code + "  def more(self) -> int:\n    return 1\n", "__buffers__"),
+        (lambda code: code.replace("    return ", "    while True:\n      x = 1\n    return ", 1), "while True"),
         (lambda code: code + "  (", "cannot be read"),
     ],
 )
@@ -142,7 +147,7 @@ def test_an_archive_with_more_in_it_is_refused(numbers_bundle: Path, tmp_path: P
     shutil.copyfile(numbers_bundle / STEP, tmp_path / STEP)
     with zipfile.ZipFile(tmp_path / STEP, "a") as archive:
         archive.writestr(name, b"")
-    with pytest.raises(BundleError):
+    with pytest.raises((BundleError, RuntimeError)):  # of torch's reader, for a second folder
         check_module(tmp_path / STEP)
 
 

@@ -19,6 +19,7 @@ from kvx.runtime.bundle.folder import Bundle, newest_bundle
 from kvx.runtime.bundle.manifest import FORMAT_VERSION, LARGEST_MANIFEST, FileEntry, Manifest
 from kvx.runtime.bundle.signature import Dimensions, StepFeatures, cache_specs, encoder_signature, step_signature
 from kvx.runtime.decoding.cache import Capacity
+from kvx.runtime.text.tokenizers.sentencepiece import Tokenizer
 
 MODEL_SIZES = [
     "source_vocab_size",
@@ -469,3 +470,19 @@ class TestNewestBundle:
     def test_is_an_error_where_there_is_none(self, tmp_path: Path, make: Callable[[Path], None]) -> None:
         make(tmp_path / "artifacts")
         refused(lambda: newest_bundle(tmp_path / "artifacts"), "no bundle below", "`model`")
+
+
+@pytest.mark.parametrize(("name", "piece"), [("source.model", b"\x03one\x15"), ("target.model", b"\x03und\x15")])
+def test_a_tokenizer_whose_pieces_are_no_text_is_an_error_when_they_are_met(
+    bundle: Path, name: str, piece: bytes
+) -> None:
+    content = (bundle / name).read_bytes()
+    assert content.count(piece) == 1
+    (bundle / name).write_bytes(content.replace(piece, b"\x03\xff\xfe\xfd\x15"))
+    accept(bundle)
+    tokenizer = Tokenizer(bundle / name)
+    with pytest.raises(TokenizerError, match=rf"{name} .*pieces are text"):
+        tokenizer.pieces(range(len(tokenizer)))
+    if name == "target.model":
+        with pytest.raises(TokenizerError, match=rf"{name} .*pieces are text"):
+            Translator.load(bundle, threads=1).translate(["twenty-one"])
