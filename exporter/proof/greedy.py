@@ -55,6 +55,8 @@ def check_greedy(trial: Trial, backend: Backend, sources: Sequence[tuple[int, ..
     expected = translations(trial.eager, sources, replace(plan, rows=2 * ROWS, group=2 * ROWS))
     got = translations(backend, sources, replace(plan, rows=ROWS, group=ROWS))
     differing = [index for index in range(len(sources)) if expected[index] != got[index]]
+    if failed := [index for index in differing if not (expected[index] and got[index])]:
+        return Check(backend.name, name, False, f"sentence {failed[0]} has logits that are not finite")
     divergences = [
         _divergence(trial, index, (plan.bos, *expected[index]), (plan.bos, *got[index]), sources[index])
         for index in differing

@@ -21,6 +21,7 @@ FLOATS = HALVES | {TensorProto.FLOAT}
 INT64 = {TensorProto.INT64}
 # What the first input may be: docs/OperatorKernels.md of ONNX Runtime, those that the loop could have.
 CUDA_KERNELS = {
+    "Abs": {TensorProto.FLOAT},
     "Add": FLOATS | INT64,
     "ArgMax": {TensorProto.FLOAT, TensorProto.FLOAT16},
     "Attention": FLOATS,
@@ -28,12 +29,14 @@ CUDA_KERNELS = {
     "Clip": {TensorProto.FLOAT, TensorProto.FLOAT16} | INT64,
     "Equal": INT64,
     "Gather": FLOATS | INT64,
+    "GatherElements": FLOATS | INT64,
     "Gemm": FLOATS,
     "GreaterOrEqual": INT64,
     "GroupQueryAttention": HALVES,
     "LayerNormalization": FLOATS,
-    "Less": INT64,
+    "Less": INT64 | {TensorProto.FLOAT},
     "Mul": FLOATS | INT64,
+    "Not": {TensorProto.BOOL},
     "Or": {TensorProto.BOOL},
     "Relu": FLOATS,
     "Reshape": FLOATS | INT64,
