@@ -83,6 +83,7 @@ class Rows:
         self.scores = np.zeros(plan.rows)
         self.begun = False  # whether any target ever had a token fixed
         self._attention: list[Weights | None] = [None] * plan.rows
+        self._numbers = np.arange(plan.rows)
 
     @property
     def n(self) -> int:
@@ -92,11 +93,16 @@ class Rows:
     @property
     def lengths(self) -> IntArray:
         """Tokens after bos of every active row [n], which are the positions in its cache before the next step."""
-        return self.cache.lengths[: self.n]
+        return self.cache.lengths[: self.cache.active]
+
+    @property
+    def numbers(self) -> IntArray:
+        """0 … n − 1."""
+        return self._numbers[: self.cache.active]
 
     def next_ids(self) -> IntArray:
         """The token that each active row feeds to the next step [n]."""
-        ids: IntArray = self.tokens[np.arange(self.n), self.lengths]
+        ids: IntArray = self.tokens[self.numbers, self.lengths]
         return ids
 
     def fixed_next(self) -> tuple[IntArray, IntArray]:
@@ -136,7 +142,7 @@ class Rows:
         self.cache.advance()
         if choice.parents is not None:
             self._follow(choice.parents)
-        rows, lengths = np.arange(self.n), self.lengths
+        rows, lengths = self.numbers, self.lengths
         if self.with_attention and attention is not None:
             self._note(attention if choice.parents is None else attention[choice.parents])
         if choice.log_probabilities is not None:
@@ -166,8 +172,8 @@ class Rows:
 
     def at_limit(self) -> NDArray[np.bool_]:
         """The seats whose rows have as many tokens as they may have [G]."""
-        reached: NDArray[np.bool_] = (self.lengths >= self.limits[: self.n])[:: self.beams]
-        return reached
+        reached: NDArray[np.bool_] = self.lengths >= self.limits[: self.cache.active]
+        return reached if self.beams == 1 else reached[:: self.beams]
 
     def of_seat(self, seat: int) -> slice:
         """The rows of a seat."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from kvx.runtime.arrays import BoolArray, FloatArray, IntArray
 from kvx.runtime.decoding.backend import Backend, Candidates, specs_of
 from kvx.runtime.decoding.cache import EncodedSource, KVCache
-from kvx.runtime.decoding.plan import GROUP_POSITIONS, Plan
+from kvx.runtime.decoding.plan import GROUP_POSITIONS, Plan, rung
 from kvx.runtime.decoding.results import DecodeStats, Outcome, Sentence
 from kvx.runtime.decoding.rows import Choice, Rows, Seat
 from kvx.runtime.decoding.search import Search
@@ -93,7 +93,8 @@ class Schedule:
         """
         self.rows.append(choice, attention)
         self._count_step()
-        over, failed = choice.over | self.rows.at_limit(), self._failed(choice)
+        over = choice.over | self.rows.at_limit()
+        failed = choice.failed if choice.log_probabilities is None else self._failed(choice)
         yield from self._finish(over, None) if failed is None else self._finish(over | failed, failed)
 
     def cancel(self) -> Iterator[Outcome]:
@@ -124,7 +125,8 @@ class Schedule:
         """The seats whose logits are not finite [G], if any: those that the search saw, and those whose filters hid it
         while a score shows it.
         """
-        if choice.log_probabilities is None or not (nan := np.isnan(choice.log_probabilities)).any():
+        assert choice.log_probabilities is not None
+        if not (nan := np.isnan(choice.log_probabilities)).any():
             return choice.failed
         nan &= self.rows.scores[: self.rows.n] > -np.inf
         seats: BoolArray = nan.reshape(-1, self._plan.beams).max(axis=-1)
@@ -203,8 +205,11 @@ class Schedule:
         cache, held = self.cache, self.cache.capacity
         target = int(cache.lengths[: cache.active].max(initial=0)) + tokens
         source = max(1, cache.longest_source)
-        need = self._plan.capacity(target=target, source=source)
-        too_large = need.target * SHRINK_BELOW <= held.target or need.source * SHRINK_BELOW <= held.source
+        plan = self._plan
+        too_large = (
+            rung(target, plan.max_new_tokens) * SHRINK_BELOW <= held.target
+            or rung(source, plan.source_positions) * SHRINK_BELOW <= held.source
+        )
         if target > held.target or too_large:
             self._resize(target, source)
         self._stats.cache_bytes = max(self._stats.cache_bytes, cache.bytes)

@@ -67,7 +67,7 @@ class Greedy:
     def choose(self, output: StepOutput, logits: FloatArray, rows: Rows) -> Choice:
         """logits [n, V] → argmax [n]."""
         ids: IntArray = logits.argmax(axis=-1)
-        failed = not_finite(output.logits, logits[np.arange(len(ids)), ids])
+        failed = not_finite(output.logits, logits[rows.numbers, ids])
         scores = log_probabilities(output.logits, ids) if rows.scored else None
         return Choice(ids, ids == rows.eos, scores, failed=failed)
 
@@ -448,9 +448,8 @@ def not_finite(logits: FloatArray, peaks: FloatArray) -> BoolArray | None:
     A NaN is the maximum of its row, so that the logits are looked at only where a peak is odd: filters may forbid
     everything.
     """
-    finite = np.isfinite(peaks)
-    if finite.all():
+    if math.isfinite(peaks.dot(peaks)):  # NaN and infinity stay what they are
         return None
-    odd: BoolArray = ~finite
+    odd: BoolArray = ~np.isfinite(peaks)
     odd[odd] = ~np.isfinite(logits[odd].max(axis=-1))
     return odd if odd.any() else None
