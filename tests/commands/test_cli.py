@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import subprocess
 import sys
@@ -115,6 +116,26 @@ class TestErrors:
     def test_no_traceback_is_shown_where_none_is_asked_for(self, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
         monkeypatch.setenv("KVX_DEBUG", value)
         refused(invoke("inspect", "nowhere"), "nowhere")
+
+    @pytest.mark.parametrize(
+        ("error", "remedy"),
+        [
+            (OSError(errno.ENOSPC, "No space left on device", "out"), "Free space on the disk."),
+            (OSError(errno.EMFILE, "Too many open files"), "Raise the limit of open files"),
+            (OSError(errno.EACCES, "Permission denied", "x"), "Check permissions."),
+            (OSError("libfoo.so.1: cannot open shared object file: No such file"), "Install what is missing."),
+            (ImportError("libbar.so: cannot open shared object file"), "Install what is missing."),
+        ],
+    )
+    def test_an_error_of_the_system_says_what_to_do_about_its_kind(
+        self, monkeypatch: pytest.MonkeyPatch, error: Exception, remedy: str
+    ) -> None:
+        def fail(folder: Path) -> NoReturn:
+            raise error
+
+        monkeypatch.setattr(Bundle, "open", fail)
+        monkeypatch.setattr("kvx.cli.drop_output", lambda: None)  # the standard output of a test is no file
+        refused(invoke("inspect", "bundle"), remedy)
 
     def test_a_failed_proof_is_another_exit_code(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def differ(_: Path) -> NoReturn:
