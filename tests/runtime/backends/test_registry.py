@@ -31,6 +31,7 @@ def own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["onnx", "torchscript"])
 def test_a_backend_is_made_for_each_device_under_its_name(bundle: Bundle, name: str) -> None:
+    pytest.importorskip(backend_row(name).module)
     backends = load_backends(bundle, name, [HOST, HOST], threads=1, workers=None, spin=False)
     assert [backend.name for backend in backends] == [name, name]
     assert Translator(LoadedModel(bundle, *backends)).translate(["one"])[0].text == "eins"

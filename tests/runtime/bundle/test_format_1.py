@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from kvx import BundleError, Translator
-from kvx.models.importers import load_checkpoint
 from kvx.runtime.bundle.description import describe
 from kvx.runtime.bundle.folder import Bundle
 from kvx.runtime.bundle.manifest import MANIFEST_FILE, Manifest
@@ -72,6 +71,9 @@ def test_all_its_graphs_are_the_contracts() -> None:
 
 
 def test_its_checkpoint_can_be_read() -> None:
+    pytest.importorskip("torch")
+    from kvx.models.importers import load_checkpoint
+
     checkpoint = load_checkpoint(FIXTURE / "both" / "model.pt")
     assert checkpoint.model.config.to_dict() == Manifest.read(FIXTURE / "both").model
     assert checkpoint.max_new_tokens == 18
