@@ -80,13 +80,13 @@ class Cause(NamedTuple):
         return self.kind(got, expected=self.expected, remedy=self.remedy)
 
 
+SHORT_OF_MEMORY = Cause(
+    OUT_OF_MEMORY,
+    CapacityError,
+    "enough free memory",
+    "Plan fewer `rows` or fewer `max_new_tokens`, or free memory of the device.",
+)
 CAUSES = (
-    Cause(
-        OUT_OF_MEMORY,
-        CapacityError,
-        "enough free memory",
-        "Plan fewer `rows` or fewer `max_new_tokens`, or free memory of the device.",
-    ),
     Cause(
         ("driver version is insufficient", "no cuda-capable device", "invalid device ordinal", "cuda failure 100"),
         DeviceError,
@@ -269,7 +269,7 @@ def _failure(got: str, error: Exception) -> KvxError:
     if is_out_of_threads(error):
         return out_of_threads(got)
     if is_out_of_memory(error):
-        return CAUSES[0].error(got)
+        return SHORT_OF_MEMORY.error(got)
     text = str(error).lower()
     known = (cause for cause in CAUSES if any(sign in text for sign in cause.signs))
     return next(known, OTHER_CAUSE).error(got)

@@ -27,7 +27,7 @@ OPERATORS = frozenset(
     }
 )
 CALLS = {f"torch.{name}" for name in OPERATORS} | {"ops.prim.NumToTensor"}
-DEVICE = 'torch.device("cpu")'
+DEVICE = "torch.device('cpu')"  # as `ast.unparse` writes it
 ANNOTATE = "annotate(List[Optional[Tensor]], "
 TYPES = re.compile(r"Tensor|Tuple\[Tensor(, Tensor)*\]")
 ITEM_BYTES = {"torch.FloatStorage": 4, "torch.DoubleStorage": 8, "torch.LongStorage": 8, "torch.BoolStorage": 1}
@@ -269,12 +269,12 @@ class _Code:
                 yield ast.unparse(node)
 
     def _of_call(self, node: ast.Call) -> Iterator[str]:
-        called = ast.unparse(node.func)
+        called, whole = ast.unparse(node.func), ast.unparse(node)
         if called in CALLS:
             yield from self._of_values([*node.args, *(one.value for one in node.keywords)])
-        elif called == "annotate" and ast.unparse(node).startswith(ANNOTATE) and not node.keywords:
+        elif called == "annotate" and whole.startswith(ANNOTATE) and not node.keywords:
             yield from self._of_values(node.args[1:])
-        elif ast.unparse(node) != ast.unparse(ast.parse(DEVICE)):
+        elif whole != DEVICE:
             yield called
 
     def _of_values(self, nodes: Sequence[ast.expr]) -> Iterator[str]:
