@@ -23,7 +23,7 @@ from kvx.runtime.bundle.manifest import FileEntry, Manifest
 from kvx.runtime.bundle.signature import StepFeatures, cache_specs
 from kvx.runtime.decoding.plan import Plan, check_limit
 from kvx.runtime.errors import OptionError, ParityError, TokenizerError
-from kvx.runtime.text.tokenizers.sentencepiece import Tokenizer
+from kvx.runtime.text.tokenizers.sentencepiece import SentencePiece
 
 
 def export(options: ExportOptions, progress: Progress | None = None) -> Manifest:
@@ -77,7 +77,7 @@ def _read_checkpoint(options: ExportOptions, progress: Progress) -> Checkpoint:
     return replace(checkpoint, max_new_tokens=limit)
 
 
-def _load_tokenizers(options: ExportOptions, checkpoint: Checkpoint) -> tuple[Tokenizer, Tokenizer]:
+def _load_tokenizers(options: ExportOptions, checkpoint: Checkpoint) -> tuple[SentencePiece, SentencePiece]:
     config = checkpoint.model.config
     loaded = []
     for name, chosen, size, option in (
@@ -85,7 +85,7 @@ def _load_tokenizers(options: ExportOptions, checkpoint: Checkpoint) -> tuple[To
         (TARGET_TOKENIZER_FILE, options.target_tokenizer, config.target_vocab_size, "target_tokenizer"),
     ):
         path = options.tokenizer_path(name, chosen)
-        tokenizer = Tokenizer(path)
+        tokenizer = SentencePiece(path)
         if len(tokenizer) != size:
             raise TokenizerError(
                 f"{path} has {len(tokenizer)} pieces",
@@ -106,7 +106,10 @@ def _copy_tokenizers(folder: Path, options: ExportOptions) -> None:
 
 
 def _describe(
-    options: ExportOptions, checkpoint: Checkpoint, tokenizers: tuple[Tokenizer, Tokenizer], features: StepFeatures
+    options: ExportOptions,
+    checkpoint: Checkpoint,
+    tokenizers: tuple[SentencePiece, SentencePiece],
+    features: StepFeatures,
 ) -> Manifest:
     """The manifest of a bundle without files yet, and not proven yet."""
     return Manifest(

@@ -21,7 +21,7 @@ from kvx.runtime.errors import InputError
 from kvx.runtime.rules import Option, count, number, refuse, wrong_values
 from kvx.runtime.shortlist.candidates import Shortlist, Vocabulary
 from kvx.runtime.text.sources import encode_text, load_tokenizer
-from kvx.runtime.text.tokenizers.sentencepiece import Tokenizer
+from kvx.runtime.text.tokenizers.protocol import Tokenizer
 
 Ids = NDArray[np.int32]
 

@@ -9,7 +9,8 @@ from typing import Literal
 
 from kvx.runtime.bundle.folder import SOURCE_TOKENIZER_FILE, TARGET_TOKENIZER_FILE, Bundle
 from kvx.runtime.errors import InputError, TokenizerError
-from kvx.runtime.text.tokenizers.sentencepiece import Tokenizer
+from kvx.runtime.text.tokenizers.protocol import Tokenizer
+from kvx.runtime.text.tokenizers.sentencepiece import SentencePiece
 
 OnLong = Literal["error", "truncate"]
 
@@ -90,13 +91,13 @@ def refuse_string(texts: Iterable[object]) -> None:
         raise InputError(f"This is {texts!r:.60}", expected="an iterable of texts", remedy="Pass a list of texts.")
 
 
-def load_tokenizer(bundle: Bundle, side: Literal["source", "target"]) -> Tokenizer:
+def load_tokenizer(bundle: Bundle, side: Literal["source", "target"]) -> SentencePiece:
     """The bundle's tokenizer of one side, which must be the one its manifest describes. Raises TokenizerError."""
     source = side == "source"
     file = SOURCE_TOKENIZER_FILE if source else TARGET_TOKENIZER_FILE
     bundle.require(file)
     bundle.files.check([file])
-    tokenizer = Tokenizer(bundle.folder / file)
+    tokenizer = SentencePiece(bundle.folder / file)
     ids = bundle.manifest.source_ids if source else bundle.manifest.target_ids
     size = bundle.manifest.model[f"{side}_vocab_size"]
     if len(tokenizer) != size or tokenizer.special_ids != ids:

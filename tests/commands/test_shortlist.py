@@ -11,7 +11,7 @@ import pytest
 
 from kvx.runtime.bundle.manifest import FileEntry, Manifest, SpecialIds
 from kvx.runtime.shortlist.candidates import Shortlist, Vocabulary
-from kvx.runtime.text.tokenizers.sentencepiece import Tokenizer
+from kvx.runtime.text.tokenizers.sentencepiece import SentencePiece
 from kvx.tests.commands.running import Outcome
 from kvx.tests.commands.running import invoke as kvx
 
@@ -35,8 +35,8 @@ def bundle(tmp_path: Path) -> Path:
         kvx_version="0",
         model={
             **sizes,
-            "source_vocab_size": len(Tokenizer(folder / "source.model")),
-            "target_vocab_size": len(Tokenizer(folder / "target.model")),
+            "source_vocab_size": len(SentencePiece(folder / "source.model")),
+            "target_vocab_size": len(SentencePiece(folder / "target.model")),
             "source_positions": 64,
             "target_positions": 64,
         },
@@ -94,7 +94,7 @@ def read(path: Path, bundle: Path) -> Shortlist:
 
 
 def candidates(path: Path, bundle: Path, text: str) -> set[str]:
-    source, target = Tokenizer(bundle / "source.model"), Tokenizer(bundle / "target.model")
+    source, target = SentencePiece(bundle / "source.model"), SentencePiece(bundle / "target.model")
     return set(target.pieces(read(path, bundle).candidates(source.encode(text)).tolist()))
 
 

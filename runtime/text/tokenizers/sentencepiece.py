@@ -1,38 +1,21 @@
-"""sentencepiece on either side of the model."""
+"""sentencepiece, whose ids are those of the model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 
 from kvx.runtime.bundle.manifest import SpecialIds
 from kvx.runtime.errors import TokenizerError
+from kvx.runtime.text.tokenizers.reading import Reading, load_processor
 
 
-class Tokenizer:
+class SentencePiece:
     """One sentencepiece model, which must have pad, bos and eos. Raises TokenizerError."""
 
     def __init__(self, path: Path) -> None:
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise TokenizerError(
-                f"The tokenizer {path} cannot be read ({error.strerror})",
-                expected="a sentencepiece model",
-                remedy="Name it with `source_tokenizer` or `target_tokenizer`.",
-            ) from None
-        import sentencepiece  # slow to import, and needed only where texts are read
-
-        try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
-        except (RuntimeError, ValueError, TypeError):
-            raise TokenizerError(
-                f"sentencepiece cannot load {path}",
-                expected="a sentencepiece model",
-                remedy="Copy the tokenizer that the model was trained with.",
-            ) from None
-        self._reading = _Reading(path)
+        self._processor = load_processor(path)
+        self._reading = Reading(path)
         self._check_special_ids(path)
 
     def _check_special_ids(self, path: Path) -> None:
@@ -90,28 +73,3 @@ class Tokenizer:
         """The pieces of a text that the vocabulary does not have."""
         ids = self.encode(text)
         return [piece for piece, one in zip(self.surfaces(text), ids, strict=True) if one == self.unknown_id]
-
-
-class _Reading:
-    """A context in which what sentencepiece raises becomes a TokenizerError: a model that can be loaded may still hold
-    pieces that are no UTF-8.
-    """
-
-    __slots__ = ("_path",)
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        """Nothing is done beforehand."""
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Raises TokenizerError."""
-        if isinstance(error, UnicodeDecodeError | RuntimeError | IndexError):
-            raise TokenizerError(
-                f"sentencepiece cannot use {self._path} ({error})",
-                expected="a model whose pieces are text",
-                remedy="Copy the tokenizer that the model was trained with.",
-            ) from error

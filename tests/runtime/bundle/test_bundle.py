@@ -19,7 +19,7 @@ from kvx.runtime.bundle.folder import Bundle, newest_bundle
 from kvx.runtime.bundle.manifest import FORMAT_VERSION, LARGEST_MANIFEST, FileEntry, Manifest
 from kvx.runtime.bundle.signature import Dimensions, StepFeatures, cache_specs, encoder_signature, step_signature
 from kvx.runtime.decoding.cache import Capacity
-from kvx.runtime.text.tokenizers.sentencepiece import Tokenizer
+from kvx.runtime.text.tokenizers.sentencepiece import SentencePiece
 
 MODEL_SIZES = [
     "source_vocab_size",
@@ -480,7 +480,7 @@ def test_a_tokenizer_whose_pieces_are_no_text_is_an_error_when_they_are_met(
     assert content.count(piece) == 1
     (bundle / name).write_bytes(content.replace(piece, b"\x03\xff\xfe\xfd\x15"))
     accept(bundle)
-    tokenizer = Tokenizer(bundle / name)
+    tokenizer = SentencePiece(bundle / name)
     with pytest.raises(TokenizerError, match=rf"{name} .*pieces are text"):
         tokenizer.pieces(range(len(tokenizer)))
     if name == "target.model":

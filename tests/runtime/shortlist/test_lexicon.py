@@ -29,7 +29,8 @@ from kvx.runtime.shortlist.lexicon import (
     read_table,
     train,
 )
-from kvx.runtime.text.tokenizers.sentencepiece import Tokenizer
+from kvx.runtime.text.tokenizers.protocol import Tokenizer
+from kvx.runtime.text.tokenizers.sentencepiece import SentencePiece
 
 ROOT = Path(__file__).resolve().parents[3]
 CHECKPOINT = ROOT / "artifacts" / "numbers-checkpoint"
@@ -202,7 +203,7 @@ def test_coverage_counts_the_target_tokens_among_their_sentences_candidates() ->
 
 @pytest.fixture(scope="module")
 def tokenizers() -> tuple[Tokenizer, Tokenizer]:
-    return Tokenizer(CHECKPOINT / "source.model"), Tokenizer(CHECKPOINT / "target.model")
+    return SentencePiece(CHECKPOINT / "source.model"), SentencePiece(CHECKPOINT / "target.model")
 
 
 @pytest.fixture(scope="module")

@@ -7,15 +7,15 @@ import pytest
 
 from kvx import InputError
 from kvx.runtime.text.alignment import align, replace_unknown
-from kvx.runtime.text.tokenizers.sentencepiece import Tokenizer
+from kvx.runtime.text.tokenizers.sentencepiece import SentencePiece
 
 UNKNOWN = 1
 NUMBERS = Path(__file__).resolve().parents[3] / "artifacts" / "numbers-checkpoint"
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer(NUMBERS / "source.model")
+def tokenizer() -> SentencePiece:
+    return SentencePiece(NUMBERS / "source.model")
 
 
 def replaced(source: str, target: str, alignment: list[int]) -> str:
@@ -80,7 +80,7 @@ def test_as_many_alignments_as_tokens_are_wanted() -> None:
 
 
 @pytest.mark.parametrize("text", ["twelve ☃☃ thousand", "漢字", "  one  hundred ", ""])
-def test_surfaces_are_one_for_each_id_and_keep_what_no_piece_has(tokenizer: Tokenizer, text: str) -> None:
+def test_surfaces_are_one_for_each_id_and_keep_what_no_piece_has(tokenizer: SentencePiece, text: str) -> None:
     surfaces, ids = tokenizer.surfaces(text), tokenizer.encode(text)
     assert len(surfaces) == len(ids)
     assert "".join(surfaces).replace("▁", " ").strip() == " ".join(text.split())
@@ -88,7 +88,7 @@ def test_surfaces_are_one_for_each_id_and_keep_what_no_piece_has(tokenizer: Toke
     assert [piece for piece, _ in known] == list(tokenizer.pieces([index for _, index in known]))
 
 
-def test_a_tokenizer_joins_what_stands_for_unknown_pieces(tokenizer: Tokenizer) -> None:
+def test_a_tokenizer_joins_what_stands_for_unknown_pieces(tokenizer: SentencePiece) -> None:
     text = "twelve ☃☃ thousand"
     source, ids = tokenizer.surfaces(text), tokenizer.encode(text)
     shown = tokenizer.pieces(ids)
