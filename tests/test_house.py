@@ -131,7 +131,7 @@ def test_every_module_lies_in_a_package() -> None:
 def test_importing_kvx_loads_nothing_heavy() -> None:
     loaded = set(python("import kvx, sys; print(*sys.modules)").split())
     assert "kvx.runtime.translator" in loaded
-    for name in ("onnxruntime", "sentencepiece", "torch", "onnx", "typer", "kvx.models", "kvx.exporter"):
+    for name in ("onnxruntime", "sentencepiece", "tokenizers", "torch", "onnx", "typer", "kvx.models", "kvx.exporter"):
         assert name not in loaded
 
 
@@ -230,7 +230,8 @@ def test_decoding_knows_no_thread_and_no_file(path: Path) -> None:
 
 @pytest.mark.parametrize("path", in_package("models"), ids=str)
 def test_models_know_only_the_contract_of_the_runtime(path: Path) -> None:
-    contract = ("arrays", "errors", "rules", "bundle.signature", "decoding.backend", "decoding.cache")
+    files = ("bundle.files", "bundle.framing", "bundle.signature", "bundle.vocabulary")
+    contract = ("arrays", "errors", "rules", *files, "decoding.backend", "decoding.cache")
     allowed = ("kvx.models", *(f"kvx.runtime.{name}" for name in contract))
     assert [name for name in imports(path) if inside(name, "kvx") and not inside(name, *allowed)] == []
 

@@ -70,11 +70,11 @@ class HuggingFaceTokenizer:
         ids, encoding = self._encode(text)
         surfaces, end = [], 0
         for one, piece, (begin, after) in zip(ids, encoding.tokens, encoding.offsets, strict=True):
-            shown = text[max(begin, end) : after]  # the pieces of one character all have the place of it
             if self._is_bytes:
+                shown = text[max(begin, end) : after]  # the pieces of one character all have the place of it
                 surfaces.append((WORD_START if piece.startswith(BYTE_LEVEL_SPACE) else "") + shown.strip())
-            elif one == self.unknown_id:
-                surfaces.append(shown.replace(" ", WORD_START))
+            elif one == self.unknown_id and not self._is_unigram:
+                surfaces.append(text[begin:after].replace(" ", WORD_START))
             else:
                 surfaces.append(piece)
             end = max(end, after)
