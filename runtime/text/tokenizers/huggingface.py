@@ -69,12 +69,15 @@ class HuggingFaceTokenizer:
         """
         ids, encoding = self._encode(text)
         surfaces, end = [], 0
-        for one, piece, (begin, after) in zip(ids, encoding.tokens, encoding.offsets, strict=True):
+        nexts = [*(begin for begin, _ in encoding.offsets), len(text)][1:]
+        followed = zip(ids, encoding.tokens, encoding.offsets, nexts, strict=True)
+        for one, piece, (begin, after), following in followed:
             if self._is_bytes:
                 shown = text[max(begin, end) : after]  # the pieces of one character all have the place of it
                 surfaces.append((WORD_START if piece.startswith(BYTE_LEVEL_SPACE) else "") + shown.strip())
             elif one == self.unknown_id and not self._is_unigram:
-                surfaces.append(text[begin:after].replace(" ", WORD_START))
+                shown = text[begin : max(after, following)]  # marks that were composed have no place
+                surfaces.append(shown.rstrip().replace(" ", WORD_START))
             else:
                 surfaces.append(piece)
             end = max(end, after)
