@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from kvx.runtime.errors import TokenizerError
 
 Pieces = list[str | None]
 
+LANGUAGE = re.compile(r"[a-z]{2,3}_[A-Z]\w+|__\w+__|>>.+<<")  # as the families spell them
 SAVED_WITH = "Save the tokenizer again with the model, and copy the whole folder."
 
 
@@ -154,9 +156,9 @@ def _check_size(laid: Sequence[str | None], special: Collection[str], size: int,
 
 
 def check_beyond(ids: Mapping[str, int], special: Collection[str], size: int, folder: Path) -> tuple[str, ...]:
-    """A note on the special pieces beyond the model's `size`. Raises TokenizerError for others."""
+    """A note on the special pieces beyond the model's `size`. Raises TokenizerError for others, and for languages."""
     beyond = [piece for piece, one in ids.items() if one >= size]
-    plain = [piece for piece in beyond if piece not in special]
+    plain = [piece for piece in beyond if piece not in special or LANGUAGE.fullmatch(piece)]
     if plain:
         refuse_tokens(
             folder,

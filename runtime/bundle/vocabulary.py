@@ -52,10 +52,12 @@ class Vocabulary:
             raise ValueError("it is nested too deeply") from None
         if not isinstance(values, dict) or values.keys() != KEYS or values["format"] != FORMAT:
             raise ValueError(f"it is not of the format {FORMAT}")
+        if any(not isinstance(values[name], list) for name in ("pieces", "special")):
+            raise ValueError("its pieces or special ids are no list")
         try:
             return cls(tuple(values["pieces"]), frozenset(values["special"]), values["unknown"], values["tidy"])
         except TypeError:
-            raise ValueError("its pieces or special ids are no list of plain values") from None
+            raise ValueError("its pieces or special ids are no plain values") from None
 
     def _problems(self) -> Iterator[str]:
         pieces: tuple[Any, ...] = self.pieces

@@ -206,7 +206,9 @@ def nllb(trained: Path) -> Case:
     converting = pytest.importorskip("transformers.convert_slow_tokenizer")
     folder = trained / "nllb"
     train_sentencepiece(folder / "raw" / "sentencepiece.bpe.model", kind="bpe")
-    kwargs = converting.SentencePieceExtractor(str(folder / "raw" / "sentencepiece.bpe.model")).extract(tokenizers.models.BPE)
+    kwargs = converting.SentencePieceExtractor(str(folder / "raw" / "sentencepiece.bpe.model")).extract(
+        tokenizers.models.BPE
+    )
     kwargs = converting.NllbConverter.convert_from_spm(**kwargs)
     del kwargs["additional_special_tokens"]  # which leave no room for the languages
     original = transformers.NllbTokenizer(**kwargs, src_lang="deu_Latn", tgt_lang="fra_Latn")
