@@ -2,7 +2,8 @@
 
 from kvx import loading  # noqa: F401  # before all else
 from kvx.runtime.arrays import FloatArray, IntArray
-from kvx.runtime.bundle.manifest import FileEntry, Manifest, SpecialIds
+from kvx.runtime.bundle.framing import Framing, LanguageIds, Languages, SpecialIds
+from kvx.runtime.bundle.manifest import Default, FileEntry, Manifest, TokenizerEntry
 from kvx.runtime.bundle.signature import Dimensions, Signature, StepFeatures, TensorSpec
 from kvx.runtime.decoding.decode import Cancelled
 from kvx.runtime.decoding.filters import Filter, FilterRows
@@ -35,6 +36,7 @@ __all__ = [
     "CapacityError",
     "CheckpointError",
     "DecodeStats",
+    "Default",
     "DeviceError",
     "Dimensions",
     "FileEntry",
@@ -42,10 +44,13 @@ __all__ = [
     "FilterRows",
     "FinishReason",
     "FloatArray",
+    "Framing",
     "Greedy",
     "InputError",
     "IntArray",
     "KvxError",
+    "LanguageIds",
+    "Languages",
     "Manifest",
     "OnLong",
     "OptionError",
@@ -59,6 +64,7 @@ __all__ = [
     "StepFeatures",
     "Target",
     "TensorSpec",
+    "TokenizerEntry",
     "TokenizerError",
     "TranslateKeywords",
     "TranslateOptions",

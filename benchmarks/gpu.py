@@ -48,7 +48,8 @@ from kvx.runtime.arrays import IntArray
 from kvx.runtime.backends.device import Device
 from kvx.runtime.backends.onnx import ENCODER_FILE, STEP_FILE, OnnxBackend
 from kvx.runtime.backends.ort import ort as onnxruntime
-from kvx.runtime.bundle.manifest import LOOP_FILE, SpecialIds
+from kvx.runtime.bundle.framing import Framing, SpecialIds
+from kvx.runtime.bundle.manifest import LOOP_FILE
 from kvx.runtime.bundle.precision import PRECISIONS, Precision
 from kvx.runtime.bundle.signature import Dimensions, StepFeatures
 from kvx.runtime.decoding.cache import Capacity
@@ -56,6 +57,7 @@ from kvx.runtime.decoding.device_loop import LoopRows, LoopState
 from kvx.runtime.measuring.tables import markdown_table
 
 IDS = SpecialIds(pad=0, bos=2, eos=3)
+FRAMING = Framing.plain(IDS, IDS)
 SOURCE = 20
 SOURCE_CAPACITY = 32
 TARGET_UNIT = 64
@@ -76,8 +78,10 @@ MODELS = {
         source_vocab_size=64,
         target_vocab_size=64,
         d_model=32,
-        heads=2,
-        d_ff=48,
+        encoder_heads=2,
+        decoder_heads=2,
+        encoder_d_ff=48,
+        decoder_d_ff=48,
         encoder_layers=1,
         decoder_layers=2,
         source_positions=64,
@@ -143,7 +147,7 @@ class Loop:
         padded = np.full((n, capacity.source), IDS.pad, np.int64)
         padded[:, : input_ids.shape[1]] = input_ids
         self._rows.encode(0, padded, lengths)
-        state = LoopState.idle(capacity)
+        state = LoopState.idle(capacity, forced=0)
         state.input_ids[:n] = IDS.bos
         state.source_lengths[:n] = lengths
         state.limits[:n] = capacity.target - 1 if limits is None else limits
@@ -176,7 +180,7 @@ class Eager:
         self._lengths = torch.from_numpy(lengths).to(self._device)
         self._cross = self._model.encode(torch.from_numpy(input_ids).to(self._device), self._lengths)
         self._ids = torch.full((len(lengths), self._target + 1), IDS.bos, device=self._device)
-        shape = (len(lengths), config.heads, self._target, config.head_width)
+        shape = (len(lengths), config.decoder_heads, self._target, config.decoder_head_width)
         self._past = [
             KeyValue(*(torch.zeros(shape, dtype=self._type, device=self._device) for _ in range(2)))
             for _ in range(config.decoder_layers if self._cached else 0)
@@ -192,7 +196,7 @@ class Eager:
                 logits = self._model.step(tokens, positions, self._lengths, self._past, self._cross).logits
             else:
                 hidden = self._model.decode(self._ids[:, : step + 1], self._cross, self._lengths)
-                logits = self._model.head(hidden[:, -1])
+                logits = self._model.logits(hidden[:, -1])
             self._ids[:, step + 1] = logits.argmax(dim=-1)
             positions += 1
 
@@ -237,7 +241,9 @@ def write_graphs(folder: Path, model: Transformer) -> None:
     folder.mkdir()
     write_onnx(EncoderGraph(model, lowered.step), folder / ENCODER_FILE)
     write_onnx(StepGraph(model, lowered.step), folder / STEP_FILE)
-    write_onnx(LoopGraph(model, IDS, lowered.loop), folder / LOOP_FILE, weights_of=folder / STEP_FILE)
+    write_onnx(
+        LoopGraph(model, FRAMING, StepFeatures().loop, lowered.loop), folder / LOOP_FILE, weights_of=folder / STEP_FILE
+    )
 
 
 def step_bytes(model: Transformer, rows: int, steps: int) -> int:

@@ -89,8 +89,10 @@ def steps_of_no_cost() -> Measurement:
     """Microseconds of processor time of a step, seating and finishing sentences included."""
     kvx = imported()
     backend = NoCost(kvx)
+    begin = {"start": (BOS,)} if "start" in kvx["Plan"].__dataclass_fields__ else {"bos": BOS}
     plan = kvx["Plan"](
-        **{"bos": BOS, "eos": EOS, "pad": PAD, "rows": ROWS, "max_new_tokens": TARGET_TOKENS},
+        **begin,
+        **{"eos": EOS, "pad": PAD, "rows": ROWS, "max_new_tokens": TARGET_TOKENS},
         source_positions=SOURCE_TOKENS,
         cache_bytes=2**30,
         target_bytes=kvx["Capacity"](1, 1, 0, 1).bytes(backend.cache_specs),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -214,13 +215,14 @@ def _texts(task: Task) -> Iterator[Iterable[str]]:
 def _translations(
     translator: Translator, task: Task, options: TranslateOptions, texts: Iterable[str], stats: DecodeStats
 ) -> Iterator[Translation]:
-    from kvx.runtime.engine.call import paired
+    from kvx.runtime.engine.loaded import PREFIXES, paired
 
     prefixes = None if task.prefix_file is None else read_file(task.prefix_file)
     if task.alternatives is None:
         yield from translator.translate_iter(texts, options, stats, prefixes=prefixes)
         return
-    pairs = paired(texts, prefixes) if prefixes is not None else ((text, task.prefix or "") for text in texts)
+    begins = itertools.repeat(task.prefix or "") if prefixes is None else prefixes
+    pairs = paired(texts, begins, "prefixes", PREFIXES)
     for number, (text, prefix) in enumerate(pairs, 1):
         first, *others = translator.alternatives(text, prefix, task.alternatives, options, number=number)
         yield replace(first, others=tuple(others))

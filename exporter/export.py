@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import datetime
-import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,13 +16,14 @@ from kvx.exporter.precision.calibrate import calibrate
 from kvx.exporter.progress import Progress
 from kvx.exporter.proof.bundle import prove_bundle, read_sources, read_verification
 from kvx.exporter.proof.report import Check, ParityReport
-from kvx.models.importers import Checkpoint, load_checkpoint, save_checkpoint
-from kvx.runtime.bundle.folder import CHECKPOINT_FILE, SOURCE_TOKENIZER_FILE, TARGET_TOKENIZER_FILE, Bundle
-from kvx.runtime.bundle.manifest import FileEntry, Manifest
+from kvx.exporter.reading import check_tokenizers, read_checkpoint, write_tokenizers
+from kvx.models.importers import Checkpoint, save_checkpoint
+from kvx.models.importers.text import Text
+from kvx.runtime.bundle.folder import CHECKPOINT_FILE, Bundle
+from kvx.runtime.bundle.manifest import FileEntry, Manifest, TokenizerEntry
 from kvx.runtime.bundle.signature import StepFeatures, cache_specs
-from kvx.runtime.decoding.plan import Plan, check_limit
-from kvx.runtime.errors import OptionError, ParityError, TokenizerError
-from kvx.runtime.text.tokenizers.sentencepiece import SentencePiece
+from kvx.runtime.decoding.plan import Plan
+from kvx.runtime.errors import ParityError
 
 
 def export(options: ExportOptions, progress: Progress | None = None) -> Manifest:
@@ -35,23 +35,23 @@ def export(options: ExportOptions, progress: Progress | None = None) -> Manifest
     progress = progress or Progress()
     check_output(options.folder, options.checkpoint, force=options.force)
     progress.phase("reading the checkpoint")
-    checkpoint = _read_checkpoint(options, progress)
-    tokenizers = _load_tokenizers(options, checkpoint)
-    features = options.features(checkpoint.model.config.decoder_layers)
-    manifest = _describe(options, checkpoint, tokenizers, features)
+    checkpoint, text = read_checkpoint(options, progress)
+    features = options.features(checkpoint.model.config.decoder_layers, forced=len(text.framing.forced))
     with whole_or_nothing(options.folder, force=options.force) as folder:
-        _copy_tokenizers(folder, options)
+        tokenizers = write_tokenizers(folder, text)
+        manifest = _describe(options, checkpoint, text, tokenizers, features)
         bundle = Bundle(folder, replace(manifest, files=_entries(folder)))
-        text = read_verification(bundle, options.parity)
+        check_tokenizers(bundle)
+        lines = read_verification(bundle, options.parity)
         if options.calibration is not None:
             progress.phase("calibrating")
             _calibrate(bundle, checkpoint, options.calibration)
-        write_graphs(folder, options, checkpoint.model, manifest.target_ids, features, progress)
+        write_graphs(folder, options, checkpoint.model, manifest.framing, features, progress)
         if len(options.formats) > 1:
             save_checkpoint(checkpoint, folder / CHECKPOINT_FILE)
         manifest = replace(manifest, files=_entries(folder))
         if options.verify:
-            checks = prove_bundle(Bundle(folder, manifest), checkpoint.model, options.parity, text, progress)
+            checks = prove_bundle(Bundle(folder, manifest), checkpoint.model, options.parity, lines, progress)
             parity = _require_parity(checks, options.parity.limits(options.precision).tolerance)
             manifest = replace(manifest, parity=parity.to_dict())
         manifest.write(folder)
@@ -59,59 +59,14 @@ def export(options: ExportOptions, progress: Progress | None = None) -> Manifest
     return manifest
 
 
-def _read_checkpoint(options: ExportOptions, progress: Progress) -> Checkpoint:
-    """The checkpoint with the limit that the bundle shall have."""
-    checkpoint = load_checkpoint(options.checkpoint, heads=options.heads)
-    config = checkpoint.model.config
-    if options.heads not in (None, config.heads):
-        raise OptionError(
-            f"`heads` is {options.heads}",
-            expected=f"the checkpoint's own {config.heads}",
-            remedy="Leave it out.",
-            option="heads",
-        )
-    for note in checkpoint.notes:
-        progress.note(note)
-    limit = checkpoint.max_new_tokens if options.max_new_tokens is None else options.max_new_tokens
-    check_limit(limit, config.target_positions)
-    return replace(checkpoint, max_new_tokens=limit)
-
-
-def _load_tokenizers(options: ExportOptions, checkpoint: Checkpoint) -> tuple[SentencePiece, SentencePiece]:
-    config = checkpoint.model.config
-    loaded = []
-    for name, chosen, size, option in (
-        (SOURCE_TOKENIZER_FILE, options.source_tokenizer, config.source_vocab_size, "source_tokenizer"),
-        (TARGET_TOKENIZER_FILE, options.target_tokenizer, config.target_vocab_size, "target_tokenizer"),
-    ):
-        path = options.tokenizer_path(name, chosen)
-        tokenizer = SentencePiece(path)
-        if len(tokenizer) != size:
-            raise TokenizerError(
-                f"{path} has {len(tokenizer)} pieces",
-                expected=f"{size}, the rows of the model's embedding",
-                remedy=f"Name the tokenizer that the model was trained with (`{option}`).",
-                option=option,
-            )
-        loaded.append(tokenizer)
-    return loaded[0], loaded[1]
-
-
-def _copy_tokenizers(folder: Path, options: ExportOptions) -> None:
-    for name, chosen in (
-        (SOURCE_TOKENIZER_FILE, options.source_tokenizer),
-        (TARGET_TOKENIZER_FILE, options.target_tokenizer),
-    ):
-        shutil.copyfile(options.tokenizer_path(name, chosen), folder / name)
-
-
 def _describe(
     options: ExportOptions,
     checkpoint: Checkpoint,
-    tokenizers: tuple[SentencePiece, SentencePiece],
+    text: Text,
+    tokenizers: Mapping[str, TokenizerEntry],
     features: StepFeatures,
 ) -> Manifest:
-    """The manifest of a bundle without files yet, and not proven yet."""
+    """The manifest of a bundle without graphs yet, and not proven yet."""
     return Manifest(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds"),
         kvx_version=kvx.__version__,
@@ -121,8 +76,11 @@ def _describe(
         features=features,
         opset=OPSET,
         max_new_tokens=checkpoint.max_new_tokens,
-        source_ids=tokenizers[0].special_ids,
-        target_ids=tokenizers[1].special_ids,
+        family=checkpoint.family,
+        framing=text.framing,
+        languages=text.languages,
+        tokenizers=tokenizers,
+        defaults=checkpoint.defaults,
         files={},
         parity=None,
     )

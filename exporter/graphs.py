@@ -14,24 +14,24 @@ from kvx.exporter.precision.halves import in_precision
 from kvx.exporter.progress import Progress
 from kvx.exporter.proof import checks
 from kvx.exporter.writing.graphs import EncoderGraph, ShortlistGraph, StepGraph
-from kvx.exporter.writing.loop import LoopGraph
+from kvx.exporter.writing.loop import ForcedLoopGraph, LoopGraph
 from kvx.exporter.writing.onnx import write_onnx
 from kvx.exporter.writing.torchscript import write_torchscript
 from kvx.models.transformer import Transformer
+from kvx.runtime.bundle.framing import Framing
 from kvx.runtime.bundle.graphs import BEAMS, CHUNK, ENCODER, LOOP, SHORTLIST, STEP, Graph
-from kvx.runtime.bundle.manifest import SpecialIds
 from kvx.runtime.bundle.precision import Arithmetic, Widths
 from kvx.runtime.bundle.signature import StepFeatures
 
 
 @dataclass(frozen=True, slots=True)
 class Material:
-    """What graphs are made of: the model in its precision, operators, the features of its step, the target's ids."""
+    """What graphs are made of: a model in its precision, operators, features of its step, the ids around texts."""
 
     model: Transformer
     lowered: Lowered
     features: StepFeatures
-    target_ids: SpecialIds
+    framing: Framing
 
     def features_of(self, graph: Graph) -> StepFeatures:
         """The features of one graph of the decoder."""
@@ -60,7 +60,12 @@ class Recipe:
 
 def _write_projection(made: Material, folder: Path) -> None:
     [name] = SHORTLIST.beside
-    np.save(folder / name, made.model.head.weight.detach().numpy(), allow_pickle=False)
+    np.save(folder / name, made.model.projection().detach().numpy(), allow_pickle=False)
+
+
+def _loop_graph(made: Material) -> LoopGraph:
+    kind = ForcedLoopGraph if made.framing.forced else LoopGraph
+    return kind(made.model, made.framing, made.features_of(LOOP), made.lowered.loop)
 
 
 RECIPES = (
@@ -102,7 +107,7 @@ RECIPES = (
     Recipe(
         graph=LOOP,
         called="the decoder that feeds itself",
-        module=lambda made: LoopGraph(made.model, made.target_ids, made.lowered.loop),
+        module=_loop_graph,
         wanted=lambda options: options.loop or options.operators == "cuda",
         proof=checks.LOOPED,
     ),
@@ -113,20 +118,20 @@ def write_graphs(
     folder: Path,
     options: ExportOptions,
     model: Transformer,
-    target_ids: SpecialIds,
+    framing: Framing,
     features: StepFeatures,
     progress: Progress,
 ) -> None:
     """Every graph that the options ask for, in every format, with the files that it needs."""
     if "onnx" in options.formats:
         prepared = in_precision(model, options.precision)
-        made = Material(prepared, Lowered.of(options.operators, prepared), features, target_ids)
+        made = Material(prepared, Lowered.of(options.operators, prepared), features, framing)
         for recipe in _wanted(options, "onnx"):
             progress.phase(f"exporting {recipe.called} to ONNX")
             _write_onnx(recipe, made, folder, options.arithmetic)
     if "torchscript" in options.formats:
         progress.phase("tracing TorchScript")
-        made = Material(model, Lowered.not_at_all(), features, target_ids)
+        made = Material(model, Lowered.not_at_all(), features, framing)
         for recipe in _wanted(options, "torchscript"):
             write_torchscript(recipe.module(made), folder / recipe.graph.files["torchscript"])
 

@@ -13,7 +13,7 @@ from kvx.runtime.bundle.graphs import FORMATS
 from kvx.runtime.bundle.precision import PRECISIONS, Arithmetic, Lowering, Precision
 from kvx.runtime.bundle.signature import StepFeatures
 from kvx.runtime.errors import OptionError
-from kvx.runtime.rules import Option, Problem, choice, count, described, flag, path, refuse, wrong_values
+from kvx.runtime.rules import Option, Problem, choice, count, described, flag, path, refuse, text, wrong_values
 
 Format = Literal["onnx", "torchscript", "both"]
 
@@ -44,7 +44,8 @@ class ExportOptions:
         Path,
         Option(
             path(),
-            "The trained weights: a state dict of the reference architecture, or a model.pt in kvx's own format.",
+            "The trained model: a folder of Hugging Face transformers (Marian, M2M100, NLLB, BART, mBART, Pegasus), a "
+            "state dict of the reference architecture, or a model.pt in kvx's own format.",
         ),
     ]
     output: Annotated[
@@ -52,7 +53,7 @@ class ExportOptions:
         Option(
             path(),
             "Write the bundle to this folder.",
-            unset="artifacts/<name of the checkpoint's folder>",
+            unset="artifacts/<name of the checkpoint's folder>, and -<precision> after it",
             flags=("-o", "--output"),
         ),
     ] = None
@@ -115,6 +116,24 @@ class ExportOptions:
             "The default length limit of a translation, in tokens, the end token included. `kvx translate` can set "
             "another.",
             unset="the checkpoint's own limit",
+        ),
+    ] = None
+    default_source_language: Annotated[
+        str | None,
+        Option(
+            text(),
+            "The language of texts for which none is named, by its code.",
+            unset="the checkpoint's own, if it has one",
+            flags=("--default-from",),
+        ),
+    ] = None
+    default_target_language: Annotated[
+        str | None,
+        Option(
+            text(),
+            "The language to translate to where none is named, by its code.",
+            unset="the checkpoint's own, if it has one",
+            flags=("--default-to",),
         ),
     ] = None
     attention: Annotated[
@@ -231,8 +250,9 @@ class ExportOptions:
             return (self.format,)
         return ("onnx",) if self.arithmetic.reduced or self.operators == "cuda" else FORMATS
 
-    def features(self, layers: int) -> StepFeatures:
-        """What the step has beyond the contract's core, in a model with this number of decoder layers.
+    def features(self, layers: int, *, forced: int = 0) -> StepFeatures:
+        """What the step has beyond the contract's core, in a model with this number of decoder layers, whose targets
+        begin with this many tokens that are not chosen.
 
         Raises OptionError.
         """
@@ -245,13 +265,24 @@ class ExportOptions:
                 option="attention_layer",
             )
         presents = self.operators == "ort" and "onnx" in self.formats
-        return StepFeatures(source_presents=presents, attention=layer if self.attention else None)
+        return StepFeatures(source_presents=presents, attention=layer if self.attention else None, forced=forced)
 
     @property
     def folder(self) -> Path:
         """The bundle's folder. A checkpoint that is a link is named for where the link is: a hub's own are hashes."""
-        return self.output or Path("artifacts") / Path(os.path.normpath(self.checkpoint.absolute())).parent.name
+        if self.output is not None:
+            return self.output
+        path = Path(os.path.normpath(self.checkpoint.absolute()))
+        name = _model_name(path if path.is_dir() else path.parent)
+        return Path("artifacts") / (f"{name}-{self.precision}" if self.arithmetic.reduced else name)
 
     def tokenizer_path(self, name: str, chosen: Path | None) -> Path:
         """Where a tokenizer is: the chosen path, or the file of this name beside the checkpoint."""
         return chosen or self.checkpoint.parent / name
+
+
+def _model_name(folder: Path) -> str:
+    """The name of the model in a folder, also in a hub's cache, whose folders of snapshots are named for commits."""
+    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+        return folder.parent.parent.name.rpartition("--")[2]
+    return folder.name

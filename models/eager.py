@@ -95,7 +95,7 @@ class NoCacheBackend(TorchBackend):
             hidden, weights = self.model.decode_weighed(ids, self._keys_values(cache, "encoder"), source_lengths)
             rows, layer = torch.arange(n), self._attention_layer
             attention = None if layer is None else weights[layer][rows, :, lengths].mean(dim=1)
-            return StepOutput(logits=_array(self.model.head(hidden[rows, lengths])), attention=_array(attention))
+            return StepOutput(logits=_array(self.model.logits(hidden[rows, lengths])), attention=_array(attention))
 
         return step
 

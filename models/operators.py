@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvx.models.layers import Attention, KeyValue, LayerNorm
+from kvx.models.layers import Attention, KeyValue, Norm
 
 MASKED_SCORE = -1e9
 
@@ -45,10 +45,10 @@ def blend(weights: Tensor, value: Tensor) -> Tensor:
 class Operators:
     """The eager operators. A lowering overrides those for which its target has a better form."""
 
-    def normalize(self, norm: LayerNorm, x: Tensor) -> Tensor:
-        """x [..., E] → [..., E]; divides by the unbiased standard deviation plus ε, as the reference does."""
-        centred = x - x.mean(dim=-1, keepdim=True)
-        return norm.gamma * centred / (x.std(dim=-1, keepdim=True) + norm.eps) + norm.beta
+    def normalize(self, norm: Norm, x: Tensor) -> Tensor:
+        """x [..., E] → [..., E]."""
+        normalized: Tensor = norm(x)
+        return normalized
 
     def self_attention(self, attention: Attention, x: Tensor, lengths: Tensor) -> Tensor:
         """Encoder, whole sentences: x [B, S, E], lengths [B] → [B, S, E]."""

@@ -1,4 +1,4 @@
-"""The reference encoder-decoder Transformer: pre-norm, sinusoidal positions, as plain as it can be.
+"""The encoder-decoder Transformer, of the parts that its configuration names, as plain as it can be.
 
 Letters: B rows, S source positions, T target positions or cache capacity, E model width, H heads, D head width,
 L decoder layers, V target vocabulary.
@@ -12,77 +12,10 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from kvx.models.blocks import DecoderLayer, EncoderLayer, make_norm
 from kvx.models.config import ModelConfig
-from kvx.models.layers import Attention, Embedding, FeedForward, KeyValue, LayerNorm, Linear
-from kvx.models.operators import EAGER, Operators, attend, blend, positions_below, weigh
-
-
-class EncoderLayer(nn.Module):
-    """Self-attention over the source, then feed-forward, each on a normalised input and added back."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.self_attention = Attention(config.d_model, config.heads, bias=config.attention_bias)
-        self.feed_forward = FeedForward(config.d_model, config.d_ff)
-        self.self_attention_norm = LayerNorm(config.d_model)
-        self.feed_forward_norm = LayerNorm(config.d_model)
-
-    def forward(self, x: Tensor, lengths: Tensor, ops: Operators) -> Tensor:
-        """x [B, S, E], lengths [B] → [B, S, E]."""
-        x = x + ops.self_attention(self.self_attention, ops.normalize(self.self_attention_norm, x), lengths)
-        fed: Tensor = self.feed_forward(ops.normalize(self.feed_forward_norm, x))
-        return x + fed
-
-
-class DecoderLayer(nn.Module):
-    """Causal self-attention, attention to the source, feed-forward."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.self_attention = Attention(config.d_model, config.heads, bias=config.attention_bias)
-        self.cross_attention = Attention(config.d_model, config.heads, bias=config.attention_bias)
-        self.feed_forward = FeedForward(config.d_model, config.d_ff)
-        self.self_attention_norm = LayerNorm(config.d_model)
-        self.cross_attention_norm = LayerNorm(config.d_model)
-        self.feed_forward_norm = LayerNorm(config.d_model)
-
-    def forward(self, x: Tensor, cross: KeyValue, source_lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """All target positions at once: x [B, T, E], cross [B, H, S, D] → [B, T, E], cross-attention [B, H, T, S]."""
-        normed = EAGER.normalize(self.self_attention_norm, x)
-        causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
-        own = self.self_attention
-        x = x + own.merge(attend(own.queries(normed), own.keys_values(normed), causal[None, None]))
-        normed = EAGER.normalize(self.cross_attention_norm, x)
-        visible = positions_below(source_lengths, cross.key.shape[2])[:, None, None]
-        weights = weigh(self.cross_attention.queries(normed), cross.key, visible)
-        x = x + self.cross_attention.merge(blend(weights, cross.value))
-        fed: Tensor = self.feed_forward(EAGER.normalize(self.feed_forward_norm, x))
-        return x + fed, weights
-
-    def step(
-        self,
-        x: Tensor,
-        past: KeyValue,
-        past_lengths: Tensor,
-        cross: KeyValue,
-        source_lengths: Tensor,
-        ops: Operators,
-        *,
-        weighed: bool = False,
-    ) -> tuple[Tensor, KeyValue, KeyValue, Tensor | None]:
-        """One target position, x [B, E], or several, [B, Q, E]; past [B, H, T, D], cross [B, H, S, D] → like x,
-        present [B, H, T, D], cross, and, where `weighed`, the cross-attention's weights [B, S] for one position.
-        """
-        normed = ops.normalize(self.self_attention_norm, x)
-        attended, present = ops.cached_attention(self.self_attention, normed, past, past_lengths)
-        x = x + attended
-        normed, weights = ops.normalize(self.cross_attention_norm, x), None
-        if weighed:
-            attended, weights = ops.weighed_cross_attention(self.cross_attention, normed, cross, source_lengths)
-        else:
-            attended, cross = ops.cross_attention(self.cross_attention, normed, cross, source_lengths)
-        x = x + attended
-        return x + self.feed_forward(ops.normalize(self.feed_forward_norm, x)), present, cross, weights
+from kvx.models.layers import Embedding, KeyValue, Linear, Norm
+from kvx.models.operators import EAGER, Operators
 
 
 class Stepped(NamedTuple):
@@ -102,26 +35,36 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.source_embedding = Embedding(config.source_vocab_size, config.source_positions, config.d_model)
-        self.target_embedding = Embedding(config.target_vocab_size, config.target_positions, config.d_model)
+        self.source_embedding = Embedding(config.source_vocab_size, config.source_positions, config)
+        self.target_embedding = Embedding(config.target_vocab_size, config.target_positions, config)
+        self.source_embedding_norm = make_norm(config) if config.embedding_norm else None
+        self.target_embedding_norm = make_norm(config) if config.embedding_norm else None
         self.encoder_layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
         self.decoder_layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
-        self.encoder_norm = LayerNorm(config.d_model)
-        self.decoder_norm = LayerNorm(config.d_model)
-        self.head = Linear(config.d_model, config.target_vocab_size, bias=False)
+        self.encoder_norm = make_norm(config) if config.final_norm else None
+        self.decoder_norm = make_norm(config) if config.final_norm else None
+        self.head = Linear(config.d_model, config.target_vocab_size, bias=config.head_bias)
+        self.tie()
+
+    def tie(self) -> None:
+        """Lets what the configuration ties be one tensor."""
+        if self.config.shared_embeddings:
+            self.target_embedding.tokens.weight = self.source_embedding.tokens.weight
+        if self.config.tied_head:
+            self.head.weight = self.target_embedding.tokens.weight
 
     def forward(self, input_ids: Tensor, source_lengths: Tensor, target_ids: Tensor) -> Tensor:
         """Teacher forcing: input_ids [B, S], source_lengths [B], target_ids [B, T] from bos → logits [B, T, V]."""
         cross = self.encode(input_ids, source_lengths)
-        logits: Tensor = self.head(self.decode(target_ids, cross, source_lengths))
-        return logits
+        return self.logits(self.decode(target_ids, cross, source_lengths))
 
     def encode(self, input_ids: Tensor, source_lengths: Tensor, ops: Operators = EAGER) -> list[KeyValue]:
         """input_ids [B, S], source_lengths [B] → cross-attention keys and values per decoder layer [B, H, S, D]."""
         x = self.source_embedding(input_ids, torch.arange(input_ids.shape[1], device=input_ids.device))
+        x = _normalize(ops, self.source_embedding_norm, x)
         for layer in self.encoder_layers:
             x = layer(x, source_lengths, ops)
-        memory = ops.normalize(self.encoder_norm, x)
+        memory = _normalize(ops, self.encoder_norm, x)
         return [layer.cross_attention.keys_values(memory) for layer in self.decoder]
 
     def decode(self, target_ids: Tensor, cross: Sequence[KeyValue], source_lengths: Tensor) -> Tensor:
@@ -132,12 +75,24 @@ class Transformer(nn.Module):
         self, target_ids: Tensor, cross: Sequence[KeyValue], source_lengths: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
         """As `decode`, and the cross-attention weights of every layer [B, H, T, S]."""
-        x: Tensor = self.target_embedding(target_ids, torch.arange(target_ids.shape[1], device=target_ids.device))
+        x = self._embed_target(target_ids, torch.arange(target_ids.shape[1], device=target_ids.device), EAGER)
         attentions = []
         for layer, keys_values in zip(self.decoder, cross, strict=True):
             x, weights = layer(x, keys_values, source_lengths)
             attentions.append(weights)
-        return EAGER.normalize(self.decoder_norm, x), attentions
+        return _normalize(EAGER, self.decoder_norm, x), attentions
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Last hidden states [..., E] → logits [..., V]."""
+        logits: Tensor = self.head(self._scaled(hidden))
+        return logits
+
+    def projection(self) -> Tensor:
+        """The rows that a shortlist picks from: those of the head's weight, and, where it has a bias, that as their
+        last column [V, E or E + 1].
+        """
+        weight = self.head.weight
+        return weight if self.head.bias is None else torch.cat([weight, self.head.bias[:, None]], dim=1)
 
     def step(
         self,
@@ -154,7 +109,7 @@ class Transformer(nn.Module):
         """One token per row, input_ids [B], or several, [B, Q], at the positions from past_lengths [B] on;
         source_lengths [B], past [B, H, T, D] and cross [B, H, S, D] per layer → logits [B, V] or [B, Q, V], present
         [B, H, T, D] per layer, cross, and, of one token per row, the attention [B, S] of the layer asked for. With a
-        `projection` [C, E], rows of the head's weight, logits are [B, C].
+        `projection`, rows of that of the model, logits are [B, C].
 
         The eager operators write past in place and return it; T must hold every position. Where a row has fewer than
         Q tokens left, the rest may be any: what stands beyond its length is never seen. `positions`, in the form of
@@ -164,7 +119,7 @@ class Transformer(nn.Module):
         if input_ids.ndim == 2:
             several = past_lengths[:, None] + torch.arange(input_ids.shape[1], device=input_ids.device)
             positions = several.clamp(max=self.config.target_positions - 1)  # beyond stands only what is never seen
-        x = self.target_embedding(input_ids, positions)
+        x = self._embed_target(input_ids, positions, ops)
         presents, sources, attention = [], [], None
         for number, (layer, own, source) in enumerate(zip(self.decoder, past, cross, strict=True)):
             weighed = number == attention_layer
@@ -172,17 +127,27 @@ class Transformer(nn.Module):
             presents.append(present)
             sources.append(given)
             attention = weights if weighed else attention
-        hidden = ops.normalize(self.decoder_norm, x)
-        logits = self.head(hidden) if projection is None else ops.shortlist_logits(hidden.float(), projection)
+        hidden = _normalize(ops, self.decoder_norm, x)
+        logits = self.logits(hidden) if projection is None else self._shortlist_logits(hidden, projection, ops)
         return Stepped(logits.float(), presents, sources, attention)
 
     def first_keys_values(self, input_ids: Tensor, positions: Tensor) -> KeyValue:
         """input_ids and positions [B] → what the first layer of the decoder writes for them [B, H, 1, D]: nothing else
         decides it.
         """
-        layer = self.decoder[0]
-        x = EAGER.normalize(layer.self_attention_norm, self.target_embedding(input_ids, positions))
-        return layer.self_attention.token_keys_values(x)
+        return self.decoder[0].first_keys_values(self._embed_target(input_ids, positions, EAGER))
+
+    def _embed_target(self, target_ids: Tensor, positions: Tensor, ops: Operators) -> Tensor:
+        return _normalize(ops, self.target_embedding_norm, self.target_embedding(target_ids, positions))
+
+    def _shortlist_logits(self, hidden: Tensor, projection: Tensor, ops: Operators) -> Tensor:
+        hidden = self._scaled(hidden).float()
+        if self.head.bias is not None:
+            hidden = torch.cat([hidden, hidden.new_ones(hidden.shape[0], 1)], dim=1)
+        return ops.shortlist_logits(hidden, projection)
+
+    def _scaled(self, hidden: Tensor) -> Tensor:
+        return hidden if self.config.head_scale == 1.0 else hidden * self.config.head_scale
 
     @property
     def element(self) -> str:
@@ -193,3 +158,7 @@ class Transformer(nn.Module):
     def decoder(self) -> list[DecoderLayer]:
         """The decoder's layers, by their type."""
         return cast("list[DecoderLayer]", list(self.decoder_layers))
+
+
+def _normalize(ops: Operators, norm: Norm | None, x: Tensor) -> Tensor:
+    return x if norm is None else ops.normalize(norm, x)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, TypedDict, Unpack, get_args
 
 import numpy as np
 
+from kvx.runtime.bundle.manifest import Default
 from kvx.runtime.decoding.filters import (
     Ban,
     EndPenalty,
@@ -20,7 +21,7 @@ from kvx.runtime.decoding.filters import (
     RepetitionPenalty,
     Suppress,
 )
-from kvx.runtime.decoding.search import BeamSearch, Greedy, Sampling
+from kvx.runtime.decoding.search import BeamRules, BeamSearch, Greedy, Sampling
 from kvx.runtime.errors import OptionError
 from kvx.runtime.rules import (
     Option,
@@ -56,6 +57,13 @@ TARGETS = Rule(
     "a tuple of texts or of sequences of ids",
     lambda value: isinstance(value, tuple | list) and all(PREFIX.holds(one) for one in value),
 )
+LANGUAGE = Rule(
+    "the code of a language, or a tuple of such codes, one for each text",
+    lambda value: (
+        isinstance(value, str)
+        or (isinstance(value, tuple | list) and all(isinstance(one, str | None) for one in value))
+    ),
+)
 CALLABLES = Rule("a sequence of callables", lambda value: isinstance(value, tuple) and all(map(callable, value)))
 
 
@@ -68,11 +76,14 @@ class TranslateKeywords(TypedDict, total=False):
     length_penalty: float | None
     early_stopping: bool | None
     patience: float | None
+    beam_rules: BeamRules | None
     samples: int | None
     temperature: float | None
     top_k: int | None
     top_p: float | None
     seed: int | None
+    source_language: str | Sequence[str | None] | None
+    target_language: str | Sequence[str | None] | None
     max_new_tokens: int | None
     min_new_tokens: int | None
     prefix: Target | None
@@ -81,6 +92,7 @@ class TranslateKeywords(TypedDict, total=False):
     no_repeated_ngrams: int | None
     repetition_penalty: float | None
     end_penalty: float | None
+    end_at_limit: bool
     filters: Sequence[Filter]
     shortlist: str | Path | None
     on_long: OnLong
@@ -93,8 +105,20 @@ class TranslateKeywords(TypedDict, total=False):
     cache_bytes: int | None
 
 
+class _Remembered:
+    """Which options somebody has set, and from which files others are, where a bundle has defaults of its own."""
+
+    __slots__ = ("given", "origins")
+    given: frozenset[str]
+    origins: Mapping[str, str]
+
+    def _remember(self, given: Iterable[str], origins: Mapping[str, str]) -> None:
+        object.__setattr__(self, "given", frozenset(given))
+        object.__setattr__(self, "origins", origins)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, init=False)
-class TranslateOptions:
+class TranslateOptions(_Remembered):
     """How to translate. Raises one OptionError that names everything unknown or contradictory.
 
     `search` is Greedy(), BeamSearch(size) or Sampling(). Instead of it, or to change it, its fields may be given as
@@ -102,10 +126,30 @@ class TranslateOptions:
     `temperature`, `top_k`, `top_p` and `seed` of samples.
 
     `filters` are further constraints, callables that change the logits [n, V] of the active rows in place. They come
-    after those that the other options describe, in their order. docs/options.md has all options with their rules.
+    after those that the other options describe, in their order. `given` are the options that somebody has set,
+    `origins` the files that others are from, where a bundle has defaults of its own. docs/options.md has all options
+    with their rules.
     """
 
     search: Annotated[Search, Option(SEARCHES, "How targets are searched for.", hidden=True)] = GREEDY
+    source_language: Annotated[
+        str | Sequence[str | None] | None,
+        Option(
+            LANGUAGE,
+            "The language of the texts, by its code. `kvx inspect` lists the codes of a bundle.",
+            unset="the bundle's default",
+            flags=("--from",),
+        ),
+    ] = None
+    target_language: Annotated[
+        str | Sequence[str | None] | None,
+        Option(
+            LANGUAGE,
+            "The language to translate to, by its code.",
+            unset="the bundle's default",
+            flags=("--to",),
+        ),
+    ] = None
     max_new_tokens: Annotated[
         int | None,
         Option(
@@ -149,6 +193,10 @@ class TranslateOptions:
             unset="0.0",
         ),
     ] = None
+    end_at_limit: Annotated[
+        bool,
+        Option(flag(), "Let the end token stand at the limit of new tokens, in the place of any other."),
+    ] = False
     filters: Annotated[tuple[Filter, ...], Option(CALLABLES, "Further constraints, as callables.", hidden=True)] = ()
     shortlist: Annotated[
         str | Path | None,
@@ -223,10 +271,11 @@ class TranslateOptions:
     def __init__(self, **keywords: Unpack[TranslateKeywords]) -> None:
         given: dict[str, Any] = dict(keywords)
         _refuse_unknown(given)
+        self._remember(_set_by(given), {})
         flat = {name: given.pop(name) for name in SEARCH_OPTIONS if name in given}
-        for field in fields(self):
-            value = given.get(field.name, field.default)
-            object.__setattr__(self, field.name, tuple(value) if isinstance(value, list | np.ndarray) else value)
+        for one in fields(self):
+            value = given.get(one.name, one.default)
+            object.__setattr__(self, one.name, tuple(value) if isinstance(value, list | np.ndarray) else value)
         problems = [*wrong_values(self), *_wrong_search_values(flat)]
         if not problems:
             search, problems = _searched(self.search, flat)
@@ -235,9 +284,33 @@ class TranslateOptions:
 
     def changed(self, **changes: Unpack[TranslateKeywords]) -> TranslateOptions:
         """These options with some others. Keywords of a search change the search that is there."""
-        own: TranslateKeywords = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[assignment]
+        if not changes:
+            return self
+        own: TranslateKeywords = {one.name: getattr(self, one.name) for one in fields(self)}  # type: ignore[assignment]
         own.update(changes)
-        return TranslateOptions(**own) if changes else self
+        changed = TranslateOptions(**own)
+        given = self.given | {name for name, value in changes.items() if value is not None}
+        changed._remember(given, {name: one for name, one in self.origins.items() if name not in changes})
+        return changed
+
+    def resolved(self, defaults: Mapping[str, Default], **changes: Unpack[TranslateKeywords]) -> TranslateOptions:
+        """These options with the changes, and with a bundle's defaults for what neither names.
+
+        Beams are not the default of who asks for another search. `origins` tells for each option that is a default
+        which file of the checkpoint it is from. Raises OptionError.
+        """
+        asked = self.given | {name for name, value in changes.items() if value is not None}
+        size = changes.get("beam_size", self.search.beams if asked & {"search", "beam_size"} else 2)
+        own_search = "search" in asked or not asked.isdisjoint(SAMPLING_OPTIONS) or size == 1
+        taken = {
+            name: default
+            for name, default in defaults.items()
+            if name not in asked and name in OPTIONS and not (own_search and name in BEAM_OPTIONS)
+        }
+        values: TranslateKeywords = {name: default.value for name, default in taken.items()}  # type: ignore[assignment]
+        found = self.changed(**values).changed(**changes)
+        found._remember(asked, {name: default.origin for name, default in taken.items()})
+        return found
 
     @property
     def with_attention(self) -> bool:
@@ -253,11 +326,20 @@ class TranslateOptions:
             yield Problem("min_new_tokens", got, "`min_new_tokens` up to `max_new_tokens`")
 
 
-def filters_of(options: TranslateOptions, reader: TargetReader) -> Filters:
-    """The filters that options describe, their texts read as pieces. The least length comes last: it gives way where
-    the others leave nothing but eos. Raises OptionError for what the vocabulary does not have.
+def _set_by(keywords: Mapping[str, Any]) -> set[str]:
+    """The options that keywords set. dataclasses.replace gives all of them, also those that nobody has changed."""
+    defaults = {one.name: one.default for one in fields(TranslateOptions)}
+    same = defaults if defaults.keys() <= keywords.keys() else {}
+    named = (name for name, value in keywords.items() if value is not None)
+    return {name for name in named if name not in same or keywords[name] is not same[name]}
+
+
+def filters_of(options: TranslateOptions, reader: TargetReader, never: tuple[int, ...] = ()) -> Filters:
+    """The filters that options describe, their texts read as pieces, and that for ids that `never` come. The least
+    length comes last: it gives way where the others leave nothing but eos. Raises OptionError for what the vocabulary
+    does not have.
     """
-    filters: list[Filter] = []
+    filters: list[Filter] = [Suppress(never)] if never else []
     if options.repetition_penalty not in (None, 1.0):
         filters.append(RepetitionPenalty(options.repetition_penalty))
     if options.end_penalty:
@@ -271,7 +353,8 @@ def filters_of(options: TranslateOptions, reader: TargetReader) -> Filters:
     filters.extend(options.filters)
     if options.min_new_tokens is not None and options.min_new_tokens > 1:
         filters.append(LeastTokens(options.min_new_tokens))
-    return Filters(tuple(filters))
+    in_place = isinstance(options.search, Greedy) and not options.scores and len(filters) == bool(never)
+    return Filters(tuple(filters), in_place=in_place)
 
 
 def options_or_default(options: TranslateOptions | None) -> TranslateOptions:

@@ -12,12 +12,13 @@ from kvx.runtime.decoding.results import FinishReason
 class Translation:
     """One translated text.
 
-    `ids` are the target ids after bos, eos included where `finish_reason` is "end", none where it is "failed"; `tokens`
-    their pieces without eos; `score` the sum of `log_probabilities`, the model's own of each id, natural, where asked
-    for; `truncated` tells that the source was cut to the model's positions. `others` are the next best ones of a beam
+    `ids` are the target ids after those that it begins with, such as bos or a language, eos included where
+    `finish_reason` is "end", and at the limit with `end_at_limit`, none where it is "failed"; `tokens` their pieces
+    without eos; `score` the sum of `log_probabilities`, the model's own of each id, natural, where asked for;
+    `truncated` tells that the source was cut to the model's positions. `others` are the next best ones of a beam
     search, or further samples. Where alignment was asked for, `alignment` has for each of `tokens` the index among
-    `source_tokens` of the piece that it attends to most, and `attention` [ids, 1 + source tokens + 1] all weights, bos
-    and eos included.
+    `source_tokens` of the piece that it attends to most, and `attention` [ids, S] all weights, those of bos and eos or
+    what else stands around a text included.
     """
 
     text: str

@@ -75,6 +75,14 @@ class Translator:
         )
         return cls(model, loaded_by={"bundle": path, "device": device, **on})
 
+    def options(
+        self, options: TranslateOptions | None = None, **changes: Unpack[TranslateKeywords]
+    ) -> TranslateOptions:
+        """The options with the changes, and with the defaults of this bundle for what they leave open: those that every
+        call translates by. Their `origins` tell where each default is from. Raises OptionError.
+        """
+        return options_or_default(options).resolved(self.manifest.defaults, **changes)
+
     def translate(
         self,
         texts: Iterable[str],
@@ -90,7 +98,7 @@ class Translator:
         with, texts or target ids. Where `cancelled` answers true, all end as they are by then. Raises InputError before
         anything is decoded, OptionError and CapacityError.
         """
-        options = options_or_default(options).changed(**changes)
+        options = self.options(options, **changes)
         return translate_all(self._model, texts, options, prefixes=prefixes, cancelled=cancelled)
 
     def translate_iter(
@@ -111,7 +119,7 @@ class Translator:
         answers true, what was read ends as it is, and nothing more is read. `stats` is filled at the end, however it
         comes. Raises OptionError and CapacityError.
         """
-        options = options_or_default(options)
+        options = self.options(options)
         return translate(self._model, texts, options, stats, prefixes=prefixes, cancelled=cancelled)
 
     def alternatives(
@@ -130,7 +138,7 @@ class Translator:
         Raises InputError, OptionError and CapacityError.
         """
         try:
-            return alternatives(self._model, text, prefix, count, options_or_default(options))
+            return alternatives(self._model, text, prefix, count, self.options(options))
         except InputError as error:
             raise error.at(number) from None
 

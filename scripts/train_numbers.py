@@ -194,8 +194,10 @@ def build_model() -> Transformer:
         source_vocab_size=SOURCE_VOCAB_SIZE,
         target_vocab_size=TARGET_VOCAB_SIZE,
         d_model=64,
-        heads=4,
-        d_ff=128,
+        encoder_heads=4,
+        decoder_heads=4,
+        encoder_d_ff=128,
+        decoder_d_ff=128,
         encoder_layers=2,
         decoder_layers=2,
         source_positions=POSITIONS,
@@ -259,7 +261,7 @@ def translate(model: Transformer, texts: list[str], tokenizers: Tokenizers) -> l
     cross = model.encode(source_ids, source_lengths)
     target_ids = torch.full((len(texts), 1), BOS)
     for _ in range(MAX_NEW_TOKENS):
-        logits = model.head(model.decode(target_ids, cross, source_lengths)[:, -1])
+        logits = model.logits(model.decode(target_ids, cross, source_lengths)[:, -1])
         target_ids = torch.cat([target_ids, logits.argmax(dim=-1, keepdim=True)], dim=1)
     rows = [[*row[1:], EOS] for row in target_ids.tolist()]
     return [tokenizers.target.decode(row[: row.index(EOS)]) for row in rows]

@@ -37,8 +37,10 @@ SEED = ROOT.parent / "shared" / "seed"
 KEPT = Path(os.environ["KVX_TEST_BUNDLES"]).absolute() if "KVX_TEST_BUNDLES" in os.environ else None
 TINY: dict[str, Any] = {
     "d_model": 16,
-    "heads": 2,
-    "d_ff": 24,
+    "encoder_heads": 2,
+    "decoder_heads": 2,
+    "encoder_d_ff": 24,
+    "decoder_d_ff": 24,
     "encoder_layers": 1,
     "decoder_layers": 2,
     "source_positions": 24,

@@ -183,10 +183,10 @@ EXPORTER_ROOMS = (
     ("writing",),
     ("proof",),
     ("options",),
-    ("graphs", "folder"),
+    ("graphs", "folder", "reading"),
     ("export",),
 )
-MODELS_ROOMS = (("config", "layers"), ("operators",), ("transformer",), ("importers", "eager"))
+MODELS_ROOMS = (("config",), ("layers",), ("operators",), ("blocks",), ("transformer",), ("importers", "eager"))
 HOUSE = {"runtime": RUNTIME_ROOMS, "exporter": EXPORTER_ROOMS, "models": MODELS_ROOMS}
 LAID = [(package, room) for package, rooms in HOUSE.items() for line in rooms for room in line]
 
@@ -230,8 +230,7 @@ def test_decoding_knows_no_thread_and_no_file(path: Path) -> None:
 
 @pytest.mark.parametrize("path", in_package("models"), ids=str)
 def test_models_know_only_the_contract_of_the_runtime(path: Path) -> None:
-    files = ("bundle.files", "bundle.framing", "bundle.signature", "bundle.vocabulary")
-    contract = ("arrays", "errors", "rules", *files, "decoding.backend", "decoding.cache")
+    contract = ("arrays", "errors", "rules", "bundle", "decoding.backend", "decoding.cache")
     allowed = ("kvx.models", *(f"kvx.runtime.{name}" for name in contract))
     assert [name for name in imports(path) if inside(name, "kvx") and not inside(name, *allowed)] == []
 
@@ -309,7 +308,7 @@ def test_public_classes_say_that_they_are_kvx() -> None:
 
 def test_a_translator_shows_nothing_but_what_people_call() -> None:
     shown = {name for name in dir(kvx.Translator) if not name.startswith("_")}
-    assert shown == {"alternatives", "load", "manifest", "rank", "score", "translate", "translate_iter"}
+    assert shown == {"alternatives", "load", "manifest", "options", "rank", "score", "translate", "translate_iter"}
 
 
 def test_every_error_is_exported() -> None:

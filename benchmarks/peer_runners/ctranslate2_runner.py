@@ -23,7 +23,7 @@ def prepare(request: Request) -> None:
     config = weights.config
     layers = config["encoder_layers"], config["decoder_layers"]
     spec = transformer_spec.TransformerSpec.from_config(
-        layers, config["heads"], pre_norm=True, activation=common_spec.Activation.RELU
+        layers, config["decoder_heads"], pre_norm=True, activation=common_spec.Activation.RELU
     )
     _fill_stack(spec.encoder, weights, "encoder", "source_embedding")
     _fill_stack(spec.decoder, weights, "decoder", "target_embedding")

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from protocol import Request, Timed, longest_first  # type: ignore[import-not-found]
-from transformers import GenerationConfig, M2M100Config, M2M100ForConditionalGeneration  # type: ignore[import-not-found]
+from transformers import GenerationConfig, M2M100Config, M2M100ForConditionalGeneration
 from weights import Weights  # type: ignore[import-not-found]
 
 PAD, BOS, EOS = 0, 2, 3
@@ -70,10 +70,10 @@ def _config(weights: Weights) -> Any:  # noqa: ANN401
         max_position_embeddings=max(shape["source_positions"], shape["target_positions"]),
         encoder_layers=shape["encoder_layers"],
         decoder_layers=shape["decoder_layers"],
-        encoder_attention_heads=shape["heads"],
-        decoder_attention_heads=shape["heads"],
-        encoder_ffn_dim=shape["d_ff"],
-        decoder_ffn_dim=shape["d_ff"],
+        encoder_attention_heads=shape["decoder_heads"],
+        decoder_attention_heads=shape["decoder_heads"],
+        encoder_ffn_dim=shape["decoder_d_ff"],
+        decoder_ffn_dim=shape["decoder_d_ff"],
         activation_function="relu",
         scale_embedding=True,
         tie_word_embeddings=False,

@@ -47,7 +47,7 @@ class OrtBeamOperators(StandardBeamOperators, OrtOperators):
 
 
 def _by_sentence(query: Tensor, cross: KeyValue, source_lengths: Tensor) -> Tensor:
-    """query [B, E], cross [G, H, S, D], source_lengths [G] → [G, H, B / G, D].
+    """query [B, H·D], cross [G, H, S, D], source_lengths [G] → [G, H, B / G, D].
 
     The shape comes from the lengths, for all layers at once; torch itself would ask for G to divide B.
     """
@@ -58,7 +58,8 @@ def _by_sentence(query: Tensor, cross: KeyValue, source_lengths: Tensor) -> Tens
 
 def _merge(attention: Attention, heads: Tensor, x: Tensor) -> Tensor:
     """heads [G, H, B / G, D], x [B, E] → like x, through the output projection."""
-    merged: Tensor = attention.output(_reshape(heads.transpose(1, 2), torch.tensor([-1, x.shape[1]]), x.shape))
+    shape = (x.shape[0], attention.width)
+    merged: Tensor = attention.output(_reshape(heads.transpose(1, 2), torch.tensor([-1, attention.width]), shape))
     return merged
 
 

@@ -29,7 +29,7 @@ class OrtOperators(StandardOperators, nn.Module):
 
     def __init__(self, model: Transformer) -> None:
         super().__init__()
-        self._grouped = model.config.head_width % GROUPED_WIDTH == 0
+        self._grouped = model.config.decoder_head_width % GROUPED_WIDTH == 0
         attentions = [layer.self_attention for layer in model.decoder]
         self._packed = {attention: _pack(attention.query, attention.key, attention.value) for attention in attentions}
         self.queries_keys_values = nn.ModuleList(self._packed.values())
@@ -65,7 +65,7 @@ class OrtOperators(StandardOperators, nn.Module):
         query = attention.query(x)[:, None]
         nothing = query.new_zeros(source_lengths.shape[0], 0, query.shape[-1])
         attended, present = _grouped_attention((query, nothing, nothing), attention.heads, cross, source_lengths - 1)
-        return attention.output(attended.reshape(x.shape)), present
+        return attention.output(attended.flatten(1)), present
 
     def shortlist_logits(self, x: Tensor, projection: Tensor) -> Tensor:
         """One token, x [B, E], and rows of the output projection [C, E] → logits [B, C].
@@ -95,8 +95,8 @@ def _pack(*parts: Linear) -> Linear:
 def _grouped_attention(
     new: tuple[Tensor, Tensor | None, Tensor | None], heads: int, past: KeyValue, last: Tensor
 ) -> tuple[Tensor, KeyValue]:
-    """Queries, keys and values of one token [B, 1, E] each, or packed in the first [B, 1, 3·E]; past [B, H, T, D];
-    the last position that each row then has, last [B] → attended [B, 1, E], present [B, H, T, D].
+    """Queries, keys and values of one token [B, 1, H·D] each, or packed in the first [B, 1, 3·H·D]; past [B, H, T, D];
+    the last position that each row then has, last [B] → attended [B, 1, H·D], present [B, H, T, D].
     """
     query = new[0]
     width = heads * past.key.shape[3]

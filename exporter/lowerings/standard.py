@@ -1,7 +1,7 @@
 """The `standard` lowering: ai.onnx opset 24 only, so that any runtime of that opset runs it.
 
-`TensorScatter` writes the cache, `Attention` with `nonpad_kv_seqlen` reads it and the source, the reference's
-LayerNorm is folded into `LayerNormalization` (https://onnx.ai/onnx/operators).
+`TensorScatter` writes the cache, `Attention` with `nonpad_kv_seqlen` reads it and the source, every norm is one
+operator (https://onnx.ai/onnx/operators).
 
 Letters: B rows, S source positions, T capacity of a row's cache, E model width, H heads, D head width.
 """
@@ -11,26 +11,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvx.models.layers import Attention, KeyValue, LayerNorm
+from kvx.models.layers import Attention, KeyValue, Norm
 from kvx.models.operators import Operators, blend, positions_below, weigh
 
 OPSET = 24
 IR_VERSION = 12  # what the ONNX specification pairs with opset 24
-FOLDED_EPSILON = 1e-12
 
 
 class StandardOperators(Operators):
     """What the exporter writes where ONNX has an operator for it."""
 
-    def normalize(self, norm: LayerNorm, x: Tensor) -> Tensor:
-        """x [..., E] → [..., E], as LayerNormalization.
-
-        The operator divides by the biased deviation √(Σ/E): γ·√((E−1)/E) makes up for it. The reference's ε = 1e-6
-        on the deviation itself is left out, which parity measures.
-        """
-        width = x.shape[-1]
-        scale = (norm.gamma * ((width - 1) / width) ** 0.5).to(x.dtype)
-        return torch.nn.functional.layer_norm(x, (width,), scale, norm.beta.to(x.dtype), FOLDED_EPSILON)
+    def normalize(self, norm: Norm, x: Tensor) -> Tensor:
+        """x [..., E] → [..., E], as one operator."""
+        return norm.operator(x)
 
     def project(self, attention: Attention, x: Tensor) -> tuple[Tensor, KeyValue]:
         """One token, x [B, E], or several, [B, Q, E] → queries, keys and values, [B, H, Q, D] each."""

@@ -16,6 +16,7 @@ from kvx.models.eager import TorchBackend
 from kvx.models.layers import Linear
 from kvx.models.transformer import Transformer
 from kvx.runtime.decoding.decode import decode
+from kvx.runtime.decoding.filters import without
 from kvx.runtime.decoding.plan import Plan
 from kvx.runtime.decoding.results import Sentence
 from kvx.runtime.decoding.search import Greedy
@@ -27,11 +28,11 @@ def calibrate(model: Transformer, sources: Sequence[tuple[int, ...]], plan: Plan
     Each source and its greedy translation run alone through the teacher-forced model: padding has no say.
     """
     numbered = [Sentence(index, ids) for index, ids in enumerate(sources)]
-    outcomes = list(decode(TorchBackend(model), numbered, Greedy(), plan))
+    outcomes = list(decode(TorchBackend(model), numbered, Greedy(), plan, filters=without(plan.never)))
     with _measuring(model), torch.inference_mode():
         for outcome in outcomes:
             source = torch.tensor([sources[outcome.sentence.number]])
-            target = torch.tensor([(plan.bos, *outcome.best.ids[:-1])])  # the last one is never fed
+            target = torch.tensor([(*plan.start, *outcome.best.ids[:-1])])  # the last one is never fed
             model(source, torch.tensor([source.shape[1]]), target)
 
 

@@ -49,7 +49,10 @@ def verify(folder: Path, checkpoint: Path, options: ParityOptions, progress: Pro
     checks = [_check_files(folder)]
     if checks[-1].passed:
         progress.phase("reading the checkpoint")
-        bundle, model = Bundle(folder, manifest), load_checkpoint(checkpoint, heads=manifest.model["heads"]).model
+        bundle, model = (
+            Bundle(folder, manifest),
+            load_checkpoint(checkpoint, heads=manifest.model["decoder_heads"]).model,
+        )
         checks.append(_check_model(bundle, model))
         if checks[-1].passed:
             checks += prove_bundle(bundle, model, options, read_verification(bundle, options), progress)
@@ -148,7 +151,7 @@ def _check_files(folder: Path) -> Check:
 def _check_model(bundle: Bundle, model: Transformer) -> Check:
     """The configuration, and where the bundle has its own checkpoint every weight of it, to the last bit."""
     expected, got = model.config.to_dict(), dict(bundle.manifest.model)
-    differing = [name for name in expected if got.get(name) != expected[name]]
+    differing = [name for name in expected if name in got and got[name] != expected[name]]
     if not differing and CHECKPOINT_FILE in bundle.manifest.files and CHECKPOINT_FILE not in bundle.missing:
         own = load_checkpoint(bundle.folder / CHECKPOINT_FILE).model.state_dict()
         weights = model.state_dict()
@@ -186,7 +189,7 @@ def read_verification(bundle: Bundle, options: ParityOptions) -> VerificationTex
         read = SourceReader(bundle).read(test_set.sources)
         references = [line for source, line in zip(read, test_set.references, strict=True) if source.ids]
     tokenizer = load_tokenizer(bundle, "target")
-    eos = bundle.manifest.target_ids.eos
+    eos = bundle.manifest.framing.eos
     return VerificationText(
         list(read_sources(bundle, text)), references, lambda ids: tokenizer.decode(ids[:-1] if ids[-1] == eos else ids)
     )

@@ -121,7 +121,7 @@ def _fed(case: Case) -> Iterator[Fed]:
     if shortlisting is not None:
         yield Fed(SHORTLIST.name, shortlisting.cache_specs, partial(first_tokens, shortlisting))
     if case.holds(LOOP):
-        yield Fed(LOOP.name, graphs.cache_specs, partial(bind_loop, case.folder, case.trial.dimensions))
+        yield Fed(LOOP.name, graphs.cache_specs, partial(bind_loop, case.folder, case.trial.dimensions, case.plan))
 
 
 def _one_by_one(step: Step) -> Step:

@@ -11,6 +11,7 @@ from kvx.exporter.proof.report import Check
 from kvx.exporter.proof.trial import ROWS, Trial
 from kvx.runtime.decoding.backend import Backend
 from kvx.runtime.decoding.decode import decode
+from kvx.runtime.decoding.filters import without
 from kvx.runtime.decoding.plan import Plan
 from kvx.runtime.decoding.results import Sentence
 from kvx.runtime.decoding.search import Greedy
@@ -39,7 +40,8 @@ class Divergence:
 def translations(backend: Backend, sources: Sequence[tuple[int, ...]], plan: Plan) -> dict[int, tuple[int, ...]]:
     """The greedy ids of each source, by its number."""
     numbered = (Sentence(index, ids) for index, ids in enumerate(sources))
-    return {outcome.sentence.number: outcome.best.ids for outcome in decode(backend, numbered, Greedy(), plan)}
+    outcomes = decode(backend, numbered, Greedy(), plan, filters=without(plan.never))
+    return {outcome.sentence.number: outcome.best.ids for outcome in outcomes}
 
 
 def check_drawn(trial: Trial, backend: Backend, plan: Plan) -> Check:
@@ -58,7 +60,7 @@ def check_greedy(trial: Trial, backend: Backend, sources: Sequence[tuple[int, ..
     if failed := [index for index in differing if not (expected[index] and got[index])]:
         return Check(backend.name, name, False, f"sentence {failed[0]} has logits that are not finite")
     divergences = [
-        _divergence(trial, index, (plan.bos, *expected[index]), (plan.bos, *got[index]), sources[index])
+        _divergence(trial, index, (*plan.start, *expected[index]), (*plan.start, *got[index]), sources[index])
         for index in differing
     ]
     wrong = [divergence for divergence in divergences if not divergence.is_tie]
@@ -70,7 +72,7 @@ def check_greedy(trial: Trial, backend: Backend, sources: Sequence[tuple[int, ..
 def _divergence(
     trial: Trial, sentence: int, expected: tuple[int, ...], got: tuple[int, ...], source: tuple[int, ...]
 ) -> Divergence:
-    """Where two targets part, both from bos on."""
+    """Where two targets part, both with the ids that they begin with."""
     position = next(i for i, ids in enumerate(zip(expected, got, strict=False)) if ids[0] != ids[1])
     with torch.inference_mode():
         logits = trial.model(torch.tensor([source]), torch.tensor([len(source)]), torch.tensor([expected[:position]]))[

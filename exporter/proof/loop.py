@@ -21,7 +21,7 @@ from kvx.runtime.arrays import FloatArray, IntArray
 from kvx.runtime.backends.onnx import loop_session
 from kvx.runtime.backends.ort import ort
 from kvx.runtime.bundle.graphs import LOOP_FILE
-from kvx.runtime.bundle.signature import LOOP_FEATURES, Dimensions, step_signature
+from kvx.runtime.bundle.signature import Dimensions, StepFeatures, step_signature
 from kvx.runtime.decoding.backend import Backend
 from kvx.runtime.decoding.cache import KVCache
 from kvx.runtime.decoding.device_loop import LoopState
@@ -37,9 +37,12 @@ class BoundLoop:
     """The graph over one state, by input name, onto which every output is bound, in the session of the runtime."""
 
     def __init__(self, file: Path, dimensions: Dimensions, state: State) -> None:
-        self.signature = step_signature(dimensions, LOOP_FEATURES)
+        forced = state["forced_ids"].shape[1] if "forced_ids" in state else 0
+        self.signature = step_signature(dimensions, StepFeatures(forced=forced).loop)
+        if not forced:
+            state.pop("forced_ids", None)
         self.state = state
-        self._session = loop_session(file, dimensions)
+        self._session = loop_session(file, self.signature)
         self._binding = self._session.io_binding()
         values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in state.items()}
         for name, value in values.items():
@@ -75,6 +78,7 @@ def check_loop(trial: Trial, backend: Backend, folder: Path, plan: Plan) -> Chec
         before = {name: array.copy() for name, array in loop.state.items()}
         logits, apart = eager_step(before["input_ids"][:rows]).logits, loop.apart()
         loop()
+        logits[:, list(plan.never)] = -np.inf
         _check_choice(found, logits, before, loop.state["input_ids"], trial.tolerance)
         for name, expected in _expected(before, loop.state["input_ids"], plan).items():
             found.require_equal(name, expected, loop.state[name])
@@ -90,9 +94,9 @@ def check_loop(trial: Trial, backend: Backend, folder: Path, plan: Plan) -> Chec
     return replace(check, detail=f"{check.detail}; {ended} rows ended by eos")
 
 
-def bind_loop(folder: Path, dimensions: Dimensions, cache: KVCache) -> Callable[[IntArray], None]:
+def bind_loop(folder: Path, dimensions: Dimensions, plan: Plan, cache: KVCache) -> Callable[[IntArray], None]:
     """The loop as a step over this cache: one token for each row, input_ids [n], none of which is finished."""
-    state = _state(cache)
+    state = _state(cache, plan)
     loop = BoundLoop(folder / LOOP_FILE, _of_cache(dimensions, cache), state)
 
     def step(input_ids: IntArray) -> None:
@@ -108,9 +112,9 @@ def _of_cache(dimensions: Dimensions, cache: KVCache) -> Dimensions:
     return replace(dimensions, element=cache.specs[0].dtype)
 
 
-def _state(cache: KVCache) -> State:
+def _state(cache: KVCache, plan: Plan) -> State:
     """Idle rows over a cache, whose lengths and buffers are part of the state."""
-    idle = LoopState.idle(cache.capacity)
+    idle = LoopState.idle(cache.capacity, plan.forced)
     state: State = {field.name: getattr(idle, field.name) for field in fields(idle)}
     return {**state, "past_lengths": cache.lengths, "source_lengths": cache.source_lengths, **cache.buffers}
 
@@ -120,9 +124,10 @@ def _start(trial: Trial, cache: KVCache, plan: Plan) -> State:
     active = cache.active
     cache.source_lengths[active:] = 1
     cache.source_lengths[-1] = 0
-    state = _state(cache)
+    state = _state(cache, plan)
     state["limits"][-1] = 0
-    state["input_ids"][:active] = plan.bos
+    state["input_ids"][:active] = plan.start[0]
+    state["forced_ids"][:active] = trial.random.integers(0, trial.dimensions.vocab_size, (active, plan.forced))
     state["limits"][:active] = _limits(trial, active)
     state["past_finished"][:active] = False
     state["past_ids"][:active] = trial.random.integers(0, trial.dimensions.vocab_size, state["past_ids"][:active].shape)
@@ -137,7 +142,7 @@ def _limits(trial: Trial, rows: int) -> IntArray:
 
 def _begin_anew(trial: Trial, state: State, rows: IntArray, plan: Plan) -> None:
     """Other targets take the places of finished ones, for the same sources."""
-    state["input_ids"][rows] = plan.bos
+    state["input_ids"][rows] = plan.start[0]
     state["past_lengths"][rows] = 0
     state["past_finished"][rows] = False
     state["limits"][rows] = _limits(trial, len(rows))
@@ -147,9 +152,15 @@ def _check_choice(
     found: Differences, logits: FloatArray, before: Mapping[str, NDArray[Any]], chosen: IntArray, tolerance: float
 ) -> None:
     """The rows that are not finished must have chosen what eager has as its best, or within rounding of it."""
+    forced_ids = before.get("forced_ids", np.zeros((len(chosen), 0), np.int64))
     for row in np.flatnonzero(~before["past_finished"]):
+        position = int(before["past_lengths"][row])
+        if position < forced_ids.shape[1]:
+            found.require_equal("forced next_ids", forced_ids[row, position], chosen[row])
+            continue
         best, got = float(logits[row].max()), float(logits[row, chosen[row]])
-        allowed = 2 * tolerance * max(1.0, float(np.abs(logits[row]).max()))
+        finite = logits[row][np.isfinite(logits[row])]
+        allowed = 2 * tolerance * max(1.0, float(np.abs(finite).max()))
         found.require_equal("next_ids", np.zeros(1), np.full(1, float(best - got > allowed)))
 
 

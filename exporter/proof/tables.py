@@ -83,7 +83,7 @@ def check_source_tables(trial: Trial, backend: ExportedGraphs, tolerance: float)
     config, found = trial.model.config, Rows()
     for ids in _batches(trial, config.source_vocab_size):
         _compare_sources(found, "tokens", ids, trial, backend, ids[:, None])
-    longest = min(config.source_positions, int((SOURCE_BYTES / (4 * config.heads)) ** 0.5))
+    longest = min(config.source_positions, int((SOURCE_BYTES / (4 * config.encoder_heads)) ** 0.5))
     drawn = trial.random.integers(0, config.source_vocab_size, (1, longest))
     _compare_sources(found, "positions", np.arange(longest), trial, backend, drawn)
     seen = f"{config.source_vocab_size} tokens and {longest} of {config.source_positions} positions"

@@ -9,15 +9,19 @@ import os
 import re
 import stat
 import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from kvx.models.config import ModelConfig
+from kvx.models.importers.text import Text
 from kvx.models.transformer import Transformer
+from kvx.runtime.bundle.manifest import Default
 from kvx.runtime.errors import CheckpointError
 
 StateDict = Mapping[str, Tensor]
@@ -30,24 +34,31 @@ LONGEST_PROBLEM = 200  # characters: names in a file may be of any length
 class Checkpoint:
     """A model ready for inference, with what its file says beyond the weights.
 
-    `max_new_tokens` is the default limit of a translation, in tokens after bos, eos included. `notes` are sentences
-    about what had to be assumed, with options in backticks.
+    `max_new_tokens` is the default limit of a translation, in tokens after those that are given, eos included. `notes`
+    are sentences about what had to be assumed, with options in backticks. `family` is what kind of checkpoint it is;
+    `text` its tokenizers, framing and languages, where they come with it; `defaults` how its owner searches.
     """
 
     model: Transformer
     max_new_tokens: int
     notes: tuple[str, ...] = ()
+    family: str = "reference"
+    text: Text | None = None
+    defaults: Mapping[str, Default] = field(default_factory=dict)
 
 
-def read_file(path: Path) -> object:
-    """What a file written by torch.save holds. Raises CheckpointError for anything that could run code."""
+def read_file(path: Path, *, mapped: bool = False) -> object:
+    """What a file written by torch.save holds, its tensors `mapped` into memory where the format allows it. Raises
+    CheckpointError for anything that could run code.
+    """
     missing = _why_no_file(path)
     if missing is not None:
         raise CheckpointError(f"{path} {missing}", expected="a checkpoint file", remedy="Check the path.")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected pickle protocol", category=UserWarning)
-            return torch.load(path, map_location="cpu", weights_only=True)
+            mapped = mapped and zipfile.is_zipfile(path)  # torch maps no older format
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # what an unpickler makes of a damaged file can be any exception
         code = re.search(r"(?:unsupported|Unsupported)[\w :]* (?:GLOBAL|class) ([\w.]+)", str(error))
         if code and not _ends_with(path, code[1].rpartition(".")[2]):
@@ -114,10 +125,18 @@ def build(config: ModelConfig, state: StateDict, path: Path, names: Mapping[str,
     with torch.device("meta"):
         model = Transformer(config)
     model.load_state_dict(fitting, assign=True)
+    model.tie()
     return model.eval().requires_grad_(requires_grad=False)
 
 
-def is_plain(value: object) -> bool:
+def is_same(one: object, other: object) -> bool:
+    """Whether two values are one tensor, or tensors with the very same values: then they are tied."""
+    if not (is_plain(one) and is_plain(other)) or one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return one is other or one.data_ptr() == other.data_ptr() or torch.equal(one, other)
+
+
+def is_plain(value: object) -> TypeGuard[Tensor]:
     """Whether this is a tensor with a shape and values of its own: not nested, sparse or without data."""
     return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta and not value.is_nested
 

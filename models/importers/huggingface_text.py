@@ -166,7 +166,7 @@ def _marian(model: _Model) -> Text:
         suffix=(source.id(settings.piece("eos_token", "</s>")),),
         start=model.id("decoder_start_token_id"),
         eos=model.id("eos_token_id"),
-        pad=source.id(settings.piece("pad_token", "<pad>")) if apart else model.id("pad_token_id"),
+        pad=model.id("eos_token_id" if apart else "pad_token_id"),  # an id of both vocabularies
         forced=_fixed(model),
         never=tuple(dict.fromkeys((model.id("pad_token_id"), *never))),
     )

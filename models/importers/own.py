@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from kvx.models.config import ModelConfig
-from kvx.models.importers.checkpoint import Checkpoint, build
+from kvx.models.importers.checkpoint import Checkpoint, build, is_same
+from kvx.models.importers.reference import TIED
 from kvx.runtime.errors import CheckpointError
 
 KVX_FORMAT = "kvx-checkpoint-1"
@@ -38,4 +40,12 @@ def read(content: object, path: Path, heads: int | None) -> Checkpoint | None:
             expected="config, state_dict and max_new_tokens",
             remedy="Write the checkpoint again with kvx.",
         )
-    return Checkpoint(build(ModelConfig.from_dict(config), state, path), limit)
+    return Checkpoint(build(ModelConfig.from_dict(_with_ties(config, state)), state, path), limit)
+
+
+def _with_ties(config: Mapping[str, object], state: Mapping[str, object]) -> dict[str, object]:
+    """The configuration, in which earlier releases did not say what is tied: what is one tensor is."""
+    source, target, head = (state.get(name) for name in TIED)
+    if "tied_head" in config:
+        return dict(config)
+    return {**config, "shared_embeddings": is_same(source, target), "tied_head": is_same(head, target)}

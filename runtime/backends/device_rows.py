@@ -7,7 +7,7 @@ import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -51,10 +51,11 @@ class DeviceRows:
         self._device = loop.settings.device
         self._values = {spec.name: zeros(spec, capacity, self._device) for spec in loop.signature.inputs}
         self._specs = {spec.name: spec for spec in loop.signature.inputs}
+        self._state = [field.name for field in fields(LoopState) if field.name in self._values]
         self._binding = self._bind(loop.signature)
         self._graph_id = NO_CAPTURE
         self._options = _run_options(NO_CAPTURE)
-        self.write(LoopState.idle(capacity))
+        self.write(self._idle())
         if capture:
             self._capture()
 
@@ -77,7 +78,7 @@ class DeviceRows:
 
     def write(self, state: LoopState) -> None:
         """Sets all of the state."""
-        for name in LoopState.__slots__:
+        for name in self._state:
             self._values[name].update_inplace(getattr(state, name))
 
     def run(self, steps: int) -> None:
@@ -89,7 +90,8 @@ class DeviceRows:
 
     def read(self) -> LoopState:
         """The state as it is now, copied."""
-        return LoopState(**{name: self._values[name].numpy().copy() for name in LoopState.__slots__})
+        held = {name: self._values[name].numpy().copy() for name in self._state}
+        return replace(self._idle(), **held)
 
     def spoil(self) -> None:
         """Notes that what a row left behind is not finite: nobody else may have these rows after this decode."""
@@ -100,6 +102,11 @@ class DeviceRows:
         if self._graph_id != NO_CAPTURE:
             with self._lock:
                 self._session.release_captured_graph(self._graph_id)
+
+    def _idle(self) -> LoopState:
+        spec = self._specs.get("forced_ids")
+        forced = 0 if spec is None else spec.shape(self.capacity.sizes)[1]
+        return LoopState.idle(self.capacity, forced)
 
     def _bind(self, signature: Signature) -> ort.IOBinding:
         binding, presents = self._session.io_binding(), signature.presents
@@ -123,7 +130,7 @@ class DeviceRows:
             _log.warning("steps run uncaptured: %s", error.got)
         else:
             self._graph_id, self._options = graph_id, _run_options(graph_id)
-        self.write(LoopState.idle(self.capacity))
+        self.write(self._idle())
 
 
 class IdleRows:

@@ -19,8 +19,8 @@ from kvx.runtime.bundle.files import Files, files_of
 from kvx.runtime.bundle.manifest import BEAMS_FILE, CHUNK_FILE, GRAPH_FILES, LOOP_FILE, PROJECTION_FILE, SHORTLIST_FILE
 from kvx.runtime.bundle.signature import (
     CHUNK_FEATURES,
-    LOOP_FEATURES,
     Dimensions,
+    Signature,
     StepFeatures,
     cache_specs,
     step_signature,
@@ -85,7 +85,7 @@ class OnnxBackend(GraphBackend):
         self._step = step(STEP_FILE, self.features)
         self._chunk = step(CHUNK_FILE, CHUNK_FEATURES)
         self._beams = step(BEAMS_FILE, self.features.beams)
-        self._loop = step(LOOP_FILE, LOOP_FEATURES, captured=True)
+        self._loop = step(LOOP_FILE, self.features.loop, captured=True)
         shortlist = step(SHORTLIST_FILE, self.features.shortlisted)
         self.shortlisting = OnnxShortlisting(shortlist, dimensions, files) if shortlist.exists else None
 
@@ -127,10 +127,9 @@ class OnnxBackend(GraphBackend):
         return self._step.run(feeds)
 
 
-def loop_session(file: Path, dimensions: Dimensions) -> ort.InferenceSession:
+def loop_session(file: Path, signature: Signature) -> ort.InferenceSession:
     """What would run a looped step on the host, with all of a backend's settings but its device. Raises BundleError."""
     settings = SessionSettings(available_threads(), spin=False, device=HOST, tf32=False)
-    signature = step_signature(dimensions, LOOP_FEATURES)
     return Graph(Files(file.parent), file.name, signature, settings, captured=True).session()
 
 
@@ -193,7 +192,7 @@ class OnnxShortlisting:
     def __init__(self, graph: Graph, dimensions: Dimensions, files: Files) -> None:
         self.cache_specs = cache_specs(dimensions, shared_sources=True)
         self._graph = graph
-        self._shape = dimensions.vocab_size, dimensions.heads * dimensions.head_width
+        self._shape = dimensions.vocab_size, dimensions.projection
         self._files = files
 
     @functools.cached_property

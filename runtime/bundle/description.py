@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from kvx.runtime.bundle.folder import Bundle
+from kvx.runtime.bundle.framing import Framed, Languages
 from kvx.runtime.bundle.signature import Signature
 
 
 def describe(bundle: Bundle) -> Iterator[str]:
     """Lines on a bundle's model, graphs, files, limits, cache and proof."""
     manifest = bundle.manifest
-    model = manifest.model
+    model, framing = manifest.model, manifest.framing
     yield f"{bundle.folder}, created {manifest.created} by kvx {manifest.kvx_version}"
     yield (
-        f"model: {model['encoder_layers']} + {model['decoder_layers']} layers, d_model {model['d_model']}, "
-        f"{model['heads']} heads, d_ff {model['d_ff']}, vocabularies {model['source_vocab_size']} → "
-        f"{model['target_vocab_size']}"
+        f"model: {manifest.family}, {model['encoder_layers']} + {model['decoder_layers']} layers, "
+        f"d_model {model['d_model']}, {_both(model, 'heads')} heads, d_ff {_both(model, 'd_ff')}, "
+        f"vocabularies {model['source_vocab_size']} → {model['target_vocab_size']}"
     )
     yield f"{', '.join(bundle.formats)}; {manifest.precision}, lowering {manifest.lowering}, opset {manifest.opset}"
     yield ""
@@ -29,6 +30,20 @@ def describe(bundle: Bundle) -> Iterator[str]:
         note = "  (missing)" if name in missing else ""
         yield f"  {name:<24} {entry.bytes:>14,} bytes  sha256 {entry.sha256[:16]}…{note}"
     yield ""
+    yield "texts"
+    yield f"  source: {_framed(framing.prefix)}pieces {_framed(framing.suffix)}".rstrip()
+    yield f"  target: {_framed((framing.start, *framing.forced))}pieces {framing.eos}"
+    if framing.never:
+        yield f"  never in a target: {', '.join(map(str, framing.never))}"
+    for side, tokenizer in manifest.tokenizers.items():
+        yield f"  tokenizer of the {side}: {tokenizer.kind} ({', '.join(tokenizer.files.values())})"
+    yield from _describe_languages(manifest.languages)
+    yield ""
+    if manifest.defaults:
+        yield "defaults of a translation"
+        for name, default in manifest.defaults.items():
+            yield f"  {name} {default.value}  ({default.origin})"
+        yield ""
     yield "limits"
     yield f"  source positions {model['source_positions']}, target positions {model['target_positions']}"
     yield f"  new tokens by default {manifest.max_new_tokens}"
@@ -51,6 +66,28 @@ def describe_parity(parity: Mapping[str, Any] | None, *, tensors: bool = True) -
         if tensors and len(check["differences"]) > 1:
             for tensor, difference in check["differences"].items():
                 yield f"         {tensor:<44} {'not finite' if difference is None else f'{difference:.2g}'}"
+
+
+def _both(model: Mapping[str, Any], size: str) -> str:
+    """A size of the encoder and of the decoder, once where they are alike."""
+    encoder, decoder = model[f"encoder_{size}"], model[f"decoder_{size}"]
+    return str(encoder) if encoder == decoder else f"{encoder} + {decoder}"
+
+
+def _framed(framed: Iterable[Framed]) -> str:
+    """Ids and places of languages, each with a space after it."""
+    return "".join(f"{one if isinstance(one, int) else f'<{one}>'} " for one in framed)
+
+
+def _describe_languages(languages: Languages) -> Iterator[str]:
+    for side, codes, default in (
+        ("source", languages.source, languages.default_source),
+        ("target", languages.target, languages.default_target),
+    ):
+        if codes:
+            yield f"  {side} languages{f', {default} by default' if default else ''}: {', '.join(codes)}"
+    if languages.marked:
+        yield "  a text may begin with its target language: >>code<<"
 
 
 def _describe_signature(name: str, signature: Signature) -> Iterator[str]:

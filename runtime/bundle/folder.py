@@ -13,8 +13,6 @@ from kvx.runtime.bundle.graphs import FORMAT_ENDINGS, GRAPH_FILES
 from kvx.runtime.bundle.manifest import MANIFEST_FILE, Manifest, lfs_pointer
 from kvx.runtime.errors import BundleError, remedy_of
 
-SOURCE_TOKENIZER_FILE = "source.model"
-TARGET_TOKENIZER_FILE = "target.model"
 CHECKPOINT_FILE = "model.pt"
 LONGEST_NAME = 255  # bytes
 

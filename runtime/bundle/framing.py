@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Self, get_args
 
@@ -13,11 +13,20 @@ PLACES: tuple[Place, ...] = get_args(Place)
 MOST_FRAMED = 64  # ids on each side of a text
 
 
-class Pair(NamedTuple):
-    """The languages that a text is translated from and to, by their codes; None where the model has none."""
+@dataclass(frozen=True, slots=True)
+class SpecialIds:
+    """The ids of a tokenizer's control pieces."""
 
-    source: str | None = None
-    target: str | None = None
+    pad: int
+    bos: int
+    eos: int
+
+
+class LanguageIds(NamedTuple):
+    """The ids of the languages that a text is translated from and to; None where the model has none."""
+
+    source: int | None = None
+    target: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,10 +46,23 @@ class Framing:
     forced: tuple[Framed, ...] = ()
     never: tuple[int, ...] = ()
 
+    @classmethod
+    def plain(cls, source: SpecialIds, target: SpecialIds) -> Self:
+        """Bos before every text and eos after it."""
+        return cls(prefix=(source.bos,), suffix=(source.eos,), start=target.bos, eos=target.eos, pad=source.pad)
+
     @property
     def around(self) -> int:
         """How many ids a source has beside its pieces."""
         return len(self.prefix) + len(self.suffix)
+
+    def source_ids(self, pieces: Iterable[int], languages: LanguageIds) -> tuple[int, ...]:
+        """The ids of a text's pieces → those for the encoder."""
+        return (*_placed(self.prefix, languages), *pieces, *_placed(self.suffix, languages))
+
+    def start_ids(self, languages: LanguageIds) -> tuple[int, ...]:
+        """The ids that a target begins with, none of which is chosen."""
+        return _placed((self.start, *self.forced), languages)
 
     @property
     def places(self) -> frozenset[Place]:
@@ -61,7 +83,7 @@ class Framing:
                 yield name
         for name, plain, ids in (
             ("eos", (self.eos,), target),
-            ("pad", (self.pad,), source),
+            ("pad", (self.pad,), range(min(source_vocab_size, target_vocab_size))),
             ("never", self.never, target),
         ):
             if not all(_is_in(one, ids) for one in plain):
@@ -77,13 +99,22 @@ class Framing:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Languages:
     """The codes of the languages that a text may be in and be translated to, each with the id that stands for it; and
-    those that are taken where none is asked for.
+    those that are taken where none is asked for. Texts may be `marked`: begin with the code of their target, >>code<<.
     """
 
     source: Mapping[str, int] = field(default_factory=dict)
     target: Mapping[str, int] = field(default_factory=dict)
     default_source: str | None = None
     default_target: str | None = None
+    marked: bool = False
+
+    @property
+    def usual(self) -> LanguageIds:
+        """The default languages, or else the first ones: for what needs some text and not a certain one."""
+        return LanguageIds(
+            self.source.get(self.default_source or next(iter(self.source), "")),
+            self.target.get(self.default_target or next(iter(self.target), "")),
+        )
 
     def problems(self, source_vocab_size: int, target_vocab_size: int) -> Iterator[str]:
         """The fields that name ids beyond the vocabularies, or defaults that are not among the codes."""
@@ -93,6 +124,8 @@ class Languages:
         ):
             if not all(isinstance(code, str) and _is_in(one, range(size)) for code, one in codes.items()):
                 yield name
+        if type(self.marked) is not bool:
+            yield "marked"
         if self.default_source is not None and self.default_source not in self.source:
             yield "default_source"
         if self.default_target is not None and self.default_target not in self.target:
@@ -106,7 +139,16 @@ class Languages:
             target=dict(values["target"]),
             default_source=values["default_source"],
             default_target=values["default_target"],
+            marked=values["marked"],
         )
+
+
+def _placed(framed: Iterable[Framed], languages: LanguageIds) -> tuple[int, ...]:
+    """The ids, those of languages in their places."""
+    ids = {"source_language": languages.source, "target_language": languages.target}
+    found = tuple(one if isinstance(one, int) else ids[one] for one in framed)
+    assert None not in found, "a text whose language has no id"
+    return found  # type: ignore[return-value]  # none of them is None
 
 
 def _is_in(one: object, ids: range) -> bool:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from kvx.runtime.bundle.signature import (
     CHUNK_FEATURES,
-    LOOP_FEATURES,
     Dimensions,
     Signature,
     StepFeatures,
@@ -75,7 +74,7 @@ SHORTLIST = Graph(
 LOOP = Graph(
     name="decoder_loop",
     files={"onnx": "decoder_loop.onnx"},
-    features=lambda features: LOOP_FEATURES,
+    features=lambda features: features.loop,
 )
 GRAPHS = (ENCODER, STEP, CHUNK, BEAMS, SHORTLIST, LOOP)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from kvx.runtime.bundle.files import LFS_POINTER, FileEntry, read_regular
+from kvx.runtime.bundle.framing import MOST_FRAMED, Framing, Languages, SpecialIds
 from kvx.runtime.bundle.graphs import (
     BEAMS_FILE,
     CHUNK_FILE,
@@ -19,6 +20,7 @@ from kvx.runtime.bundle.graphs import (
     PROJECTION_FILE,
     SHORTLIST_FILE,
 )
+from kvx.runtime.bundle.model import upgraded
 from kvx.runtime.bundle.precision import PRECISIONS, Precision, precision_named
 from kvx.runtime.bundle.signature import Dimensions, Signature, StepFeatures, cache_specs
 from kvx.runtime.errors import BundleError
@@ -36,11 +38,10 @@ __all__ = [
     "FileEntry",
     "Manifest",
     "Precision",
-    "SpecialIds",
 ]
 
 MANIFEST_FILE = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 LARGEST_MANIFEST = 16 * 2**20  # bytes
 LARGEST_SIZE = 2**24
 MOST_LAYERS = 1024
@@ -48,22 +49,40 @@ MODEL_SIZES = (
     "source_vocab_size",
     "target_vocab_size",
     "d_model",
-    "heads",
-    "d_ff",
     "encoder_layers",
+    "encoder_heads",
+    "encoder_head_width",
+    "encoder_d_ff",
     "decoder_layers",
+    "decoder_heads",
+    "decoder_head_width",
+    "decoder_d_ff",
     "source_positions",
     "target_positions",
 )
 
 
-@dataclass(frozen=True, slots=True)
-class SpecialIds:
-    """The ids of one tokenizer's control pieces."""
+TOKENIZERS = ("source", "target")
+MOST_DEFAULTS = 64
 
-    pad: int
-    bos: int
-    eos: int
+
+@dataclass(frozen=True, slots=True)
+class TokenizerEntry:
+    """One side's tokenizer: its kind, a row of the tokenizers' registry, and its files by what they are for."""
+
+    kind: str
+    files: Mapping[str, str]
+
+
+SENTENCEPIECE_ENTRIES = {side: TokenizerEntry("sentencepiece", {"model": f"{side}.model"}) for side in TOKENIZERS}
+
+
+@dataclass(frozen=True, slots=True)
+class Default:
+    """What an option of a translation is where it is not set, and which file of the checkpoint says so."""
+
+    value: Any
+    origin: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,22 +90,27 @@ class Manifest:
     """A bundle's description.
 
     `precision` names a row of PRECISIONS, `lowering` the operators of the ONNX graphs. `model` is the model's
-    configuration, `created` an ISO 8601 time in UTC, `max_new_tokens` the default limit of a translation, `features`
-    what the decoder step has beyond the contract's core, `parity` the report of the proof or None without one.
+    configuration, `family` what kind of checkpoint it comes from, `created` an ISO 8601 time in UTC, `max_new_tokens`
+    the default limit of a translation, `framing` the ids around a text and `languages` those that it may be in,
+    `tokenizers` those of "source" and "target", `defaults` how the checkpoint's owner would search, `features` what the
+    decoder step has beyond the contract's core, `parity` the report of the proof or None without one.
     """
 
     created: str
     kvx_version: str
-    model: Mapping[str, int]
+    model: Mapping[str, Any]
     precision: Precision
     lowering: str
     opset: int
     max_new_tokens: int
-    source_ids: SpecialIds
-    target_ids: SpecialIds
+    framing: Framing
     files: Mapping[str, FileEntry]
     parity: Mapping[str, Any] | None
     features: StepFeatures = field(default_factory=StepFeatures)
+    family: str = "reference"
+    languages: Languages = field(default_factory=Languages)
+    tokenizers: Mapping[str, TokenizerEntry] = field(default_factory=lambda: dict(SENTENCEPIECE_ENTRIES))
+    defaults: Mapping[str, Default] = field(default_factory=dict)
 
     @property
     def dimensions(self) -> Dimensions:
@@ -98,6 +122,12 @@ class Manifest:
         """The graphs that the bundle has, by name."""
         held = (graph for graph in GRAPHS if graph.is_in(self.files))
         return {graph.name: graph.signature(self.dimensions, self.features) for graph in held}
+
+    @property
+    def most_new_tokens(self) -> int:
+        """The longest translation that the model has positions for, in tokens, eos included."""
+        positions: int = self.model["target_positions"]
+        return positions - len(self.framing.forced)
 
     @property
     def formats(self) -> tuple[str, ...]:
@@ -121,8 +151,17 @@ class Manifest:
         """Raises KeyError or ValueError for values that no export writes."""
         wrong = [f"model.{name}" for name in MODEL_SIZES if not 1 <= self.model[name] <= LARGEST_SIZE]
         wrong += [f"model.{name}" for name in ("encoder_layers", "decoder_layers") if self.model[name] > MOST_LAYERS]
-        if not 1 <= self.max_new_tokens <= self.model["target_positions"]:
+        if not 1 <= self.max_new_tokens <= self.most_new_tokens:
             wrong.append("max_new_tokens")
+        sizes = self.model["source_vocab_size"], self.model["target_vocab_size"]
+        wrong += [f"framing.{name}" for name in self.framing.problems(*sizes)]
+        wrong += [f"languages.{name}" for name in self.languages.problems(*sizes)]
+        wrong += [f"framing ({place} without a language)" for place in self._places_without_languages()]
+        wrong += [
+            f"tokenizers.{side} ({lost})" for side, entry in self.tokenizers.items() for lost in self._lost(entry)
+        ]
+        if len(self.defaults) > MOST_DEFAULTS:
+            wrong.append("defaults")
         if not self.formats:
             wrong.append("files (none of them is a graph)")
         if self.parity is not None and not _is_report(self.parity):
@@ -133,6 +172,16 @@ class Manifest:
         if wrong:
             raise ValueError(f"impossible {', '.join(wrong)}")
 
+    def _places_without_languages(self) -> Iterator[str]:
+        held = {"source_language": self.languages.source, "target_language": self.languages.target}
+        return (place for place in self.framing.places if not held[place])
+
+    def _lost(self, entry: TokenizerEntry) -> Iterator[str]:
+        """What a tokenizer lacks among the files of the bundle."""
+        if not entry.files:
+            yield "no files"
+        yield from (f"{name} is not among the files" for name in entry.files.values() if name not in self.files)
+
     def _impossible_features(self) -> Iterator[str]:
         """The features that no step of this model has."""
         layer = self.features.attention
@@ -140,6 +189,8 @@ class Manifest:
             yield "attention"
         flags = ("query_tokens", "source_presents", "shared_sources", "shortlist", "looped")
         yield from (name for name in flags if type(getattr(self.features, name)) is not bool)
+        if type(self.features.forced) is not int or not 0 <= self.features.forced <= MOST_FRAMED:
+            yield "forced"
 
     def _derived(self) -> dict[str, Any]:
         return {
@@ -187,16 +238,20 @@ class Manifest:
                 remedy="Upgrade kvx, or export the checkpoint with this version.",
             )
         try:
+            values = values if version > 1 else _upgraded(values)
             manifest = cls(
                 created=str(values["created"]),
                 kvx_version=str(values["kvx_version"]),
-                model={str(name): int(value) for name, value in values["model"].items()},
+                model=_model(values["model"]),
                 precision=precision_named(values["precision"]),
                 lowering=str(values["lowering"]),
                 opset=int(values["opset"]),
                 max_new_tokens=int(values["max_new_tokens"]),
-                source_ids=SpecialIds(**_known(SpecialIds, values["source_ids"])),
-                target_ids=SpecialIds(**_known(SpecialIds, values["target_ids"])),
+                framing=Framing.from_dict(values["framing"]),
+                family=str(values["family"]),
+                languages=Languages.from_dict(values["languages"]),
+                tokenizers={side: _tokenizer(values["tokenizers"][side]) for side in TOKENIZERS},
+                defaults={str(name): Default(**_known(Default, one)) for name, one in values["defaults"].items()},
                 files={str(name): FileEntry(**_known(FileEntry, entry)) for name, entry in values["files"].items()},
                 parity=values["parity"],
                 features=_features(values["features"]),
@@ -215,6 +270,31 @@ def _known(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the values that a dataclass has fields for: later releases may write more."""
     names = {field.name for field in fields(kind)}
     return {name: value for name, value in values.items() if name in names}
+
+
+def _upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Format 1 in the terms of format 2: bos and eos around a text, two sentencepiece models, one kind of model."""
+    ids = (SpecialIds(**_known(SpecialIds, values[name])) for name in ("source_ids", "target_ids"))
+    tokenizers = {side: asdict(entry) for side, entry in SENTENCEPIECE_ENTRIES.items()}
+    return {
+        **values,
+        "model": upgraded(values["model"]),
+        "framing": asdict(Framing.plain(*ids)),
+        "languages": asdict(Languages()),
+        "tokenizers": tokenizers,
+        "family": "reference",
+        "defaults": {},
+    }
+
+
+def _model(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration, whose sizes are whole numbers; what its parts are the graphs know."""
+    return {str(name): int(value) if name in MODEL_SIZES else value for name, value in values.items()}
+
+
+def _tokenizer(values: Mapping[str, Any]) -> TokenizerEntry:
+    files = {str(role): str(name) for role, name in values["files"].items()}
+    return TokenizerEntry(str(values["kind"]), files)
 
 
 def _features(values: Mapping[str, Any]) -> StepFeatures:

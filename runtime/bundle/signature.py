@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 Axis = str | int
 
@@ -55,22 +55,27 @@ class Signature:
 
 @dataclass(frozen=True, slots=True)
 class Dimensions:
-    """The sizes of a model that its graphs show, L, H, D and V, and the `element` type of its keys and values."""
+    """The sizes of a model that its graphs show, L, H, D and V, those of the decoder, and the `element` type of its
+    keys and values. `projection` is the width of the rows that a shortlist picks from: E, or E + 1 where they end in a
+    bias.
+    """
 
     layers: int
     heads: int
     head_width: int
     vocab_size: int
+    projection: int = 0
     element: str = "float32"
 
     @classmethod
-    def of_model(cls, model: Mapping[str, int], element: str = "float32") -> Self:
+    def of_model(cls, model: Mapping[str, Any], element: str = "float32") -> Self:
         """The dimensions of a model configuration, as the manifest holds it."""
         return cls(
             layers=model["decoder_layers"],
-            heads=model["heads"],
-            head_width=model["d_model"] // model["heads"],
+            heads=model["decoder_heads"],
+            head_width=model["decoder_head_width"],
             vocab_size=model["target_vocab_size"],
+            projection=model["d_model"] + model.get("head_bias", False),
             element=element,
         )
 
@@ -82,15 +87,17 @@ class StepFeatures:
     `query_tokens`: it takes Q tokens of each row at once, input_ids [B, Q], at the positions from past_lengths on, and
     gives logits [B, Q, V]. T must hold past_lengths + Q; a row with fewer than Q tokens is padded by length again.
     `source_presents`: the cross keys and values are outputs too, present.{i}.encoder.key/.value [B, H, S, D]. They are
-    the very inputs, which an operator with one kind of cache gives back, and must be bound in place.
-    `shared_sources`: source_lengths [G] and the cross keys and values [G, H, S, D] are there once for each sentence,
-    whose B / G rows, its beams, stand side by side. `attention`: the step also gives the cross-attention weights of
-    this layer, counted from 0, as the mean of its heads: float32 [B, S], zero beyond each source's length.
-    `shortlist`: it takes rows of the output projection, float32 projection [C, E], and gives logits [B, C] of them.
-    `looped`: it feeds itself. Instead of logits it gives next_ids [B], to be bound onto input_ids, and beside
-    past_lengths takes limits [B], past_finished [B] and past_ids [B, T]. A row that is not finished writes its next
-    token into present_ids at past_lengths, advances present_lengths by one and is finished with eos or when that
-    reaches its limit; a finished one gives the pad id and advances nothing. T must be above every limit.
+    the very inputs, which an operator with one kind of cache gives back, and must be bound in place. `shared_sources`:
+    source_lengths [G] and the cross keys and values [G, H, S, D] are there once for each sentence, whose B / G rows,
+    its beams, stand side by side. `attention`: the step also gives the cross-attention weights of this layer, counted
+    from 0, as the mean of its heads: float32 [B, S], zero beyond each source's length. `shortlist`: it takes rows of
+    the output projection, float32 projection [C, E], and gives logits [B, C] of them; of a model whose head has biases
+    they are [C, E + 1] and end in them. `looped`: it feeds itself. Instead of logits it gives next_ids [B], to be bound
+    onto input_ids, and beside past_lengths takes limits [B], past_finished [B] and past_ids [B, T]. A row that is not
+    finished writes its next token into present_ids at past_lengths, advances present_lengths by one and is finished
+    with eos or when that reaches its limit; a finished one gives the pad id and advances nothing. T must be above every
+    limit. Where `forced`, the number of tokens that are not chosen, is above 0, it also takes forced_ids [B, forced],
+    which come first.
     """
 
     query_tokens: bool = False
@@ -99,6 +106,7 @@ class StepFeatures:
     attention: int | None = None
     shortlist: bool = False
     looped: bool = False
+    forced: int = 0
 
     @property
     def beams(self) -> StepFeatures:
@@ -110,9 +118,13 @@ class StepFeatures:
         """Those of the graph for a part of the vocabulary, for one row a sentence or several."""
         return replace(self.beams, shortlist=True)
 
+    @property
+    def loop(self) -> StepFeatures:
+        """Those of the graph that feeds itself."""
+        return StepFeatures(looped=True, forced=self.forced)
+
 
 CHUNK_FEATURES = StepFeatures(query_tokens=True)
-LOOP_FEATURES = StepFeatures(looped=True)
 
 
 def key_value_names(prefix: str, layer: int, side: str) -> tuple[str, str]:
@@ -132,7 +144,6 @@ def step_signature(dimensions: Dimensions, features: StepFeatures) -> Signature:
     """One token per row and the caches → logits [B, V] and the self-attention caches with one position written."""
     tokens: tuple[Axis, ...] = ("B", "Q") if features.query_tokens else ("B",)
     sources = "G" if features.shared_sources else "B"
-    width = dimensions.heads * dimensions.head_width
     vocabulary: Axis = "C" if features.shortlist else dimensions.vocab_size
     logits = () if features.looped else (TensorSpec("logits", "float32", (*tokens, vocabulary)),)
     next_ids = (TensorSpec("next_ids", "int64", tokens),) if features.looped else ()
@@ -143,7 +154,12 @@ def step_signature(dimensions: Dimensions, features: StepFeatures) -> Signature:
             TensorSpec("past_lengths", "int64", ("B",)),
             TensorSpec("source_lengths", "int64", (sources,)),
             *((TensorSpec("limits", "int64", ("B",)), *_loop_state("past")) if features.looped else ()),
-            *((TensorSpec("projection", "float32", ("C", width)),) if features.shortlist else ()),
+            *(
+                (TensorSpec("forced_ids", "int64", ("B", features.forced)),)
+                if features.looped and features.forced
+                else ()
+            ),
+            *((TensorSpec("projection", "float32", ("C", dimensions.projection)),) if features.shortlist else ()),
             *_keys_values(dimensions, PAST, "decoder", "T"),
             *_keys_values(dimensions, PAST, "encoder", "S", sources),
         ),

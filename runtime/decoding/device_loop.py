@@ -32,7 +32,9 @@ TARGET_UNIT = 64  # capacities of rows are multiples of it, so that few differen
 
 @dataclass(slots=True)
 class LoopState:
-    """What the looped step feeds itself and what the host sets, by the names of the contract: [R] each, ids [R, T]."""
+    """What the looped step feeds itself and what the host sets, by the names of the contract: [R] each, past_ids [R,
+    T], forced_ids [R, F], which a graph without forced tokens does not take.
+    """
 
     input_ids: IntArray
     past_lengths: IntArray
@@ -40,10 +42,13 @@ class LoopState:
     limits: IntArray
     past_finished: NDArray[np.bool_]
     past_ids: IntArray
+    forced_ids: IntArray
 
     @classmethod
-    def idle(cls, capacity: Capacity) -> Self:
-        """Rows without a sentence. Their sources have one position, of zeros, so that attention to them is defined."""
+    def idle(cls, capacity: Capacity, forced: int) -> Self:
+        """Rows without a sentence, and with places for this many forced tokens. Their sources have one position, of
+        zeros, so that attention to them is defined.
+        """
         rows = capacity.rows
         zeros = np.zeros(rows, np.int64)
         return cls(
@@ -53,6 +58,7 @@ class LoopState:
             limits=np.ones(rows, np.int64),
             past_finished=np.ones(rows, bool),
             past_ids=np.zeros((rows, capacity.target), np.int64),
+            forced_ids=np.zeros((rows, forced), np.int64),
         )
 
 
@@ -160,7 +166,7 @@ class _Loop:
         self._cancelled = cancelled
         self._seated: list[Sentence | None] = [None] * rows.capacity.rows
         self._spoilt: set[int] = set()  # rows that nobody may take any more
-        self._state = LoopState.idle(rows.capacity)
+        self._state = LoopState.idle(rows.capacity, plan.forced)
 
     def run(self) -> Iterator[Outcome]:
         """The outcomes, as they come."""
@@ -192,10 +198,10 @@ class _Loop:
     def _seat(self, row: int, sentence: Sentence) -> None:
         state = self._state
         self._seated[row] = sentence
-        state.input_ids[row] = self._plan.bos
+        state.input_ids[row], *state.forced_ids[row] = sentence.start or self._plan.start
         state.past_lengths[row] = 0
         state.source_lengths[row] = len(sentence.ids)
-        state.limits[row] = self._plan.max_new_tokens
+        state.limits[row] = self._plan.target_positions
         state.past_finished[row] = False
 
     def _encode(self, first: int, last: int) -> None:
@@ -225,15 +231,20 @@ class _Loop:
 
     def _outcome(self, row: int, sentence: Sentence, *, cancelled: bool = False) -> Outcome:
         """A row that was given no token, although it had not ended and has room, has logits that are not finite."""
-        ids = tuple(self._state.past_ids[row, : self._state.past_lengths[row]].tolist())
+        length = int(self._state.past_lengths[row])
+        ids = tuple(self._state.past_ids[row, self._plan.forced : length].tolist())
+        at_limit = length >= self._state.limits[row]
+        cut = at_limit and self._plan.ends_at_limit
+        if cut:
+            ids = (*ids[:-1], self._plan.eos)
         ended = bool(ids) and ids[-1] == self._plan.eos
         self._stats.sentences += 1
-        if self._state.past_finished[row] and not ended and len(ids) < self._state.limits[row]:
+        if self._state.past_finished[row] and not ended and not at_limit:
             self._spoilt.add(row)
             self._rows.spoil()
             return Outcome.nothing(sentence, 0, scored=False, failed=True)
         self._stats.tokens += len(ids)
-        return Outcome(sentence, 0, (Hypothesis(ids, ended),), cancelled)
+        return Outcome(sentence, 0, (Hypothesis(ids, ended, cut=cut),), cancelled)
 
     def _cancel(self) -> Iterator[Outcome]:
         for row, sentence in enumerate(self._seated):
@@ -261,7 +272,7 @@ def _capacity(backend: LoopBackend, plan: Plan, ahead: list[Sentence]) -> Capaci
     wanted = 1
     while wanted < len(ahead):
         wanted *= 2
-    target = -(-(plan.max_new_tokens + 1) // TARGET_UNIT) * TARGET_UNIT
+    target = -(-(plan.target_positions + 1) // TARGET_UNIT) * TARGET_UNIT
     source = rung(max(len(each.ids) for each in ahead), plan.source_positions)
     one = backend.loop_bytes(Capacity(1, target, source))
     rows = min(wanted, plan.rows, plan.cache_bytes // one)

@@ -13,7 +13,6 @@ from typing import ClassVar, Protocol
 import numpy as np
 
 from kvx.runtime.arrays import FloatArray, IntArray
-from kvx.runtime.decoding.rows import Rows
 
 
 class FilterRows(Protocol):
@@ -21,12 +20,17 @@ class FilterRows(Protocol):
 
     @property
     def tokens(self) -> IntArray:
-        """The ids of each row from bos on [R, L + 1], of which the first `lengths[i]` + 1 mean something."""
+        """The ids of each row from the first on [R, L + 1], of which the first `lengths[i]` + 1 mean something."""
         ...
 
     @property
     def lengths(self) -> IntArray:
-        """How many tokens each active row has after bos [n]."""
+        """How many tokens each active row has after the first [n]."""
+        ...
+
+    @property
+    def forced(self) -> int:
+        """How many of these are not chosen, such as that of the target's language."""
         ...
 
     @property
@@ -77,7 +81,7 @@ class Ban:
 
 @dataclass(frozen=True, slots=True)
 class NoRepeatedNgrams:
-    """No `size` tokens after bos come twice in the same order (Paulus et al. 2018)."""
+    """No `size` tokens after the first come twice in the same order (Paulus et al. 2018)."""
 
     size: int
     gain: ClassVar[float] = 0.0
@@ -138,7 +142,7 @@ class LeastTokens:
 
     def __call__(self, logits: FloatArray, rows: FilterRows) -> None:
         """Eos in rows that are shorter."""
-        for row in np.flatnonzero(rows.lengths + 1 < self.tokens).tolist():
+        for row in np.flatnonzero(rows.lengths + 1 < self.tokens + rows.forced).tolist():
             end, logits[row, rows.eos] = logits[row, rows.eos], -np.inf
             if logits[row].max() == -np.inf:
                 logits[row, rows.eos] = end
@@ -146,30 +150,34 @@ class LeastTokens:
 
 @dataclass(frozen=True, slots=True)
 class Filters:
-    """Filters one after the other. The tokens of a prefix come even against them."""
+    """Filters one after the other. The tokens of a prefix come even against them.
+
+    With `in_place` they change the very logits of the model, which then nobody else may look at.
+    """
 
     filters: Sequence[Filter] = ()
+    in_place: bool = False
 
     @property
     def gain(self) -> float:
         """By how many nats at most they raise a target's score."""
         return math.fsum(getattr(one, "gain", math.inf) for one in self.filters)
 
-    def __call__(self, logits: FloatArray, rows: Rows) -> FloatArray:
+    def __call__(self, logits: FloatArray, rows: FilterRows) -> FloatArray:
         """logits [n, V] → the very same where nothing is filtered, else a copy of them with −∞ for what may not come
         next.
         """
-        if not self.filters and not rows.begun:
+        if not self.filters:
             return logits
-        fixed, tokens = rows.fixed_next()
-        if not self.filters and not fixed.size:
-            return logits
-        allowed = logits.copy()
+        allowed = logits if self.in_place else logits.copy()
         for apply in self.filters:
             apply(allowed, rows)
-        allowed[fixed] = -np.inf
-        allowed[fixed, tokens] = logits[fixed, tokens]
         return allowed
 
 
 UNFILTERED = Filters()
+
+
+def without(ids: tuple[int, ...]) -> Filters:
+    """These ids never come, where nobody looks at the logits of the model."""
+    return Filters((Suppress(ids),), in_place=True) if ids else UNFILTERED

@@ -22,12 +22,14 @@ SMALLEST_CAPACITY = 32
 class Plan:
     """Where targets start and stop, and how much cache there may be.
 
-    `rows` at a time at the most, of which a sentence takes `beams`, side by side; sentences are encoded up to `group`
-    at a time; `max_new_tokens` after bos, eos included; `source_positions` of the longest source; `cache_bytes` for
-    all buffers, of which a sentence takes `target_bytes` and `source_bytes` for each of its positions.
+    A target begins with the ids of `start`, or with as many of its sentence's own, none of which is chosen, and ends
+    with `eos`, which takes the last place where it `ends_at_limit`; the ids of `never` do not come. `rows` at a time at
+    the most, of which a sentence takes `beams`, side by side; sentences are encoded up to `group` at a time;
+    `max_new_tokens` after the start, eos included; `source_positions` of the longest source; `cache_bytes` for all
+    buffers, of which a sentence takes `target_bytes` and `source_bytes` for each of its positions.
     """
 
-    bos: int
+    start: tuple[int, ...]
     eos: int
     pad: int
     rows: int
@@ -38,6 +40,8 @@ class Plan:
     source_bytes: int
     beams: int = 1
     group: int = DEFAULT_GROUP
+    ends_at_limit: bool = False
+    never: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -49,6 +53,7 @@ class Plan:
         cache_bytes: int | None = None,
         max_new_tokens: int | None = None,
         beams: int = 1,
+        ends_at_limit: bool = False,
     ) -> Self:
         """The plan for a bundle and the cache buffers of a backend. By default as many rows as fit, up to 64 in 1 GiB.
 
@@ -57,7 +62,9 @@ class Plan:
         """
         specs, budget = tuple(specs), DEFAULT_CACHE_BYTES if cache_bytes is None else cache_bytes
         limit = manifest.max_new_tokens if max_new_tokens is None else max_new_tokens
-        check_limit(limit, manifest.model["target_positions"])
+        check_limit(limit, manifest.most_new_tokens)
+        start = manifest.framing.start_ids(manifest.languages.usual)
+        longest = limit + len(start) - 1
         if rows is not None and rows < beams:
             raise OptionError(
                 f"There are {beams} beams, but only {rows} rows",
@@ -68,22 +75,22 @@ class Plan:
         target_bytes = Capacity(beams, 1, 0, beams).bytes(specs)
         source_bytes = Capacity(beams, 0, 1, beams).bytes(specs)
         positions = manifest.model["source_positions"]
-        smallest = limit * target_bytes + min(SMALLEST_CAPACITY, positions) * source_bytes
+        smallest = longest * target_bytes + min(SMALLEST_CAPACITY, positions) * source_bytes
         seats = min(max(1, DEFAULT_ROWS // beams), budget // smallest) if rows is None else rows // beams
         if seats < 1 or seats * smallest > budget:
             unit, more = ("rows", "") if beams == 1 else ("sentences", f" of {beams} rows")
             raise CapacityError(
-                f"A cache of {max(seats, 1)} {unit}{more} × {smallest:,} bytes ({limit} target and "
+                f"A cache of {max(seats, 1)} {unit}{more} × {smallest:,} bytes ({longest} target and "
                 f"{min(SMALLEST_CAPACITY, positions)} source positions) takes {max(seats, 1) * smallest:,} bytes",
                 expected=f"at most {budget:,} bytes, which hold {budget // smallest} such {unit}",
                 remedy="Use fewer rows (`rows`), fewer new tokens (`max_new_tokens`) or more bytes (`cache_bytes`).",
                 option="cache_bytes",
             )
-        room = budget - limit * target_bytes
+        room = budget - longest * target_bytes
         return cls(
-            bos=manifest.target_ids.bos,
-            eos=manifest.target_ids.eos,
-            pad=manifest.source_ids.pad,
+            start=start,
+            eos=manifest.framing.eos,
+            pad=manifest.framing.pad,
             rows=seats * beams,
             max_new_tokens=limit,
             source_positions=min(positions, room // source_bytes),
@@ -91,7 +98,19 @@ class Plan:
             target_bytes=target_bytes,
             source_bytes=source_bytes,
             beams=beams,
+            ends_at_limit=ends_at_limit,
+            never=manifest.framing.never,
         )
+
+    @property
+    def forced(self) -> int:
+        """How many of the ids that a target begins with come after the first."""
+        return len(self.start) - 1
+
+    @property
+    def target_positions(self) -> int:
+        """The positions of the longest target: the limit's, and those of the ids that are forced."""
+        return self.max_new_tokens + self.forced
 
     @property
     def seats(self) -> int:
@@ -120,7 +139,7 @@ class Plan:
                 remedy="Use fewer workers (`workers`), fewer rows (`rows`) or more bytes (`cache_bytes`).",
                 option="cache_bytes",
             )
-        room = (share - self.max_new_tokens * self.target_bytes) // self.source_bytes
+        room = (share - self.target_positions * self.target_bytes) // self.source_bytes
         positions = min(self.source_positions, room)
         return replace(self, rows=seats * self.beams, cache_bytes=share, source_positions=positions)
 
@@ -131,7 +150,7 @@ class Plan:
 
     def seat_bytes(self, source: int) -> int:
         """Bytes of a sentence with room for all its new tokens and `source` positions."""
-        return self.max_new_tokens * self.target_bytes + source * self.source_bytes
+        return self.target_positions * self.target_bytes + source * self.source_bytes
 
     def capacity(self, *, target: int, source: int) -> Capacity:
         """The smallest size of the ladder that holds these positions, with the rows that fit.
@@ -140,7 +159,7 @@ class Plan:
         """
         held = rung(source, self.source_positions)
         seats = min(self.seats, self.cache_bytes // self.seat_bytes(held))
-        return Capacity(seats * self.beams, rung(target, self.max_new_tokens), held, self.beams)
+        return Capacity(seats * self.beams, rung(target, self.target_positions), held, self.beams)
 
 
 def check_limit(limit: int, positions: int) -> None:

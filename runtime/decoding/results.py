@@ -15,14 +15,16 @@ FinishReason = Literal["end", "length", "cancelled", "failed"]
 class Sentence:
     """A source on its way through a decode, from its ids to its results. Its owner knows it by its `number`.
 
-    `ids` are those for the encoder, bos and eos among them. Each of its `targets` takes a seat: these are the ids after
-    bos that are fixed, either all of them, to be scored, or a prefix to go on from. `repeat` counts the equal sources
-    before it, so that samples of equal texts differ. `outcomes` has a place for each target, None until it is over.
+    `ids` are those for the encoder, with all that framing lays around a text. Each of its `targets` takes a seat: these
+    are the ids after the start that are fixed, either all of them, to be scored, or a prefix to go on from. `start` are
+    the ids that its targets begin with, where they are not the plan's. `repeat` counts the equal sources before it, so
+    that samples of equal texts differ. `outcomes` has a place for each target, None until it is over.
     """
 
     number: int
     ids: tuple[int, ...]
     targets: tuple[tuple[int, ...], ...] = ((),)
+    start: tuple[int, ...] = field(default=(), kw_only=True)
     repeat: int = field(default=0, kw_only=True)
     outcomes: list[Outcome | None] = field(init=False, repr=False)
 
@@ -38,10 +40,11 @@ class Sentence:
 
 @dataclass(frozen=True, slots=True)
 class Hypothesis:
-    """A target as far as it goes: ids after bos, eos included where it ended.
+    """A target as far as it goes: ids after the start, eos included where it ended.
 
     `log_probabilities` are those of the ids, natural, as the model has them, where they were asked for; `rank_score`
-    is what a search compared it by; `attention` [ids, S] where the step gives it and it was asked for.
+    is what a search compared it by; `attention` [ids, S] where the step gives it and it was asked for. One that is
+    `cut` has eos at the limit of tokens, where nothing else may stand.
     """
 
     ids: tuple[int, ...]
@@ -49,6 +52,7 @@ class Hypothesis:
     log_probabilities: tuple[float, ...] | None = None
     rank_score: float | None = None
     attention: FloatArray | None = field(default=None, compare=False)
+    cut: bool = False
 
     @property
     def score(self) -> float | None:
@@ -79,7 +83,7 @@ class Outcome:
         if self.failed:
             return "failed"
         if hypothesis.ended:
-            return "end"
+            return "length" if hypothesis.cut else "end"
         return "cancelled" if self.cancelled else "length"
 
     @classmethod

@@ -1,6 +1,7 @@
 """What stands in the rows of a decode: whose they are, their tokens and scores, and the cache they live in.
 
-Letters: R rows, of which the first n are active, G seats of R / G rows each, L most new tokens, S source positions.
+Letters: R rows, of which the first n are active, G seats of R / G rows each, L positions of the longest target,
+S source positions.
 """
 
 from __future__ import annotations
@@ -58,12 +59,23 @@ class Choice(NamedTuple):
     failed: BoolArray | None = None
 
 
+class Fixed(NamedTuple):
+    """Rows whose next token is fixed, that token of each, and which of these are `free`: framing's, not the target's
+    own, so that a search gives them a probability of 1.
+    """
+
+    rows: IntArray
+    tokens: IntArray
+    free: BoolArray
+
+
 class Rows:
     """Rows and seats side by side: row i of the cache and of every array here belong to the same target.
 
-    `tokens` [R, L + 1] from bos on, with those that are fixed beforehand; `fixed` [R] how many these are;
-    `log_probabilities` [R, L], kept where hypotheses are `scored`; `scores` [R], the search's, 0 for the first row of a
-    new seat, −∞ for its others; `gain`, by how many nats at most filters raise the score of a target.
+    `tokens` [R, L + 1] from the first on, of which the start is one more than `forced`, with those that are fixed
+    beforehand; `fixed` [R], how many these are after the first; `log_probabilities` [R, L], kept where hypotheses are
+    `scored`; `scores` [R], the search's, 0 for the first row of a new seat, −∞ for its others; `gain`, by how many nats
+    at most filters raise the score of a target. Eos takes the last place of a row where it `ends_at_limit`.
     """
 
     def __init__(
@@ -71,17 +83,20 @@ class Rows:
     ) -> None:
         self.cache = cache
         self.eos = plan.eos
+        self.forced = plan.forced
+        self.ends_at_limit = plan.ends_at_limit
         self.beams = plan.beams
         self.scored = scored
         self.with_attention = with_attention
         self.gain = gain
         self.seats: list[Seat] = []
-        self.tokens: IntArray = np.full((plan.rows, plan.max_new_tokens + 1), plan.bos, np.int64)
+        self.tokens: IntArray = np.full((plan.rows, plan.target_positions + 1), plan.start[0], np.int64)
         self.fixed = np.zeros(plan.rows, np.int64)
         self.limits = np.zeros(plan.rows, np.int64)
-        self.log_probabilities = np.zeros((plan.rows, plan.max_new_tokens))
+        self.log_probabilities = np.zeros((plan.rows, plan.target_positions))
         self.scores = np.zeros(plan.rows)
-        self.begun = False  # whether any target ever had a token fixed
+        self.begun = plan.ends_at_limit  # whether any token may be fixed
+        self._start = plan.start
         self._attention: list[Weights | None] = [None] * plan.rows
         self._numbers = np.arange(plan.rows)
 
@@ -92,7 +107,7 @@ class Rows:
 
     @property
     def lengths(self) -> IntArray:
-        """Tokens after bos of every active row [n], which are the positions in its cache before the next step."""
+        """Tokens after the first of every active row [n], which are the positions in its cache before the next step."""
         return self.cache.lengths[: self.cache.active]
 
     @property
@@ -105,10 +120,19 @@ class Rows:
         ids: IntArray = self.tokens[self.numbers, self.lengths]
         return ids
 
-    def fixed_next(self) -> tuple[IntArray, IntArray]:
-        """The active rows whose next token is fixed, and these tokens."""
-        rows = np.flatnonzero(self.lengths < self.fixed[: self.n])
-        return rows, self.tokens[rows, self.lengths[rows] + 1]
+    def fixed_next(self) -> Fixed:
+        """The active rows whose next token is fixed."""
+        lengths, n = self.lengths, self.n
+        fixed = lengths < self.fixed[:n]
+        last = lengths + 1 == self.limits[:n] if self.ends_at_limit else None
+        rows = np.flatnonzero(fixed if last is None else fixed | last)
+        tokens = self.tokens[rows, lengths[rows] + 1]
+        free = lengths[rows] < self.forced
+        if last is not None:
+            ends = last[rows]
+            tokens[ends] = self.eos
+            free |= ends
+        return Fixed(rows, tokens, free)
 
     def take(self, place: int, seat: Seat, limit: int) -> None:
         """Seats a target in a place whose own has ended, or in the first free one. Its encoding is let go."""
@@ -116,12 +140,11 @@ class Rows:
         self.cache.admit(seat.encoded, place)
         seat.encoded = None
         self.seats[place : place + 1] = [seat]
-        rows, fixed = self.of_seat(place), seat.fixed
-        self.limits[rows] = limit
-        self.fixed[rows] = len(fixed)
-        if fixed:
-            self.tokens[rows, 1 : len(fixed) + 1] = fixed
-            self.begun = True
+        rows, given = self.of_seat(place), (*(seat.sentence.start or self._start), *seat.fixed)
+        self.limits[rows] = limit + self.forced
+        self.fixed[rows] = len(given) - 1
+        self.tokens[rows, : len(given)] = given
+        self.begun |= len(given) > 1
         self.scores[rows] = -np.inf
         self.scores[rows.start] = 0.0
         if self.with_attention:
@@ -154,10 +177,12 @@ class Rows:
     def read(self, row: int, rank_score: float | None = None) -> Hypothesis:
         """What a row has by now."""
         length = int(self.cache.lengths[row])
-        ids = tuple(self.tokens[row, 1 : length + 1].tolist())
-        scores = tuple(self.log_probabilities[row, :length].tolist()) if self.scored else None
+        ids = tuple(self.tokens[row, self.forced + 1 : length + 1].tolist())
+        scores = tuple(self.log_probabilities[row, self.forced : length].tolist()) if self.scored else None
         ended = bool(ids) and ids[-1] == self.eos
-        return Hypothesis(ids, ended, scores, rank_score, _stacked(self._attention[row]))
+        return Hypothesis(
+            ids, ended, scores, rank_score, self._stacked(self._attention[row]), self._is_cut(row, length)
+        )
 
     def read_ended(
         self, row: int, log_probability: float, rank_score: float, attention: FloatArray | None
@@ -167,13 +192,18 @@ class Rows:
         scores = None if open_.log_probabilities is None else (*open_.log_probabilities, log_probability)
         weights = None
         if self.with_attention and attention is not None:
-            weights = _stacked(Weights(self._attention[row], self._of_source(row, attention)))
-        return Hypothesis((*open_.ids, self.eos), True, scores, rank_score, weights)
+            weights = self._stacked(Weights(self._attention[row], self._of_source(row, attention)))
+        cut = self._is_cut(row, int(self.cache.lengths[row]) + 1)
+        return Hypothesis((*open_.ids, self.eos), True, scores, rank_score, weights, cut)
 
     def at_limit(self) -> NDArray[np.bool_]:
         """The seats whose rows have as many tokens as they may have [G]."""
         reached: NDArray[np.bool_] = self.lengths >= self.limits[: self.cache.active]
         return reached if self.beams == 1 else reached[:: self.beams]
+
+    def _is_cut(self, row: int, length: int) -> bool:
+        """Whether a target of this length had to end."""
+        return self.ends_at_limit and length >= self.limits[row]
 
     def of_seat(self, seat: int) -> slice:
         """The rows of a seat."""
@@ -191,15 +221,15 @@ class Rows:
         for row in range(self.n):
             self._attention[row] = Weights(self._attention[row], self._of_source(row, attention))
 
+    def _stacked(self, weights: Weights | None) -> FloatArray | None:
+        """[tokens after the start, S] from a chain of weights, the newest first."""
+        found = []
+        while weights is not None:
+            found.append(weights.newest)
+            weights = weights.earlier
+        chosen = found[::-1][self.forced :]
+        return np.stack(chosen) if chosen else None
+
     def _of_source(self, row: int, attention: FloatArray) -> FloatArray:
         """A copy, because the step's output is valid only until the next step."""
         return attention[row, : len(self.seats[row // self.beams].sentence.ids)].copy()
-
-
-def _stacked(weights: Weights | None) -> FloatArray | None:
-    """[tokens, S] from a chain of weights, the newest first."""
-    found = []
-    while weights is not None:
-        found.append(weights.newest)
-        weights = weights.earlier
-    return np.stack(found[::-1]) if found else None

@@ -118,7 +118,7 @@ class Schedule:
         n, lengths = self.rows.n, self.rows.lengths
         if self._at_once == 1 or n == 0:
             return 1
-        left, room = self.rows.limits[:n] - lengths, self._plan.max_new_tokens - lengths
+        left, room = self.rows.limits[:n] - lengths, self._plan.target_positions - lengths
         return int(max(1, min(self._at_once // n, left.max(), room.min())))
 
     def _failed(self, choice: Choice) -> BoolArray | None:
@@ -207,7 +207,7 @@ class Schedule:
         source = max(1, cache.longest_source)
         plan = self._plan
         too_large = (
-            rung(target, plan.max_new_tokens) * SHRINK_BELOW <= held.target
+            rung(target, plan.target_positions) * SHRINK_BELOW <= held.target
             or rung(source, plan.source_positions) * SHRINK_BELOW <= held.source
         )
         if target > held.target or too_large:

@@ -9,7 +9,7 @@ import math
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, ClassVar, Protocol, Self
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,9 @@ from kvx.runtime.arrays import BoolArray, FloatArray, IntArray
 from kvx.runtime.decoding.backend import StepOutput
 from kvx.runtime.decoding.results import Hypothesis, Sentence
 from kvx.runtime.decoding.rows import Choice, Rows
-from kvx.runtime.rules import Option, Problem, count, flag, number, refuse, wrong_values
+from kvx.runtime.rules import Option, Problem, choice, count, flag, number, refuse, wrong_values
+
+BeamRules = Literal["kvx", "transformers"]
 
 LARGEST_SEED = 2**64 - 1
 MOST_BEAMS = 2**16
@@ -68,6 +70,7 @@ class Greedy:
         """logits [n, V] → argmax [n]."""
         ids: IntArray = logits.argmax(axis=-1)
         failed = not_finite(output.logits, logits[rows.numbers, ids])
+        _fix(ids, rows)
         scores = log_probabilities(output.logits, ids) if rows.scored else None
         return Choice(ids, ids == rows.eos, scores, failed=failed)
 
@@ -141,6 +144,7 @@ class Sampling:
         if failed is not None:
             logits, peaks = np.where(failed[:, None], 0, logits), np.where(failed, 0, peaks)
         ids = self.draw(self._tempered(logits, peaks), drawn)
+        _fix(ids, rows)
         scores = log_probabilities(output.logits, ids) if rows.scored else None
         return Choice(ids, ids == rows.eos, scores, failed=failed)
 
@@ -204,8 +208,12 @@ class BeamSearch:
 
     A target is compared by the sum of its log-probabilities divided by its length to the power of `length_penalty`,
     bos counted and eos not. With `early_stopping` a search is over as soon as `patience` · `size` targets have ended
-    (Kasai et al. 2022); without, when no open beam can get better than the worst of the `size` best ones. Raises
-    OptionError.
+    (Kasai et al. 2022); without, when no open beam can get better than the worst of the `size` best ones.
+
+    The `rules` of transformers differ in three things: without `early_stopping` a search is over when no open beam is
+    better at its present length; at the limit only those of the `size` best continuations count that are open; and
+    these are compared by their length without bos
+    (https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/generation/utils.py). Raises OptionError.
     """
 
     size: Annotated[
@@ -238,6 +246,15 @@ class BeamSearch:
             "Stop after this many times `beam_size` finished translations, with early stopping.",
         ),
     ] = 1.0
+    rules: Annotated[
+        BeamRules,
+        Option(
+            choice(get_args(BeamRules)),
+            "Whose beam search to follow where kvx and Hugging Face transformers differ: in when to stop without early "
+            "stopping, and in how unfinished beams are ranked at the limit.",
+            keyword="beam_rules",
+        ),
+    ] = "kvx"
     samples: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
@@ -277,10 +294,14 @@ class BeamSearch:
         parents = order // ids.shape[1] + k * np.arange(len(order))[:, None]  # [G, 2·k], as rows
         tokens = np.take_along_axis(ids.reshape(len(order), -1), order, axis=-1)
         totals = np.take_along_axis(totals.reshape(len(order), -1), order, axis=-1)
+        if rows.begun:
+            self._go_on_as_fixed(rows, output, normalizers, (parents, tokens, totals))
         ends = tokens == rows.eos
         self._close(output, normalizers, rows, parents, np.where(ends, totals, -np.inf)[:, :k])
         kept = ends.argsort(axis=-1, kind="stable")[:, :k]
         parents, tokens, totals = (np.take_along_axis(each, kept, axis=-1) for each in (parents, tokens, totals))
+        if self.rules == "transformers":
+            totals[self._at_limit(rows)[:, None] & (kept >= k)] = -np.inf
         rows_of = _stay_with_parents(parents % k) + k * np.arange(len(parents))[:, None]
         return Choice(
             ids=_placed(tokens, rows_of),
@@ -291,6 +312,28 @@ class BeamSearch:
             failed=failed,
         )
 
+    def _go_on_as_fixed(
+        self,
+        rows: Rows,
+        output: StepOutput,
+        normalizers: NDArray[np.float64],
+        found: tuple[IntArray, IntArray, NDArray[np.float64]],
+    ) -> None:
+        """Puts fixed tokens in the place of those that were found for their seats, parents, tokens and totals [G, m]:
+        each beam goes on with its own, in the order of their totals, and nothing else does.
+        """
+        fixed, k = rows.fixed_next(), self.size
+        if not fixed.rows.size:
+            return
+        parents, tokens, totals = found
+        seats = fixed.rows[::k] // k
+        model = output.logits[fixed.rows, fixed.tokens] - normalizers[fixed.rows]
+        values = (rows.scores[fixed.rows] + np.where(fixed.free, 0.0, model)).reshape(-1, k)
+        order = (-values).argsort(axis=-1, kind="stable")[:, : totals.shape[1]]
+        parents[seats], tokens[seats], totals[seats] = fixed.rows[::k, None], fixed.tokens[::k, None], -np.inf
+        for array, each in ((parents, fixed.rows), (tokens, fixed.tokens), (totals, values)):
+            array[seats, : order.shape[1]] = np.take_along_axis(each.reshape(-1, k), order, axis=-1)
+
     def results(self, rows: Rows, seat: int) -> list[Hypothesis]:
         """The closed ones, and at the limit the open ones as they are."""
         closed: _Closed = rows.seats[seat].state
@@ -298,8 +341,9 @@ class BeamSearch:
         if not closed.done or not found:
             scores = enumerate(rows.scores[rows.of_seat(seat)].tolist(), rows.of_seat(seat).start)
             lengths = rows.cache.lengths
+            bos = self.rules == "kvx"
             found += [
-                rows.read(row, self._ranked(total, int(lengths[row]) + 1)) for row, total in scores if total > -np.inf
+                rows.read(row, self._ranked(total, int(lengths[row]) + bos)) for row, total in scores if total > -np.inf
             ]
         return sorted(found, key=_rank_score, reverse=True)[: self.n_best] or [rows.read(rows.of_seat(seat).start)]
 
@@ -321,13 +365,25 @@ class BeamSearch:
 
     def _over(self, rows: Rows, best: NDArray[np.float64]) -> NDArray[np.bool_]:
         """The seats that are done [G], with the total of each one's best open beam [G]."""
-        limits = rows.limits[: rows.n : self.size] + 1
-        for seat, total, limit in zip(rows.seats, best.tolist(), limits.tolist(), strict=True):
-            seat.state.done = self._enough(seat.state.hypotheses, total + rows.gain, limit)
+        lengths, limits = rows.lengths[:: self.size] + 1, rows.limits[: rows.n : self.size]
+        for seat, total, length, limit in zip(
+            rows.seats, best.tolist(), lengths.tolist(), limits.tolist(), strict=True
+        ):
+            if self.rules == "kvx":
+                seat.state.done = self._enough(seat.state.hypotheses, total + rows.gain, (1, limit + 1))
+            elif length < limit:
+                seat.state.done = self._enough(seat.state.hypotheses, total + rows.gain, (length,))
         return np.array([seat.state.done for seat in rows.seats])
 
-    def _enough(self, closed: list[Hypothesis], best: float, longest: int) -> bool:
-        """Whether no more targets are wanted, with the most that an open beam may have, before its length counts."""
+    def _at_limit(self, rows: Rows) -> NDArray[np.bool_]:
+        """The seats that have no place for a token after this one [G]."""
+        last: NDArray[np.bool_] = (rows.lengths + 1 >= rows.limits[: rows.n])[:: self.size]
+        return last
+
+    def _enough(self, closed: list[Hypothesis], best: float, lengths: tuple[int, ...]) -> bool:
+        """Whether no more targets are wanted, with the most that an open beam may have, before its length counts, and
+        the lengths that it may be compared by.
+        """
         if best == -np.inf:
             return True
         if len(closed) < max(self.n_best, self.size * (self.patience if self.early_stopping else 1)):
@@ -335,11 +391,18 @@ class BeamSearch:
         if self.early_stopping:
             return True
         worst = sorted(map(_rank_score, closed), reverse=True)[self.size - 1]
-        attainable = max(self._ranked(best, length) for length in (1, longest))
+        attainable = max(self._ranked(best, length) for length in lengths)
         return attainable <= worst
 
     def _ranked(self, total: float, length: int) -> float:
         return total / math.pow(length, self.length_penalty)
+
+
+def _fix(ids: IntArray, rows: Rows) -> None:
+    """Puts the tokens that are fixed in the place of those that were chosen, ids [n]."""
+    if rows.begun:
+        fixed = rows.fixed_next()
+        ids[fixed.rows] = fixed.tokens
 
 
 def _rank_score(hypothesis: Hypothesis) -> float:

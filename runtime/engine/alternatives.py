@@ -26,7 +26,7 @@ def alternatives(
     begins = _begins(model, text, begun, count, options)
     if not begins[0].ids:
         return begins[:1]
-    eos = model.manifest.target_ids.eos
+    eos = model.manifest.framing.eos
     going = [one.ids for one in begins if one.ids[-1] != eos and len(one.ids) < limit]
     further = translate_all(model, [text] * len(going), options.changed(prefix=None), prefixes=going)
     found = dict(zip(going, further, strict=True))
@@ -49,5 +49,5 @@ def _begins(
     )
     (first,) = translate_all(model, [text], one_more)
     found = [replace(first, others=()), *first.others]
-    eos = model.manifest.target_ids.eos
+    eos = model.manifest.framing.eos
     return [one for one in found if not (too_short and one.ids[-1:] == (eos,))][:count] or found[:1]

@@ -6,7 +6,6 @@ import contextlib
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
 
 from kvx.runtime.decoding.backend import Backend
 from kvx.runtime.decoding.decode import Cancelled, Loop, SearchLoop, never
@@ -15,13 +14,12 @@ from kvx.runtime.decoding.filters import Filters
 from kvx.runtime.decoding.plan import Plan
 from kvx.runtime.decoding.results import DecodeStats
 from kvx.runtime.decoding.search import Greedy, Sampling
-from kvx.runtime.engine.loaded import LoadedModel
+from kvx.runtime.engine.loaded import PREFIXES, LoadedModel, paired
 from kvx.runtime.engine.queue import RequestQueue
 from kvx.runtime.engine.request import Request
 from kvx.runtime.engine.supply import Listed, Supply, supply_of
 from kvx.runtime.engine.workers import shared_out, side_by_side
 from kvx.runtime.engine.writer import Writer
-from kvx.runtime.errors import InputError
 from kvx.runtime.options import Search, TranslateOptions, filters_of
 from kvx.runtime.shortlist.candidates import Shortlist
 from kvx.runtime.text.sources import refuse_string
@@ -33,9 +31,6 @@ _log = logging.getLogger("kvx")
 WINDOW_PER_ROW = 8  # texts read ahead and sorted by length together, for every row
 
 Prefixes = Iterable[Target | None]
-
-Text = TypeVar("Text")
-Prefix = TypeVar("Prefix")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +60,7 @@ class Call:
             plan=plan,
             workers=workers,
             search=search.seeded() if isinstance(search, Sampling) else search,
-            filters=filters_of(options, model.targets),
+            filters=filters_of(options, model.targets, plan.never),
             shortlist=model.shortlist(options),
             prefixed=prefixed or options.prefix is not None,
         )
@@ -79,7 +74,10 @@ class Call:
         else:
             refuse_string(prefixes)
             own = reader.prefixes(prefixes, limit)
-            pairs = ((text, common if prefix is None else prefix) for text, prefix in paired(texts, own))
+            pairs = (
+                (text, common if prefix is None else prefix)
+                for text, prefix in paired(texts, own, "prefixes", PREFIXES)
+            )
         return self.model.requests(((text, (prefix,) * samples) for text, prefix in pairs), self.options, self.plan)
 
     def run(
@@ -123,8 +121,8 @@ class Call:
 
     @property
     def _tokens_only(self) -> bool:
-        more = self.prefixed or self.options.scores or self.options.with_attention or self.filters.filters
-        return isinstance(self.search, Greedy) and not more and self.shortlist is None
+        more = self.prefixed or self.options.scores or self.options.with_attention or self.shortlist
+        return isinstance(self.search, Greedy) and not more and (self.filters.in_place or not self.filters.filters)
 
 
 class Latch:
@@ -171,19 +169,3 @@ def translate_all(
     call = Call.of(model, options, texts=len(texts), prefixed=prefixes is not None)
     requests = list(call.requests(texts, prefixes))
     return list(call.run(Listed(iter(requests)), DecodeStats(), cancelled, max(1, len(texts))))
-
-
-def paired(texts: Iterable[Text], prefixes: Iterable[Prefix]) -> Iterator[tuple[Text, Prefix]]:
-    """Each text with its prefix. Raises InputError where there are more of one than of the other."""
-    own, nothing, number = iter(prefixes), object(), 0
-    for number, text in enumerate(texts, 1):
-        prefix = next(own, nothing)
-        if prefix is nothing:
-            raise _miscounted(f"There are more texts than prefixes ({number - 1})", number)
-        yield text, prefix  # type: ignore[misc]  # no prefix is the object that stands for none
-    if next(own, nothing) is not nothing:
-        raise _miscounted(f"There are more prefixes than texts ({number})", None)
-
-
-def _miscounted(got: str, line: int | None) -> InputError:
-    return InputError(got, expected="one prefix for each text", remedy="Give one prefix per text.", line=line)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, TypeVar
 
 from kvx.runtime.backends.device import Device
 from kvx.runtime.backends.registry import load_backends
@@ -23,6 +24,9 @@ from kvx.runtime.text.sources import SourceReader
 from kvx.runtime.text.targets import TargetReader
 
 MOST_SHORTLISTS = 8  # kept in memory
+Text = TypeVar("Text")
+Other = TypeVar("Other")
+PREFIXES, LANGUAGES = ("prefix", "prefixes"), ("language", "languages")  # one and several
 SIDES: tuple[Literal["source", "target"], ...] = ("source", "target")
 
 
@@ -77,6 +81,7 @@ class LoadedModel:
             cache_bytes=options.cache_bytes,
             max_new_tokens=options.max_new_tokens if max_new_tokens is None else max_new_tokens,
             beams=beams,
+            ends_at_limit=options.end_at_limit and max_new_tokens is None,
         )
         if sentences is not None:
             sentences *= options.search.samples
@@ -87,14 +92,29 @@ class LoadedModel:
         return plan.share_of(workers * devices, least_rows=options.rows or 1), workers * devices
 
     def requests(
-        self, texts: Iterable[tuple[str, tuple[tuple[int, ...], ...]]], options: TranslateOptions, plan: Plan
+        self,
+        texts: Iterable[tuple[str, tuple[tuple[int, ...], ...]]],
+        options: TranslateOptions,
+        plan: Plan,
+        *,
+        empty: bool = False,
     ) -> Iterator[Request]:
         """Each text with the fixed ids of its targets, as a request. Raises InputError, with the text's number, where
-        it cannot be translated.
+        it cannot be translated. A text without a piece has no ids, or, with `empty`, those of an empty sentence.
         """
+        self.sources.check_languages(options.source_language, options.target_language)
         seen: dict[int, int] = {}  # equal requests, where something is drawn at random
-        for number, (text, targets) in enumerate(texts, 1):
-            read = self.sources.read_one(text, number, options.on_long, with_pieces=options.with_attention)
+        spoken = _with_languages(texts, options)
+        for number, ((text, targets), source, target) in enumerate(spoken, 1):
+            read = self.sources.read_one(
+                text,
+                number,
+                options.on_long,
+                source_language=source,
+                target_language=target,
+                with_pieces=options.with_attention,
+                empty=empty,
+            )
             if len(read.ids) > plan.source_positions:
                 raise InputError(
                     f"The text has {len(read.ids)} tokens, which need a cache of "
@@ -106,10 +126,18 @@ class LoadedModel:
                 )
             repeat = 0
             if isinstance(options.search, Sampling):
-                same = hash((read.ids, targets))
+                same = hash((read.ids, read.start, targets))
                 repeat = seen.get(same, 0)
                 seen[same] = repeat + 1
-            yield Request(number, read.ids, targets, repeat=repeat, truncated=read.truncated, pieces=read.pieces)
+            yield Request(
+                number,
+                read.ids,
+                targets,
+                start=read.start,
+                repeat=repeat,
+                truncated=read.truncated,
+                pieces=read.pieces,
+            )
 
     def shortlist(self, options: TranslateOptions) -> Shortlist | None:
         """The shortlist that the options name, read when it is first asked for or has changed. Raises InputError."""
@@ -153,3 +181,40 @@ class LoadedModel:
         if (options.min_new_tokens or 1) > limit:
             got = f"`min_new_tokens` is {options.min_new_tokens}"
             yield Problem("min_new_tokens", got, f"at most {limit}, the limit of new tokens")
+
+
+def _with_languages(texts: Iterable[Text], options: TranslateOptions) -> Iterator[tuple[Text, str | None, str | None]]:
+    """Each text with the languages that it is translated from and to. Raises InputError where there are more of one
+    than of the other.
+    """
+    source, target = (_each(language) for language in (options.source_language, options.target_language))
+    pairs = paired(texts, source, "source_language", LANGUAGES)
+    for (text, one), other in paired(pairs, target, "target_language", LANGUAGES):
+        yield text, one, other
+
+
+def _each(language: str | Iterable[str | None] | None) -> Iterable[str | None]:
+    """The language of each text: one for all of them, without end, or one after the other."""
+    return itertools.repeat(language) if language is None or isinstance(language, str) else language
+
+
+def paired(
+    texts: Iterable[Text], others: Iterable[Other], option: str, called: tuple[str, str]
+) -> Iterator[tuple[Text, Other]]:
+    """Each text with its own of what an option gives for each; without end if that is a repetition. Raises InputError
+    where there are more of one than of the other.
+    """
+    own, nothing, number = iter(others), object(), 0
+    for number, text in enumerate(texts, 1):
+        other = next(own, nothing)
+        if other is nothing:
+            raise _miscounted(f"There are more texts than {called[1]} ({number - 1})", called[0], option, number)
+        yield text, other  # type: ignore[misc]  # it is not the object that stands for none
+    if not isinstance(others, itertools.repeat) and next(own, nothing) is not nothing:
+        raise _miscounted(f"There are more {called[1]} than texts ({number})", called[0], option, None)
+
+
+def _miscounted(got: str, called: str, option: str, line: int | None) -> InputError:
+    return InputError(
+        got, expected=f"one {called} for each text", remedy=f"Give one {called} per text.", option=option, line=line
+    )

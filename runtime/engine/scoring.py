@@ -21,7 +21,7 @@ from kvx.runtime.text.sources import refuse_string
 from kvx.runtime.text.targets import Target
 
 SEARCHED_BY: dict[type, str] = {BeamSearch: "beam_size", Sampling: "samples"}  # what asks for these searches
-SCORING_OPTIONS = ("on_long", "rows", "workers", "cache_bytes")
+SCORING_OPTIONS = ("on_long", "rows", "workers", "cache_bytes", "source_language", "target_language")
 
 RankBy = Literal["sum", "per_token"]
 
@@ -78,7 +78,7 @@ def rank(
     targets = list(_read_targets(model, sources, candidates))
     longest = max((len(ids) for fixed in targets for ids in fixed), default=1)
     plan, workers = model.plan(options, sentences=sum(map(len, targets)), max_new_tokens=longest)
-    requests = [_scored(model, one) for one in model.requests(zip(sources, targets, strict=True), options, plan)]
+    requests = list(model.requests(zip(sources, targets, strict=True), options, plan, empty=True))
     longest_first = sorted(requests, key=lambda request: len(request.ids), reverse=True)
     loops = [ScoringLoop(backend, plan) for backend in shared_out(model.backends, workers)]
     for outcome in side_by_side(loops, longest_first, DecodeStats()):
@@ -98,13 +98,6 @@ def _without_effect(options: TranslateOptions) -> Iterator[Problem]:
             name = SEARCHED_BY.get(type(value), field.name)
             got = f"`{name}` is {value!r:.80}, but translations are scored, not searched for"
             yield Problem(name, got, f"only {', '.join(SCORING_OPTIONS)}")
-
-
-def _scored(model: LoadedModel, request: Request) -> Request:
-    """A text without a piece is scored as an empty sentence."""
-    special = model.manifest.source_ids
-    request.ids = request.ids or (special.bos, special.eos)
-    return request
 
 
 def _scores(request: Request) -> tuple[Score, ...]:

@@ -46,7 +46,9 @@ class Writer:
         tokenizer, align_it = self.model.targets.tokenizer, self.options.align
         ids = hypothesis.ids[:-1] if hypothesis.ended else hypothesis.ids
         pieces, attention = tokenizer.pieces(ids), hypothesis.attention
-        alignment = () if attention is None else align(attention[: len(ids)])
+        framing = self.model.manifest.framing
+        around = len(framing.prefix), len(framing.suffix)
+        alignment = () if attention is None else align(attention[: len(ids)], *around)
         written = tokenizer.decode(ids)
         if self.options.replace_unknown and tokenizer.unknown_id in ids:
             written = replace_unknown(request.pieces, pieces, ids, tokenizer.unknown_id, alignment, tokenizer.join)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import stat
 import zipfile
@@ -13,7 +14,6 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from kvx.runtime.bundle.folder import SOURCE_TOKENIZER_FILE, TARGET_TOKENIZER_FILE
 from kvx.runtime.bundle.manifest import Manifest
 from kvx.runtime.errors import InputError
 from kvx.runtime.text.lines import complete_binary_file
@@ -26,19 +26,24 @@ TRAIN = "Make a shortlist for this bundle with kvx shortlist train."
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """What gives ids their meaning: the number of a tokenizer's pieces, its eos, and the sha256 (hex) of its file."""
+    """What gives ids their meaning: how many there are, the target's eos, and the sha256 (hex) of the tokenizer's file,
+    or of those of its files together. `before` and `after` are how many ids framing lays around a source.
+    """
 
     size: int
     eos: int
     sha256: str
+    before: int = 1
+    after: int = 1
 
     @classmethod
     def of(cls, manifest: Manifest, side: Literal["source", "target"]) -> Self:
         """The vocabulary of one side of a bundle."""
-        source = side == "source"
-        file = SOURCE_TOKENIZER_FILE if source else TARGET_TOKENIZER_FILE
-        special = manifest.source_ids if source else manifest.target_ids
-        return cls(manifest.model[f"{side}_vocab_size"], special.eos, manifest.files[file].sha256)
+        hashes = [manifest.files[name].sha256 for name in manifest.tokenizers[side].files.values()]
+        together = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+        framing = manifest.framing
+        around = len(framing.prefix), len(framing.suffix)
+        return cls(manifest.model[f"{side}_vocab_size"], framing.eos, together, *around)
 
     def __str__(self) -> str:
         return f"{self.size} pieces (sha256 {self.sha256[:12]}…)"
@@ -85,8 +90,9 @@ class Shortlist:
         return np.flatnonzero(chosen)
 
     def knows(self, source_ids: Sequence[int]) -> bool:
-        """source_ids [S], bos first and eos last → whether every piece between them has targets."""
-        pieces = np.asarray(source_ids[1:-1], np.int64)
+        """source_ids [S], with what framing lays around them → whether every piece between that has targets."""
+        source = self.source_vocab
+        pieces = np.asarray(source_ids[source.before : len(source_ids) - source.after], np.int64)
         return bool((self.offsets[pieces] < self.offsets[pieces + 1]).all())
 
     def write(self, path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Annotated, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from kvx.runtime.bundle.folder import SOURCE_TOKENIZER_FILE, TARGET_TOKENIZER_FILE, Bundle
+from kvx.runtime.bundle.folder import Bundle
 from kvx.runtime.errors import InputError
 from kvx.runtime.rules import Option, count, number, refuse, wrong_values
 from kvx.runtime.shortlist.candidates import Shortlist, Vocabulary
@@ -327,8 +327,9 @@ def import_shortlist(bundle: Bundle, table: Iterable[str], options: LexiconOptio
 
 
 def _tokenizers(bundle: Bundle) -> tuple[Tokenizer, Tokenizer]:
-    bundle.require(SOURCE_TOKENIZER_FILE, TARGET_TOKENIZER_FILE)
-    bundle.check_hashes([SOURCE_TOKENIZER_FILE, TARGET_TOKENIZER_FILE])  # which the shortlist will carry
+    names = {name for entry in bundle.manifest.tokenizers.values() for name in entry.files.values()}
+    bundle.require(*names)
+    bundle.check_hashes(names)  # which the shortlist will carry
     return load_tokenizer(bundle, "source"), load_tokenizer(bundle, "target")
 
 

@@ -1,6 +1,6 @@
 """From attention to words: which piece of the source a target token looks at, and what stands there.
 
-Letters: T target tokens, S source positions, which are bos, the pieces of the source, and eos.
+Letters: T target tokens, S source positions, which are the pieces of the source and what framing lays around them.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from kvx.runtime.errors import InputError
 WORD_START = "▁"  # how sentencepiece marks a piece that begins a word
 
 
-def align(attention: FloatArray) -> tuple[int, ...]:
+def align(attention: FloatArray, before: int = 1, after: int = 1) -> tuple[int, ...]:
     """attention [T, S] → for every target token the index of the source piece that it attends to most, the first of
-    equals; bos and eos do not count. Raises InputError where there is no piece.
+    equals; the ids before and after the text, bos and eos, do not count. Raises InputError where there is no piece.
     """
-    if attention.ndim != 2 or attention.shape[1] < 3:
+    if attention.ndim != 2 or attention.shape[1] <= before + after:
         raise InputError(
             f"The attention has the shape {list(attention.shape)}",
-            expected="[T, S]: a row for each target token, columns for bos, the source's pieces and eos",
+            expected=f"[T, S]: a row for each target token, {before} columns, those of the source's pieces and {after}",
             remedy="Stack the rows of one sentence, cut to its source's length.",
         )
-    return tuple(attention[:, 1:-1].argmax(axis=1).tolist())
+    return tuple(attention[:, before : attention.shape[1] - after].argmax(axis=1).tolist())
 
 
 def replace_unknown(

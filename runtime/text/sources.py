@@ -7,9 +7,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from kvx.runtime.bundle.folder import SOURCE_TOKENIZER_FILE, TARGET_TOKENIZER_FILE, Bundle
+from kvx.runtime.bundle.folder import Bundle
+from kvx.runtime.bundle.framing import Framing, SpecialIds
 from kvx.runtime.errors import InputError, TokenizerError
+from kvx.runtime.text.languages import Language, LanguageReader, Side
 from kvx.runtime.text.tokenizers.protocol import Tokenizer
+from kvx.runtime.text.tokenizers.registry import open_tokenizer
 from kvx.runtime.text.tokenizers.sentencepiece import SentencePiece
 
 OnLong = Literal["error", "truncate"]
@@ -17,60 +20,88 @@ OnLong = Literal["error", "truncate"]
 
 @dataclass(frozen=True, slots=True)
 class SourceText:
-    """A text's ids with bos and eos, or none where it has no pieces. `truncated` tells that it was cut. `pieces` are as
-    they stand in the text, where they were asked for.
+    """A text's ids with all that framing lays around them, or none where it has no pieces. `truncated` tells that it
+    was cut. `pieces` are as they stand in the text, where they were asked for. `start` are the ids that its targets
+    begin with.
     """
 
     ids: tuple[int, ...]
     truncated: bool
+    start: tuple[int, ...]
     pieces: tuple[str, ...] = ()
 
 
 class SourceReader:
-    """The source side of a bundle: its tokenizer, special ids and positions."""
+    """The source side of a bundle: its tokenizer, framing, languages and positions."""
 
     def __init__(self, bundle: Bundle) -> None:
         self._tokenizer = load_tokenizer(bundle, "source")
-        self._special = bundle.manifest.source_ids
-        self._positions = bundle.manifest.model["source_positions"]
+        self._languages = LanguageReader(bundle.manifest)
+        self._framing = bundle.manifest.framing
+        self._positions: int = bundle.manifest.model["source_positions"]
+
+    def check_languages(self, source: Language, target: Language) -> None:
+        """Raises OptionError for a language of all texts that is missing or unknown."""
+        self._languages.check(source, target)
 
     def read(self, texts: Iterable[str], on_long: OnLong = "error") -> Iterator[SourceText]:
-        """The ids of each text, as `read_one`."""
+        """The ids of each text in the default languages, as `read_one`."""
         return (self.read_one(text, number, on_long) for number, text in enumerate(texts, 1))
 
-    def read_one(self, text: str, number: int, on_long: OnLong = "error", *, with_pieces: bool = False) -> SourceText:
-        """The ids of the text with this number. A text longer than the model's positions, bos and eos counted, is an
-        InputError or is cut, keeping both.
+    def read_one(
+        self,
+        text: str,
+        number: int,
+        on_long: OnLong = "error",
+        *,
+        source_language: str | None = None,
+        target_language: str | None = None,
+        with_pieces: bool = False,
+        empty: bool = False,
+    ) -> SourceText:
+        """The ids of the text with this number, none for a text without a piece, unless it may be `empty`. A text
+        longer than the model's positions, with what framing adds, is an InputError or is cut within the framing. Raises
+        InputError also for languages.
         """
-        pieces = encode_text(self._tokenizer, text, number)
-        long = len(pieces) + 2 > self._positions
+        refuse_other(text, number)
+        ids, text = self._languages.read(text, source_language, target_language, number)
+        pieces, framing = encode_text(self._tokenizer, text, number), self._framing
+        room = self._positions - framing.around
+        long = len(pieces) > room
         if long and on_long == "error":
             raise InputError(
-                f"The text has {len(pieces) + 2} tokens, with bos and eos",
+                f"The text has {len(pieces) + framing.around} tokens, {framing.around} of them around it",
                 expected=f"at most {self._positions}, the source positions of the model",
                 remedy="Split the text, or have it cut with `on_long` truncate.",
                 option="on_long",
                 line=number,
             )
-        kept = slice(self._positions - 2)
+        kept = slice(room)
         return SourceText(
-            (self._special.bos, *pieces[kept], self._special.eos) if pieces else (),
+            framing.source_ids(pieces[kept], ids) if pieces or empty else (),
             long,
+            framing.start_ids(ids),
             self._tokenizer.surfaces(text)[kept] if with_pieces else (),
         )
 
 
-def encode_text(tokenizer: Tokenizer, text: str, number: int) -> list[int]:
-    """The ids of a text's pieces; none where there is nothing to see. Raises InputError for anything but a text."""
+def refuse_other(text: object, number: int) -> None:
+    """Raises InputError for anything but a text."""
     try:
         if isinstance(text, str):
             text.encode()  # what no UTF-8 can say, sentencepiece cannot read
-            return tokenizer.encode(text) if any(map(is_visible, text)) else []
+            return
     except UnicodeEncodeError:
         pass
     raise InputError(
         f"{text!r:.60} is not a text", expected="a str of valid Unicode", remedy="Decode it first.", line=number
     )
+
+
+def encode_text(tokenizer: Tokenizer, text: str, number: int) -> list[int]:
+    """The ids of a text's pieces; none where there is nothing to see. Raises InputError for anything but a text."""
+    refuse_other(text, number)
+    return tokenizer.encode(text) if any(map(is_visible, text)) else []
 
 
 def is_visible(character: str) -> bool:
@@ -91,19 +122,31 @@ def refuse_string(texts: Iterable[object]) -> None:
         raise InputError(f"This is {texts!r:.60}", expected="an iterable of texts", remedy="Pass a list of texts.")
 
 
-def load_tokenizer(bundle: Bundle, side: Literal["source", "target"]) -> SentencePiece:
-    """The bundle's tokenizer of one side, which must be the one its manifest describes. Raises TokenizerError."""
-    source = side == "source"
-    file = SOURCE_TOKENIZER_FILE if source else TARGET_TOKENIZER_FILE
-    bundle.require(file)
-    bundle.files.check([file])
-    tokenizer = SentencePiece(bundle.folder / file)
-    ids = bundle.manifest.source_ids if source else bundle.manifest.target_ids
-    size = bundle.manifest.model[f"{side}_vocab_size"]
-    if len(tokenizer) != size or tokenizer.special_ids != ids:
-        raise TokenizerError(
-            f"{side}.model has {len(tokenizer)} pieces and {tokenizer.special_ids}",
-            expected=f"{size} pieces and {ids}",
-            remedy="Use the bundle as it was exported.",
-        )
+def load_tokenizer(bundle: Bundle, side: Side) -> Tokenizer:
+    """The bundle's tokenizer of one side, which must know no more ids than the model. Raises TokenizerError."""
+    entry, size = bundle.manifest.tokenizers[side], bundle.manifest.model[f"{side}_vocab_size"]
+    names = entry.files.values()
+    bundle.require(*names)
+    bundle.files.check(names)
+    tokenizer = open_tokenizer(entry.kind, {role: bundle.folder / name for role, name in entry.files.items()})
+    plain = isinstance(tokenizer, SentencePiece)
+    if len(tokenizer) > size or (plain and len(tokenizer) != size):
+        raise _other_tokenizer(names, f"{len(tokenizer)} pieces", f"{'' if plain else 'at most '}{size} pieces")
+    if isinstance(tokenizer, SentencePiece):
+        _check_special_ids(tokenizer.special_ids, bundle.manifest.framing, side, names)
     return tokenizer
+
+
+def _check_special_ids(ids: SpecialIds, framing: Framing, side: Side, names: Iterable[str]) -> None:
+    """Raises TokenizerError where framing has other ids than a tokenizer whose control pieces they are."""
+    source = side == "source"
+    got = ((ids.bos,), (ids.eos,)) if source else (ids.bos, ids.eos)
+    expected = (framing.prefix, framing.suffix) if source else (framing.start, framing.eos)
+    if got != expected:
+        raise _other_tokenizer(names, f"bos and eos {got}", f"{expected}, the ids of the bundle's framing")
+
+
+def _other_tokenizer(names: Iterable[str], got: str, expected: str) -> TokenizerError:
+    return TokenizerError(
+        f"{', '.join(names)} has {got}", expected=expected, remedy="Use the bundle as it was exported."
+    )

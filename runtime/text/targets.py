@@ -23,9 +23,9 @@ class TargetReader:
 
     def __init__(self, bundle: Bundle) -> None:
         self.tokenizer = load_tokenizer(bundle, "target")
-        self._eos = bundle.manifest.target_ids.eos
+        self._eos = bundle.manifest.framing.eos
         self._vocabulary = bundle.manifest.model["target_vocab_size"]
-        self._positions = bundle.manifest.model["target_positions"]
+        self._positions = bundle.manifest.most_new_tokens
 
     def whole(self, target: Target, number: int) -> tuple[int, ...]:
         """The ids of a target that is complete: a text, which eos follows, or ids as they are.

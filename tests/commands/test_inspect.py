@@ -49,7 +49,7 @@ def test_a_bundle_without_a_proof_says_so(run: Run, bundle: Path) -> None:
     "garble",
     [
         lambda values: values.update(parity={}),
-        lambda values: values["model"].pop("d_ff"),
+        lambda values: values["model"].pop("decoder_d_ff"),
         lambda values: values["files"].update({"a" * 300: {"bytes": 1, "sha256": "0"}}),
     ],
 )

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from kvx.runtime.bundle.manifest import FileEntry, Manifest, SpecialIds
+from kvx.runtime.bundle.framing import Framing, SpecialIds
+from kvx.runtime.bundle.manifest import FileEntry, Manifest
 from kvx.runtime.shortlist.candidates import Shortlist, Vocabulary
 from kvx.runtime.text.tokenizers.sentencepiece import SentencePiece
 from kvx.tests.commands.running import Outcome
@@ -28,7 +29,8 @@ def bundle(tmp_path: Path) -> Path:
     for name in ("source.model", "target.model"):
         (folder / name).write_bytes((CHECKPOINT / name).read_bytes())
     (folder / "encoder.onnx").write_bytes(b"")
-    sizes = dict.fromkeys(("d_model", "heads", "d_ff", "encoder_layers", "decoder_layers"), 1)
+    sizes = dict.fromkeys(("d_model", "encoder_layers", "decoder_layers"), 1)
+    sizes |= {f"{side}_{size}": 1 for side in ("encoder", "decoder") for size in ("heads", "head_width", "d_ff")}
     special = SpecialIds(pad=0, bos=2, eos=3)
     Manifest(
         created="2025-01-01T00:00:00+00:00",
@@ -44,8 +46,7 @@ def bundle(tmp_path: Path) -> Path:
         lowering="ort",
         opset=24,
         max_new_tokens=32,
-        source_ids=special,
-        target_ids=special,
+        framing=Framing.plain(special, special),
         files={path.name: FileEntry.of(path) for path in folder.iterdir()},
         parity=None,
     ).write(folder)

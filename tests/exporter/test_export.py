@@ -136,10 +136,15 @@ def test_the_manifest_holds_the_model_the_limits_and_the_special_ids(tiny_bundle
         "cache_bytes_per_source_token": bytes_per_token,
         "cache_bytes_per_target_token": bytes_per_token,
     }
-    for side in ("source", "target"):
-        processor = sentencepiece.SentencePieceProcessor(model_file=str(tiny_bundle / f"{side}.model"))
-        ids = {"pad": processor.pad_id(), "bos": processor.bos_id(), "eos": processor.eos_id()}
-        assert values[f"{side}_ids"] == ids
+    source, target = (
+        sentencepiece.SentencePieceProcessor(model_file=str(tiny_bundle / f"{side}.model"))
+        for side in ("source", "target")
+    )
+    framing = values["framing"]
+    assert (framing["prefix"], framing["suffix"]) == ([source.bos_id()], [source.eos_id()])
+    assert (framing["start"], framing["eos"], framing["pad"]) == (target.bos_id(), target.eos_id(), source.pad_id())
+    assert (framing["forced"], framing["never"]) == ([], [])
+    assert values["tokenizers"]["target"] == {"kind": "sentencepiece", "files": {"model": "target.model"}}
 
 
 def test_the_manifest_holds_the_proof_of_every_format(tiny_bundle: Path) -> None:
@@ -200,8 +205,13 @@ class Recorder(Progress):
         self.notes.append(text)
 
 
+ONE_HEAD = {
+    f"{side}_{size}": value for side in ("encoder", "decoder") for size, value in (("heads", 1), ("head_width", 64))
+}
+
+
 def test_what_had_to_be_assumed_is_reported(options: ExportOptions, tmp_path: Path, tiny: Transformer) -> None:
-    config = ModelConfig.from_dict({**tiny.config.to_dict(), "d_model": 64, "heads": 1})
+    config = ModelConfig.from_dict({**tiny.config.to_dict(), "d_model": 64, **ONE_HEAD})
     state = {reference_name(name): tensor for name, tensor in Transformer(config).state_dict().items()}
     torch.save(state, tmp_path / "state.pt")
     for name in TOKENIZERS:
@@ -539,10 +549,10 @@ def test_other_weights_are_found_without_a_model_pt(options: ExportOptions, tmp_
 
 
 def test_another_configuration_is_found_by_field(bundle: Path, tmp_path: Path, tiny: Transformer) -> None:
-    config = ModelConfig.from_dict({**tiny.config.to_dict(), "d_ff": 25, "encoder_layers": 2})
+    config = ModelConfig.from_dict({**tiny.config.to_dict(), "encoder_d_ff": 25, "encoder_layers": 2})
     save_checkpoint(Checkpoint(Transformer(config), max_new_tokens=18), tmp_path / "other.pt")
     found = failed(prove_again(bundle, tmp_path / "other.pt"))
-    assert found["model, configuration and weights"] == "differing in d_ff, encoder_layers"
+    assert found["model, configuration and weights"] == "differing in encoder_layers, encoder_d_ff"
 
 
 @pytest.mark.parametrize("backend", ["onnx", "torchscript"])

@@ -16,6 +16,8 @@ from kvx.runtime.rules import described
 FLAGS = {
     "output": ("-o", "--output"),
     "format": ("--format",),
+    "default_source_language": ("--default-from",),
+    "default_target_language": ("--default-to",),
     "attention": ("--with-attention",),
     "shortlist": ("--with-shortlist",),
     "verify": ("--verify/--no-verify",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -14,8 +15,10 @@ SIZES = {
     "source_vocab_size": 11,
     "target_vocab_size": 13,
     "d_model": 12,
-    "heads": 3,
-    "d_ff": 20,
+    "encoder_heads": 3,
+    "decoder_heads": 3,
+    "encoder_d_ff": 20,
+    "decoder_d_ff": 20,
     "encoder_layers": 1,
     "decoder_layers": 2,
     "source_positions": 8,
@@ -28,8 +31,8 @@ def config(**changes: object) -> ModelConfig:
 
 
 def test_a_head_is_as_wide_as_the_model_divided_by_its_heads() -> None:
-    assert config().head_width == 4
-    assert config(heads=12).head_width == 1
+    assert config().decoder_head_width == 4
+    assert config(heads=12).encoder_head_width == 1
 
 
 def test_attention_has_no_bias_unless_the_configuration_says_so() -> None:
@@ -52,22 +55,23 @@ def test_attention_bias_must_be_a_bool(value: object) -> None:
 
 
 def test_every_wrong_field_is_named_at_once_and_no_right_one() -> None:
-    wrong = {"d_ff": 0, "heads": -2, "source_positions": "8", "attention_bias": 1}
+    wrong = {"decoder_d_ff": 0, "encoder_heads": -2, "source_positions": "8", "attention_bias": 1}
     with pytest.raises(CheckpointError) as caught:
         config(**wrong)
-    named = {field.name for field in dataclasses.fields(ModelConfig) if f"{field.name} = " in caught.value.got}
+    names = (field.name for field in dataclasses.fields(ModelConfig))
+    named = {name for name in names if re.search(rf"\b{name} = ", caught.value.got)}
     assert named == wrong.keys()
 
 
 def test_heads_must_divide_the_width() -> None:
-    with pytest.raises(CheckpointError, match="5 heads that do not divide d_model 12") as caught:
+    with pytest.raises(CheckpointError, match="5 heads in the encoder that do not divide d_model 12") as caught:
         config(heads=5)
     assert "`heads`" in caught.value.remedy
 
 
 def test_a_configuration_cannot_be_changed_unchecked() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        config().heads = 5  # type: ignore[misc]
+        config().decoder_heads = 5  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -77,10 +81,10 @@ def test_a_configuration_survives_json(bias: bool) -> None:
 
 
 def test_missing_and_unknown_fields_are_all_named() -> None:
-    values = {name: size for name, size in SIZES.items() if name not in ("heads", "d_ff")}
+    values = {name: size for name, size in SIZES.items() if name not in ("encoder_heads", "decoder_d_ff")}
     with pytest.raises(CheckpointError) as caught:
         ModelConfig.from_dict({**values, "dropout": 1, "experts": 2})
-    for name in ("heads", "d_ff", "dropout", "experts"):
+    for name in ("encoder_heads", "decoder_d_ff", "dropout", "experts"):
         assert name in caught.value.got
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvx.models.importers import Checkpoint
-from kvx.models.layers import KeyValue, LayerNorm, sinusoidal_positions
+from kvx.models.layers import KeyValue, ReferenceNorm, interleaved_positions
 from kvx.models.operators import EAGER
 from kvx.models.transformer import Transformer
 
@@ -46,7 +46,7 @@ def batch(tiny: Transformer) -> Batch:
 
 
 def empty_cache(model: Transformer, rows: int, capacity: int) -> list[KeyValue]:
-    shape = (rows, model.config.heads, capacity, model.config.head_width)
+    shape = (rows, model.config.decoder_heads, capacity, model.config.decoder_head_width)
     return [KeyValue(torch.zeros(shape), torch.zeros(shape)) for _ in range(model.config.decoder_layers)]
 
 
@@ -116,9 +116,9 @@ def test_attention_is_the_mean_of_the_heads_softmax(tiny: Transformer, batch: Ba
     _, attentions = tiny.decode_weighed(batch.target_ids, cross, batch.source_lengths)
     hook.remove()
     queries, keys = layer.cross_attention.query(seen[0]).numpy(), cross[1].key.numpy()
-    width = tiny.config.head_width
+    width = tiny.config.decoder_head_width
     for row, length in enumerate(batch.source_lengths.tolist()):
-        for head in range(tiny.config.heads):
+        for head in range(tiny.config.decoder_heads):
             own = slice(head * width, (head + 1) * width)
             powers = np.exp(queries[row, :, own].astype(np.float64) @ keys[row, head, :length].T / math.sqrt(width))
             expected = powers / powers.sum(axis=1, keepdims=True)
@@ -157,7 +157,7 @@ def test_layer_norm_divides_by_the_unbiased_deviation_plus_epsilon() -> None:
     random = np.random.default_rng(0)
     # The last rows are so small that an ε under the root, or none, would show.
     x = random.normal(size=(5, 6)) * np.array([1, 100, 1e-3, 1e-6, 1e-7])[:, None]
-    norm = LayerNorm(6)
+    norm = ReferenceNorm(6, 1e-6)
     gamma, beta = random.normal(size=(2, 6))
     norm.load_state_dict({"gamma": torch.tensor(gamma).float(), "beta": torch.tensor(beta).float()})
     deviation = np.sqrt(((x - x.mean(-1, keepdims=True)) ** 2).sum(-1, keepdims=True) / (6 - 1))
@@ -176,7 +176,7 @@ def test_positions_are_sines_on_even_and_cosines_on_odd_channels(d_model: int) -
         ]
         for position in range(50)
     ]
-    np.testing.assert_allclose(sinusoidal_positions(50, d_model).numpy(), expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(interleaved_positions(50, d_model).numpy(), expected, rtol=0, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +189,7 @@ def reference_sentences(seed: Seed) -> list[tuple[Tensor, ...]]:
 
 def test_the_seeds_positions_are_the_sinusoidal_table(seed_checkpoint: Checkpoint) -> None:
     model = seed_checkpoint.model
-    table = sinusoidal_positions(model.config.target_positions, model.config.d_model)
+    table = interleaved_positions(model.config.target_positions, model.config.d_model)
     torch.testing.assert_close(model.target_embedding.positions, table, rtol=0, atol=1e-4)
 
 

@@ -15,6 +15,7 @@ from kvx import BundleError, DeviceError, InputError, OptionError, Translation, 
 from kvx.runtime.arrays import IntArray, Tensors
 from kvx.runtime.backends.onnx import OnnxBackend
 from kvx.runtime.bundle.folder import Bundle
+from kvx.runtime.bundle.framing import LanguageIds
 from kvx.runtime.decoding.backend import Step
 from kvx.runtime.decoding.cache import KVCache
 from kvx.runtime.decoding.results import DecodeStats
@@ -204,7 +205,7 @@ def test_a_limit_cuts_a_translation_and_says_so(numbers_translator: Translator) 
 
 
 def test_ids_tokens_and_text_say_the_same(numbers_translator: Translator) -> None:
-    eos = numbers_translator.manifest.target_ids.eos
+    eos = numbers_translator.manifest.framing.eos
     tokenizer = numbers_translator._model.targets.tokenizer
     for limit in (3, 64):
         for translation in numbers_translator.translate(TEXTS[:40], max_new_tokens=limit):
@@ -223,7 +224,7 @@ def test_a_score_is_the_sum_of_eagers_log_probabilities(
     import torch
 
     reader = SourceReader(Bundle.open(numbers_bundle))
-    bos = numbers_translator.manifest.target_ids.bos
+    bos = numbers_translator.manifest.framing.start
     texts = TEXTS[::7]
     for limit in (4, 64):
         translations = numbers_translator.translate(texts, scores=True, max_new_tokens=limit, rows=5)
@@ -244,7 +245,7 @@ def test_scores_come_only_where_asked_for_and_change_nothing_else(numbers_transl
 def test_a_source_too_long_is_refused_with_its_line(recording: tuple[Translator, RecordingBackend]) -> None:
     translator, backend = recording
     with pytest.raises(
-        InputError, match=r"Line 2: The text has 102 tokens, with bos and eos\. Expected at most 64"
+        InputError, match=r"Line 2: The text has 102 tokens, 2 of them around it\. Expected at most 64"
     ) as raised:
         translator.translate(["one", LONG, "twelve"])
     assert raised.value.line == 2
@@ -256,10 +257,10 @@ def test_a_source_too_long_is_cut_where_asked_for(recording: tuple[Translator, R
     translations = translator.translate(["one", LONG, "twelve"], on_long="truncate")
     assert [translation.truncated for translation in translations] == [False, True, False]
     assert (translations[0].text, translations[2].text) == ("eins", "zwölf")
-    ids = translator.manifest.source_ids
+    framing = translator.manifest.framing
     one = next(source for source in backend.encoded if len(source) == 3)[1]
     cut = max(backend.encoded, key=len)
-    assert cut == (ids.bos, *[one] * 62, ids.eos)
+    assert cut == framing.source_ids([one] * 62, LanguageIds())
 
 
 def test_a_source_that_just_fits_is_not_cut(recording: tuple[Translator, RecordingBackend]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvx.runtime.bundle.manifest import SpecialIds
+from kvx.runtime.bundle.framing import SpecialIds
 from kvx.runtime.errors import TokenizerError
 from kvx.runtime.text.tokenizers.reading import Reading, load_processor
 

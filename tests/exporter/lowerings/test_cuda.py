@@ -14,7 +14,9 @@ from kvx.exporter.precision.halves import in_precision
 from kvx.exporter.writing.loop import LoopGraph
 from kvx.exporter.writing.onnx import write_onnx
 from kvx.models.transformer import Transformer
-from kvx.runtime.bundle.manifest import LOOP_FILE, Precision, SpecialIds
+from kvx.runtime.bundle.framing import Framing, SpecialIds
+from kvx.runtime.bundle.manifest import LOOP_FILE, Precision
+from kvx.runtime.bundle.signature import StepFeatures
 
 HALVES = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
 FLOATS = HALVES | {TensorProto.FLOAT}
@@ -50,6 +52,9 @@ TOTAL_SEQUENCE_LENGTH = 6  # the input of GroupQueryAttention that is read on th
 ELEMENT = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 
 
+IDS = SpecialIds(pad=0, bos=1, eos=2)
+
+
 @pytest.fixture(scope="module", params=["fp32", "fp16", "bf16"])
 def precision(request: pytest.FixtureRequest) -> Precision:
     chosen: Precision = request.param
@@ -61,7 +66,7 @@ def loop(tiny: Transformer, precision: Precision, tmp_path_factory: pytest.TempP
     path: Path = tmp_path_factory.mktemp("cuda") / LOOP_FILE
     model = in_precision(tiny, precision)
     ops = StandardOperators() if precision == "fp32" else CudaOperators(model)
-    write_onnx(LoopGraph(model, SpecialIds(pad=0, bos=1, eos=2), ops), path)
+    write_onnx(LoopGraph(model, Framing.plain(IDS, IDS), StepFeatures().loop, ops), path)
     return onnx.shape_inference.infer_shapes(onnx.load(path)).graph
 
 

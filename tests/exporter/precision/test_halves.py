@@ -33,7 +33,7 @@ from kvx.runtime.errors import DeviceError, OptionError
 NUMBERS = Path(__file__).resolve().parents[3] / "artifacts" / "numbers-checkpoint"
 LINES = ["one", "two hundred", "nine hundred and ninety-nine", "twelve thousand three hundred and four"]
 PLAN = Plan(
-    bos=1,
+    start=(1,),
     eos=2,
     pad=0,
     rows=4,

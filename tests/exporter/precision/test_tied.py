@@ -20,10 +20,13 @@ from kvx.exporter.writing.graphs import StepGraph
 from kvx.exporter.writing.onnx import _weights
 from kvx.models.transformer import Transformer
 from kvx.runtime.backends.onnx import OnnxBackend
-from kvx.runtime.bundle.manifest import Manifest, SpecialIds
+from kvx.runtime.bundle.framing import Framing, SpecialIds
+from kvx.runtime.bundle.manifest import Manifest
 from kvx.runtime.bundle.precision import PRECISIONS, Precision
 from kvx.runtime.bundle.signature import Dimensions, cache_specs
 from kvx.runtime.decoding.plan import Plan
+
+IDS = SpecialIds(pad=0, bos=1, eos=2)
 
 
 @pytest.fixture
@@ -45,7 +48,7 @@ def test_a_tied_model_passes_its_proof(
         checkpoint=tmp_path / "none", format="onnx", precision=precision, lowering="ort", shortlist=True
     )
     features = options.features(tied.config.decoder_layers)
-    write_graphs(tmp_path, options, tied, SpecialIds(pad=0, bos=1, eos=2), features, Progress())
+    write_graphs(tmp_path, options, tied, Framing.plain(IDS, IDS), features, Progress())
     dimensions = Dimensions.of_model(tied.config.to_dict(), PRECISIONS[precision].element)
     backend = OnnxBackend(tmp_path, dimensions, features, threads=1)
     plan = Plan.of(Manifest.read(tiny_bundle), cache_specs(dimensions))

@@ -27,7 +27,7 @@ from kvx.exporter.proof.trial import ExportedGraphs, Trial
 from kvx.exporter.writing.graphs import EncoderGraph, StepGraph
 from kvx.exporter.writing.torchscript import write_torchscript
 from kvx.models.eager import TorchBackend
-from kvx.models.layers import LayerNorm
+from kvx.models.layers import Norm
 from kvx.models.transformer import Transformer
 from kvx.runtime.arrays import FloatArray, IntArray, Tensors
 from kvx.runtime.backends import torchscript
@@ -485,7 +485,7 @@ def test_a_report_is_valid_json_even_where_a_difference_is_infinite(
 
 def eager_greedy(model: Transformer, source: tuple[int, ...], plan: Plan) -> list[int]:
     """Ids after bos by one full pass for each token."""
-    ids = [plan.bos]
+    ids = [*plan.start]
     while len(ids) <= plan.max_new_tokens and plan.eos not in ids[1:]:
         logits = model(torch.tensor([source]), torch.tensor([len(source)]), torch.tensor([ids]))[0, -1]
         ids.append(int(logits.argmax()))
@@ -535,8 +535,8 @@ def test_options_that_prove_nothing_are_refused(values: dict[str, float]) -> Non
 class BiasedNorm(StandardOperators):
     """Forgets that the reference divides by the unbiased deviation."""
 
-    def normalize(self, norm: LayerNorm, x: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.layer_norm(x, (x.shape[-1],), norm.gamma, norm.beta)
+    def normalize(self, norm: Norm, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.layer_norm(x, (x.shape[-1],), norm.gamma, norm.get_parameter("beta"))
 
 
 def write_faulty_torchscript(graph: EncoderGraph | StepGraph, path: Path) -> None:

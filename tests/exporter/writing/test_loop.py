@@ -27,15 +27,17 @@ from kvx.exporter.writing.loop import LoopGraph
 from kvx.exporter.writing.onnx import write_onnx
 from kvx.models.eager import TorchBackend
 from kvx.models.transformer import Transformer
-from kvx.runtime.bundle.manifest import LOOP_FILE, Manifest, SpecialIds
-from kvx.runtime.bundle.signature import LOOP_FEATURES, Dimensions, step_signature
+from kvx.runtime.bundle.framing import Framing, SpecialIds
+from kvx.runtime.bundle.manifest import LOOP_FILE, Manifest
+from kvx.runtime.bundle.signature import Dimensions, StepFeatures, step_signature
 from kvx.runtime.decoding.cache import Capacity, EncodedSource, KVCache
 from kvx.runtime.decoding.device_loop import LoopState
 from kvx.runtime.decoding.plan import Plan
 
 BOS, PAD, EOS = 1, 0, 2
+LOOP_FEATURES = StepFeatures().loop
 PLAN = Plan(
-    bos=BOS,
+    start=(BOS,),
     eos=EOS,
     pad=PAD,
     rows=5,
@@ -55,6 +57,10 @@ def token_of(model: Transformer) -> int:
     return max(set(given) - first, key=given.count)
 
 
+def with_id(plan: Plan, name: str, one: int) -> Plan:
+    return replace(plan, eos=one) if name == "eos" else replace(plan, pad=one)
+
+
 @pytest.fixture(scope="session")
 def plan(tiny: Transformer) -> Plan:
     return replace(PLAN, eos=token_of(tiny))
@@ -66,7 +72,9 @@ def folder(
 ) -> Path:
     path: Path = tmp_path_factory.mktemp("loop")
     ops = CudaOperators(tiny) if request.param == "ort" else StandardOperators()
-    write_onnx(LoopGraph(tiny, SpecialIds(pad=PAD, bos=BOS, eos=plan.eos), ops), path / LOOP_FILE)
+    ids = SpecialIds(pad=PAD, bos=BOS, eos=plan.eos)
+    framing = Framing.plain(ids, ids)
+    write_onnx(LoopGraph(tiny, framing, LOOP_FEATURES, ops), path / LOOP_FILE)
     return path
 
 
@@ -191,7 +199,7 @@ def test_the_proof_says_how_many_rows_ended_by_eos(tiny: Transformer, folder: Pa
 def test_the_proof_finds_other_special_ids_even_where_no_row_ends(
     tiny: Transformer, folder: Path, plan: Plan, name: str
 ) -> None:
-    other = replace(plan, **{name: tiny.config.target_vocab_size})  # what no row can give
+    other = with_id(plan, name, tiny.config.target_vocab_size)  # what no row can give
     check = check_loop(Trial(tiny, ParityOptions(steps=1), 1e-4), TorchBackend(tiny), folder, other)
     assert not check.passed
     assert check.differences[f"{name} in the graph"] == np.inf
@@ -210,7 +218,7 @@ def test_fillers_of_the_proof_are_those_of_the_runtime_and_empty_ones(
     monkeypatch.setattr("kvx.exporter.proof.loop.BoundLoop", Recorded)
     assert check_loop(Trial(tiny, ParityOptions(steps=2), 1e-4), TorchBackend(tiny), folder, plan).passed
     [state] = starts
-    idle = LoopState.idle(Capacity(1, state["past_ids"].shape[1], 1))
+    idle = LoopState.idle(Capacity(1, state["past_ids"].shape[1], 1), forced=0)
     for field in fields(idle):
         np.testing.assert_array_equal(state[field.name][[-2]], getattr(idle, field.name), err_msg=field.name)
     assert state["past_finished"].tolist() == [False] * 5 + [True] * 2
@@ -219,7 +227,8 @@ def test_fillers_of_the_proof_are_those_of_the_runtime_and_empty_ones(
 
 @pytest.mark.parametrize("wrong", [{"eos": 3}, {"pad": 5}])
 def test_the_proof_finds_other_special_ids(tiny: Transformer, folder: Path, plan: Plan, wrong: dict[str, int]) -> None:
-    other = replace(plan, **wrong)
+    [(name, one)] = wrong.items()
+    other = with_id(plan, name, one)
     assert not check_loop(Trial(tiny, ParityOptions(), 1e-4), TorchBackend(tiny), folder, other).passed
 
 

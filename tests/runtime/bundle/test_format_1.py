@@ -75,7 +75,7 @@ def test_its_checkpoint_can_be_read() -> None:
     from kvx.models.importers import load_checkpoint
 
     checkpoint = load_checkpoint(FIXTURE / "both" / "model.pt")
-    assert checkpoint.model.config.to_dict() == Manifest.read(FIXTURE / "both").model
+    assert checkpoint.model.config.to_dict().items() >= Manifest.read(FIXTURE / "both").model.items()
     assert checkpoint.max_new_tokens == 18
 
 

@@ -88,10 +88,13 @@ def test_a_shape_is_the_axes_with_their_letters_replaced() -> None:
 def test_dimensions_come_from_the_decoder_side_of_a_model() -> None:
     model = {
         "d_model": 24,
-        "heads": 3,
+        "encoder_heads": 6,
+        "encoder_head_width": 4,
+        "decoder_heads": 3,
+        "decoder_head_width": 8,
         "encoder_layers": 9,
         "decoder_layers": 2,
         "source_vocab_size": 8,
         "target_vocab_size": 7,
     }
-    assert Dimensions.of_model(model) == Dimensions(layers=2, heads=3, head_width=8, vocab_size=7)
+    assert Dimensions.of_model(model) == Dimensions(layers=2, heads=3, head_width=8, vocab_size=7, projection=24)

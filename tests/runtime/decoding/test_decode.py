@@ -29,7 +29,7 @@ PAD, BOS, EOS, FIRST = 0, 1, 2, 3
 VOCABULARY = 40
 SPECS: tuple[TensorSpec, ...] = cache_specs(Dimensions(layers=1, heads=2, head_width=1, vocab_size=VOCABULARY))
 PLAN = Plan(
-    bos=BOS,
+    start=(BOS,),
     eos=EOS,
     pad=PAD,
     rows=4,

@@ -218,7 +218,7 @@ def test_another_fault_than_memory_is_not_taken_for_it() -> None:
 
 def test_idle_rows_do_not_advance(looping: Looping) -> None:
     with looping.backend.loop_rows(Capacity(3, 64, 32)) as rows:
-        rows.write(LoopState.idle(rows.capacity))
+        rows.write(LoopState.idle(rows.capacity, forced=0))
         rows.run(5)
         state = rows.read()
     assert state.past_lengths.tolist() == [0, 0, 0]

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from kvx import InputError, OptionError, Target
 from kvx.runtime.arrays import FloatArray
 from kvx.runtime.bundle.signature import TensorSpec
+from kvx.runtime.decoding.backend import StepOutput
 from kvx.runtime.decoding.cache import Capacity, EncodedSource, KVCache
 from kvx.runtime.decoding.filters import (
     UNFILTERED,
@@ -31,6 +32,7 @@ from kvx.runtime.decoding.filters import (
 from kvx.runtime.decoding.plan import Plan
 from kvx.runtime.decoding.results import Sentence
 from kvx.runtime.decoding.rows import Choice, Rows, Seat
+from kvx.runtime.decoding.search import Greedy
 from kvx.runtime.options import TranslateOptions, filters_of
 from kvx.runtime.text.targets import TargetReader
 
@@ -62,7 +64,7 @@ def seat(number: int, fixed: tuple[int, ...]) -> Seat:
 def rows_with(targets: Sequence[Sequence[int]], given: Sequence[Sequence[int]] | None = None) -> Rows:
     """Rows whose targets have come so far, each in a seat of its own, of which the first tokens may have been given."""
     plan = Plan(
-        bos=BOS,
+        start=(BOS,),
         eos=EOS,
         pad=0,
         rows=len(targets),
@@ -213,25 +215,21 @@ def test_what_is_given_comes_whatever_the_filters_say(
 ) -> None:
     targets = [(*ids, *[2] * 5)[:length] for ids, length in zip(given_ids, lengths, strict=False)]
     logits = logits_for(targets, 3)
-    allowed = Filters([constrain for constrain, _ in pairs])(logits, rows_with(targets, given_ids))
-    free = Filters([constrain for constrain, _ in pairs])(logits, rows_with(targets))
+    rows = rows_with(targets, given_ids)
+    allowed = Filters([constrain for constrain, _ in pairs])(logits, rows)
+    chosen = Greedy().choose(StepOutput(logits), allowed, rows).ids
     for row, (target, ids) in enumerate(zip(targets, given_ids, strict=True)):
-        if len(target) < len(ids):
-            expected = np.full(VOCABULARY, -np.inf, np.float32)
-            expected[ids[len(target)]] = logits[row, ids[len(target)]]
-        else:
-            expected = free[row]
-        np.testing.assert_array_equal(allowed[row], expected)
+        assert chosen[row] == (ids[len(target)] if len(target) < len(ids) else allowed[row].argmax())
 
 
 def test_what_is_given_belongs_to_the_target_and_moves_with_it() -> None:
     rows = rows_with([[], [], []], given=[[2], [3, 4], [5, 5, 5]])
     rows.vacate(0)
-    assert [each.tolist() for each in rows.fixed_next()] == [[0, 1], [5, 3]]
+    assert [each.tolist() for each in rows.fixed_next()] == [[0, 1], [5, 3], [False, False]]
     rows.append(Choice(np.array([5, 3]), np.zeros(2, bool)), None)
-    assert [each.tolist() for each in rows.fixed_next()] == [[0, 1], [5, 4]]
+    assert [each.tolist() for each in rows.fixed_next()] == [[0, 1], [5, 4], [False, False]]
     rows.take(0, seat(9, ()), LIMIT)
-    assert [each.tolist() for each in rows.fixed_next()] == [[1], [4]]
+    assert [each.tolist() for each in rows.fixed_next()] == [[1], [4], [False]]
 
 
 def everything(translations: Sequence[Translation]) -> list[Translation]:
@@ -243,7 +241,7 @@ def everything(translations: Sequence[Translation]) -> list[Translation]:
 def test_no_translation_is_shorter_than_asked_for(beams_translator: Translator, search: str, least: int) -> None:
     found = everything(beams_translator.translate(TEXTS, SEARCHES[search], min_new_tokens=least))
     assert all(len(one.ids) >= least for one in found)
-    assert beams_translator.manifest.target_ids.eos not in {one for each in found for one in each.ids[: least - 1]}
+    assert beams_translator.manifest.framing.eos not in {one for each in found for one in each.ids[: least - 1]}
     if least == 1:
         assert found == everything(beams_translator.translate(TEXTS, SEARCHES[search]))
 
@@ -314,7 +312,7 @@ def test_one_str_is_no_prefixes(beams_translator: Translator) -> None:
 def test_prefixes_that_nothing_could_follow_are_refused(
     beams_translator: Translator, prefix: str | Ids, says: str
 ) -> None:
-    assert beams_translator.manifest.target_ids.eos == 3
+    assert beams_translator.manifest.framing.eos == 3
     with pytest.raises(InputError, match=says):
         beams_translator.translate(["one"], prefix=prefix, max_new_tokens=6)
     with pytest.raises(InputError, match=f"Line 2: .*{says}"):
@@ -324,7 +322,7 @@ def test_prefixes_that_nothing_could_follow_are_refused(
 @pytest.mark.parametrize("search", SEARCHES)
 def test_what_is_suppressed_never_comes(beams_translator: Translator, search: str) -> None:
     free = everything(beams_translator.translate(TEXTS, SEARCHES[search]))
-    tokenizer, eos = beams_translator._model.targets.tokenizer, beams_translator.manifest.target_ids.eos
+    tokenizer, eos = beams_translator._model.targets.tokenizer, beams_translator.manifest.framing.eos
     common = sorted({one for each in free for one in each.ids} - {eos})[::2]
     for suppressed in (tuple(common), tokenizer.pieces(common)):
         found = everything(beams_translator.translate(TEXTS, SEARCHES[search], suppress=suppressed, rows=8))
@@ -335,7 +333,7 @@ def test_what_is_suppressed_never_comes(beams_translator: Translator, search: st
 def test_where_everything_else_is_suppressed_translations_end_at_once(
     beams_translator: Translator, search: str
 ) -> None:
-    eos = beams_translator.manifest.target_ids.eos
+    eos = beams_translator.manifest.framing.eos
     others = tuple(one for one in range(beams_translator.manifest.model["target_vocab_size"]) if one != eos)
     found = beams_translator.translate(TEXTS, SEARCHES[search], suppress=others, min_new_tokens=5, scores=True)
     assert {one.ids for one in everything(found)} == {(eos,)}
@@ -451,7 +449,7 @@ class Prefers:
 
 @pytest.mark.parametrize("search", SEARCHES)
 def test_a_filter_of_ones_own_has_its_say(beams_translator: Translator, search: str) -> None:
-    eos = beams_translator.manifest.target_ids.eos
+    eos = beams_translator.manifest.framing.eos
 
     def never_five(logits: FloatArray, rows: FilterRows) -> None:
         assert rows.eos == eos

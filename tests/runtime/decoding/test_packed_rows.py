@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from kvx import Translator
 from kvx.runtime.arrays import IntArray
+from kvx.runtime.bundle.framing import LanguageIds
 from kvx.runtime.decoding.backend import Backend, Step, StepOutput
 from kvx.runtime.decoding.cache import KVCache
 from kvx.runtime.decoding.decode import decode
@@ -94,9 +95,9 @@ class Alone:
         self.answer = functools.cache(self._answer)
 
     def ids(self, text: str) -> tuple[int, ...]:
-        special = self.translator.manifest.source_ids
+        framing = self.translator.manifest.framing
         read = self.translator._model.sources.read_one(text, 1, "truncate")
-        return read.ids or (special.bos, special.eos)
+        return read.ids or framing.source_ids((), LanguageIds())
 
     def plan(self, rows: int) -> Plan:
         return Plan.of(self.translator.manifest, self.translator._model.backend.cache_specs, rows=rows)

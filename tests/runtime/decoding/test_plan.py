@@ -14,8 +14,15 @@ from kvx.runtime.decoding.results import DecodeStats
 from kvx.runtime.options import TranslateOptions
 
 
-def _plan(translator: Translator, **wishes: int) -> Plan:
-    return Plan.of(translator.manifest, translator._model.backend.cache_specs, **wishes)
+def _plan(
+    translator: Translator,
+    *,
+    rows: int | None = None,
+    cache_bytes: int | None = None,
+    max_new_tokens: int | None = None,
+) -> Plan:
+    specs = translator._model.backend.cache_specs
+    return Plan.of(translator.manifest, specs, rows=rows, cache_bytes=cache_bytes, max_new_tokens=max_new_tokens)
 
 
 def test_a_plan_takes_as_many_rows_as_fit_up_to_the_default(numbers_translator: Translator) -> None:

@@ -104,7 +104,7 @@ class FakeBackend:
 
     def plan(self, *, beams: int, seats: int, limit: int, group: int = 4) -> Plan:
         return Plan(
-            bos=BOS,
+            start=(BOS,),
             eos=EOS,
             pad=0,
             rows=seats * beams,

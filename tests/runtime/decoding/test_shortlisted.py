@@ -20,6 +20,7 @@ from kvx.models.eager import TorchBackend
 from kvx.models.importers import load_checkpoint
 from kvx.runtime.arrays import FloatArray, IntArray, Tensors
 from kvx.runtime.bundle.folder import Bundle
+from kvx.runtime.bundle.framing import LanguageIds
 from kvx.runtime.bundle.manifest import PROJECTION_FILE
 from kvx.runtime.decoding.backend import ShortlistStep, Step, StepOutput, shortlisting_of
 from kvx.runtime.decoding.cache import KVCache
@@ -214,7 +215,7 @@ class TestAnswers:
         make(translator, [[20]] * vocabularies(translator)[0].size).write(tmp_path / "list.npz")
         for one in translator.translate(TEXTS[:5], shortlist=tmp_path / "list.npz", prefix=(40, 9), max_new_tokens=5):
             assert one.ids[:2] == (40, 9)
-            assert set(one.ids[2:]) <= {20, 40, 9, translator.manifest.target_ids.eos}
+            assert set(one.ids[2:]) <= {20, 40, 9, translator.manifest.framing.eos}
 
     def test_alternatives_are_candidates(self, translator: Translator, some: Path) -> None:
         found = translator.alternatives("twelve", "", 3, TranslateOptions(shortlist=some))
@@ -241,7 +242,7 @@ class TestFallback:
         plain = translator.translate(texts, max_new_tokens=LIMIT)
         assert stats.fallbacks == 2
         assert [one.ids for one in found][1::2] == [one.ids for one in plain][1::2]
-        assert all(set(one.ids) <= {20, 21, translator.manifest.target_ids.eos} for one in found[::2])
+        assert all(set(one.ids) <= {20, 21, translator.manifest.framing.eos} for one in found[::2])
 
     def test_unknown_sentences_are_decoded_after_the_others_of_their_window(
         self, translator: Translator, some: Path, monkeypatch: pytest.MonkeyPatch
@@ -277,12 +278,13 @@ class TestFallback:
             assert taken == answered
 
     def test_control_pieces_need_no_row(self, translator: Translator) -> None:
-        ids = translator.manifest.source_ids
-        rows = [[] if piece in (ids.bos, ids.eos) else [20] for piece in range(vocabularies(translator)[0].size)]
+        framing = translator.manifest.framing
+        bos, eos = framing.source_ids((), LanguageIds())
+        rows = [[] if piece in (bos, eos) else [20] for piece in range(vocabularies(translator)[0].size)]
         shortlist = make(translator, rows)
-        assert shortlist.knows((ids.bos, 9, 10, ids.eos))
-        assert shortlist.knows((ids.bos, ids.eos))
-        assert not shortlist.knows((ids.bos, 9, ids.bos, ids.eos))
+        assert shortlist.knows((bos, 9, 10, eos))
+        assert shortlist.knows((bos, eos))
+        assert not shortlist.knows((bos, 9, bos, eos))
 
 
 class TestRefusals:

@@ -51,7 +51,7 @@ def test_alternatives_begin_with_the_most_probable_tokens_in_order(
 @pytest.mark.parametrize("name", SEARCHES)
 @pytest.mark.parametrize("text", TEXTS)
 def test_each_alternative_goes_on_as_from_a_prefix(beams_translator: Translator, text: str, name: str) -> None:
-    options, eos = SEARCHES[name], beams_translator.manifest.target_ids.eos
+    options, eos = SEARCHES[name], beams_translator.manifest.framing.eos
     limit = options.max_new_tokens or beams_translator.manifest.max_new_tokens
     for prefix in beginnings(beams_translator, text):
         if len(prefix) >= limit:
@@ -83,7 +83,7 @@ def test_the_first_alternative_of_greedy_is_the_translation(beams_translator: Tr
 
 
 def test_ending_is_an_alternative_like_any_other(beams_translator: Translator) -> None:
-    eos = beams_translator.manifest.target_ids.eos
+    eos = beams_translator.manifest.framing.eos
     (whole,) = beams_translator.translate(["nine hundred and ninety-nine"])
     found = beams_translator.alternatives("nine hundred and ninety-nine", whole.ids[:-1], 4)
     assert (found[0].ids, found[0].finish_reason, found[0].others) == (whole.ids, "end", ())
@@ -120,7 +120,7 @@ def test_no_alternatives_cannot_be_asked_for(beams_translator: Translator, count
 
 
 def test_what_nothing_could_follow_has_no_alternatives(beams_translator: Translator) -> None:
-    eos = beams_translator.manifest.target_ids.eos
+    eos = beams_translator.manifest.framing.eos
     with pytest.raises(InputError, match="holds eos"):
         beams_translator.alternatives("one", (5, eos))
     with pytest.raises(InputError, match="prefix has 4 tokens"):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from kvx import InputError, OptionError, Translator
 from kvx.runtime.arrays import IntArray, Tensors
+from kvx.runtime.bundle.framing import LanguageIds
 from kvx.runtime.decoding import decode
 from kvx.runtime.decoding.backend import Backend
 from kvx.runtime.decoding.results import DecodeStats, Sentence
@@ -44,7 +45,7 @@ def _teacher_forced(model: Transformer, source: tuple[int, ...], target: tuple[i
 
 def _source_ids(translator: Translator, text: str) -> tuple[int, ...]:
     read = translator._model.sources.read_one(text, 1)
-    return read.ids or (translator.manifest.source_ids.bos, translator.manifest.source_ids.eos)
+    return read.ids or translator.manifest.framing.source_ids((), LanguageIds())
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
@@ -63,7 +64,7 @@ def test_scores_are_the_teacher_forced_log_probabilities_whatever_the_mix_and_th
     sources = [SOURCES[index] for index, _ in pairs]
     options = TranslateOptions(rows=rows, workers=workers)
     rankings = numbers_translator.rank(sources, [candidates for _, candidates in pairs], options=options)
-    bos = numbers_translator.manifest.target_ids.bos
+    bos = numbers_translator.manifest.framing.start_ids(LanguageIds())[0]
     for source, (_, candidates), ranking in zip(sources, pairs, rankings, strict=True):
         assert len(ranking.scores) == len(candidates)
         for score in ranking.scores:
@@ -111,7 +112,7 @@ def test_each_source_is_encoded_once_for_all_its_candidates(
 
 
 def test_a_target_with_eos_in_its_middle_is_scored_to_its_end(numbers_translator: Translator) -> None:
-    eos = numbers_translator.manifest.target_ids.eos
+    eos = numbers_translator.manifest.framing.eos
     (score,) = numbers_translator.score(["one"], [(eos, 5, eos, 6)])
     assert score.ids == (eos, 5, eos, 6)
     assert score.tokens == 4
@@ -147,7 +148,7 @@ def test_scores_of_references_equal_the_oracles(
     seed_translator: Translator, seed_checkpoint: Checkpoint, seed: Seed
 ) -> None:
     sources, references = seed.sources[:20], seed.references[:20]
-    bos = seed_translator.manifest.target_ids.bos
+    bos = seed_translator.manifest.framing.start_ids(LanguageIds())[0]
     for source, score in zip(sources, seed_translator.score(sources, references), strict=True):
         expected = _teacher_forced(seed_checkpoint.model, _source_ids(seed_translator, source), score.ids, bos)
         assert score.log_probabilities == pytest.approx(expected, abs=1e-3)
@@ -160,7 +161,7 @@ def test_a_target_that_is_neither_text_nor_ids_is_refused(numbers_translator: Tr
 
 
 def test_few_targets_are_scored_several_tokens_at_a_time(numbers_translator: Translator) -> None:
-    backend, eos = numbers_translator._model.backend, numbers_translator.manifest.target_ids.eos
+    backend, eos = numbers_translator._model.backend, numbers_translator.manifest.framing.eos
     plan, _ = numbers_translator._model.plan(TranslateOptions(rows=4, workers=1))
     sources = [
         Sentence(index, (2, 5 + index, 3), ((7, 8, 9, 10 + index) * (1 + index) + (eos,),)) for index in range(6)

@@ -38,7 +38,7 @@ def test_bos_and_eos_are_never_aligned_with_and_the_first_of_equals_wins() -> No
 
 @pytest.mark.parametrize("shape", [(2, 2), (5,), (1, 2, 5)])
 def test_attention_without_a_piece_to_align_with_is_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(InputError, match="columns for bos"):
+    with pytest.raises(InputError, match="1 columns, those of the source"):
         align(np.zeros(shape, np.float32))
 
 
