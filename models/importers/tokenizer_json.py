@@ -162,6 +162,9 @@ def _check_ids(path: Path, ids: Mapping[str, Any], added: Mapping[str, Any]) -> 
             refuse_tokens(path, "pieces without an id", [str(piece)], f"ids from 0 to {MOST_PIECES - 1}", SAVED_WITH)
         if pieces.setdefault(one, piece) != piece:
             refuse_tokens(path, "pieces with the id of another", [piece], "an id for each piece", SAVED_WITH)
+    if pieces and max(pieces) >= len(pieces):
+        gap = next(one for one in range(max(pieces)) if one not in pieces)
+        refuse_tokens(path, "ids without a piece", [str(gap)], "ids without gaps", SAVED_WITH)
     moved = [piece for piece, one in added.items() if ids.get(piece, one) != one]
     if moved:
         refuse_tokens(path, "added tokens with another id in the vocabulary", moved, "one id for each", SAVED_WITH)
