@@ -17,13 +17,11 @@ from kvx.models.importers.tokenizer_settings import (
     refuse_tokens,
 )
 from kvx.models.importers.tokenizer_vocabularies import SAVED_WITH, Side, check_beyond, read_ids
-from kvx.runtime.bundle.vocabulary import MOST_PIECES
+from kvx.runtime.bundle.vocabulary import MOST_PIECES, TIDIED
 from kvx.runtime.errors import TokenizerError
 
 FILE = "tokenizer.json"
 WORD_START = "▁"
-# What Hugging Face takes spaces from after decoding where `clean_up_tokenization_spaces` is set.
-TIDIED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
 Processor = Mapping[str, Any] | None
 Around = tuple[tuple[int, ...], tuple[int, ...]]
