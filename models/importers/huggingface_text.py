@@ -161,6 +161,8 @@ def _marian(model: _Model) -> Text:
     default = settings.text("target_lang")
     chosen = next(iter(ids)) if len(ids) == 1 else default if default in ids else None
     never, notes = model.never
+    if len(ids) == 1:
+        notes = (*notes, f"took {chosen} as the default target, which is the only language of the vocabulary")
     framing = Framing(
         prefix=("target_language",) if ids else (),
         suffix=(source.id(settings.piece("eos_token", "</s>")),),

@@ -17,13 +17,11 @@ from kvx.models.importers.tokenizer_settings import (
     refuse_tokens,
 )
 from kvx.models.importers.tokenizer_vocabularies import SAVED_WITH, Side, check_beyond, read_ids
-from kvx.runtime.bundle.vocabulary import MOST_PIECES
+from kvx.runtime.bundle.vocabulary import MOST_PIECES, TIDIED
 from kvx.runtime.errors import TokenizerError
 
 FILE = "tokenizer.json"
 WORD_START = "▁"
-# What Hugging Face takes spaces from after decoding where `clean_up_tokenization_spaces` is set.
-TIDIED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
 Processor = Mapping[str, Any] | None
 Around = tuple[tuple[int, ...], tuple[int, ...]]
@@ -162,6 +160,9 @@ def _check_ids(path: Path, ids: Mapping[str, Any], added: Mapping[str, Any]) -> 
             refuse_tokens(path, "pieces without an id", [str(piece)], f"ids from 0 to {MOST_PIECES - 1}", SAVED_WITH)
         if pieces.setdefault(one, piece) != piece:
             refuse_tokens(path, "pieces with the id of another", [piece], "an id for each piece", SAVED_WITH)
+    if pieces and max(pieces) >= len(pieces):
+        gap = next(one for one in range(max(pieces)) if one not in pieces)
+        refuse_tokens(path, "ids without a piece", [str(gap)], "ids without gaps", SAVED_WITH)
     moved = [piece for piece, one in added.items() if ids.get(piece, one) != one]
     if moved:
         refuse_tokens(path, "added tokens with another id in the vocabulary", moved, "one id for each", SAVED_WITH)

@@ -11,6 +11,8 @@ MOST_BYTES = 64 << 20  # of the file
 MOST_PIECES = 4_000_000
 KEYS = frozenset({"format", "pieces", "special", "unknown", "tidy"})
 FORMAT = "kvx-vocabulary-1"
+# What Hugging Face takes spaces from after decoding where `clean_up_tokenization_spaces` is set.
+TIDIED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ class HuggingFaceTokenizer:
         added = self._backend.get_added_tokens_decoder()
         self._special = {one for one, token in added.items() if token.special}
         self._special_pieces = {token.content for token in added.values() if token.special}
-        self._size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        self._size = int(self._backend.get_vocab_size(with_added_tokens=True))  # exports refuse ids with gaps
         self._is_bytes = b"ByteLevel" in _state(self._backend.pre_tokenizer)
         self._is_unigram = type(self._backend.model).__name__ == "Unigram"
         self._unknown_piece: str = getattr(self._backend.model, "unk_token", None) or UNKNOWN

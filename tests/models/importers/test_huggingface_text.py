@@ -122,6 +122,11 @@ class Case:
     sizes: tuple[int, int]
     source: str | None = None  # language
 
+    @property
+    def framing_begins(self) -> bool:
+        """Whether something stands before a text."""
+        return bool(self.read().framing.prefix)
+
     def read(self, generation: Mapping[str, Any] | None = None, **config: object) -> Text:
         last = self.sizes[1] - 1
         special = {"decoder_start_token_id": last, "pad_token_id": last} if self.family == "marian" else {}
@@ -365,9 +370,26 @@ def test_special_tokens_spelled_out_in_a_text_are_text(case: Case, tmp_path: Pat
         ids = tokenizer.encode(content)
         assert not special.difference({tokenizer.unknown_id, None}).intersection(ids), content
         assert len(tokenizer.surfaces(content)) == len(ids)
-    inner = case.original("a </s> b").input_ids
-    inner = inner[: max(place for place, one in enumerate(inner) if one == case.original.eos_token_id)]
-    assert case.original.eos_token_id in inner
+
+
+def test_the_original_makes_special_ids_of_them(case: Case) -> None:
+    def inner(content: str) -> list[int]:
+        """The ids of a text without those around it."""
+        around = len(case.original("").input_ids)
+        ids: list[int] = case.original(content).input_ids
+        last = len(ids) - around + bool(case.framing_begins)
+        return ids[bool(case.framing_begins) : last]
+
+    for name in ("eos_token", "pad_token", "unk_token"):
+        piece = getattr(case.original, name)
+        assert case.original.convert_tokens_to_ids(piece) in inner(f"a {piece} b")
+
+
+def test_the_original_makes_languages_of_codes_but_for_m2m100(nllb: Case, mbart50: Case, m2m100: Case) -> None:
+    for case, code, expected in ((nllb, "fra_Latn", True), (mbart50, "fr_XX", True), (m2m100, "fr", False)):
+        one = case.read().languages.target[code]
+        spelled = f"__{code}__" if case is m2m100 else code
+        assert (one in case.original(f"a {spelled} b").input_ids) == expected
 
 
 def test_a_language_of_marian_is_text_within_a_text(marian_languages: Case, tmp_path: Path) -> None:
@@ -468,6 +490,16 @@ class TestFraming:
         assert {code: text.languages.source[code] for code in known.M2M100} == m2m100.original.lang_code_to_id
         assert (text.languages.default_source, text.languages.default_target) == ("de", "fr")
 
+    def test_the_languages_of_wmt21(self, m2m100: Case, tmp_path: Path) -> None:
+        copied = copy(m2m100, tmp_path)
+        original = transformers.M2M100Tokenizer.from_pretrained(m2m100.folder, language_codes="wmt21")
+        original.save_pretrained(tmp_path)
+        assert copied.read().languages.target == original.lang_code_to_id
+
+    def test_the_only_language_of_marian_is_the_default(self, trained: Path) -> None:
+        languages = make_marian(trained / "marian-one", (">>fra<<",)).read().languages
+        assert (languages.default_target, languages.default_source) == ("fra", None)
+
     def test_a_forced_language_is_the_default(self, m2m100: Case, nllb: Case, mbart50: Case) -> None:
         for case, code in ((m2m100, "en"), (nllb, "zul_Latn"), (mbart50, "sl_SI")):
             one = case.read().languages.target[code]
@@ -531,6 +563,20 @@ class TestRefusals:
         small = dataclasses.replace(case, sizes=(50, 50))
         with pytest.raises(KvxError, match="beyond the model's embedding"):
             small.read()
+
+    def test_languages_beyond_the_embedding(self, nllb: Case, m2m100: Case, mbart25: Case) -> None:
+        for case in (nllb, m2m100, mbart25):
+            last = max(case.read().languages.target.values())
+            with pytest.raises(TokenizerError, match="beyond the model's embedding"):
+                dataclasses.replace(case, sizes=(last, last)).read()
+
+    def test_a_tokenizer_json_with_gaps(self, bart: Case, tmp_path: Path) -> None:
+        copied = copy(bart, tmp_path)
+        values = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+        values["model"]["vocab"]["new"] = bart.sizes[0] + 1
+        write(tmp_path / "tokenizer.json", values)
+        with pytest.raises(TokenizerError, match=str(bart.sizes[0])):
+            dataclasses.replace(copied, sizes=(9999, 9999)).read()
 
     def test_special_tokens_beyond_the_embedding_are_cut(self, bart: Case, tmp_path: Path) -> None:
         vocabulary = {piece: one for piece, one in bart.original.get_vocab().items() if piece != "<mask>"}
@@ -668,6 +714,13 @@ class TestRefusals:
         text = copied.read()
         assert text.languages.default_source is None
         assert any("xyz_Latn" in note for note in text.notes)
+
+    def test_huge_settings_are_not_read(self, marian: Case, tmp_path: Path) -> None:
+        copied = copy(marian, tmp_path)
+        with (tmp_path / "tokenizer_config.json").open("wb") as file:
+            file.truncate((16 << 20) + 1)
+        with pytest.raises(CheckpointError, match="larger than"):
+            copied.read()
 
     def test_unknown_lists_of_languages(self, m2m100: Case, tmp_path: Path) -> None:
         copied = copy(m2m100, tmp_path)
