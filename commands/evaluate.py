@@ -12,7 +12,7 @@ import typer
 from kvx.commands.console import check_places, require, say, spinner
 from kvx.commands.machine import BACKENDS, BackendName, Machine, MachineOptions
 from kvx.commands.options import BundleArgument, Described, with_described_options
-from kvx.commands.translation import options_of_a_translation
+from kvx.commands.translation import options_of_a_translation, resolved_options
 from kvx.runtime.bundle.folder import Bundle
 from kvx.runtime.errors import OptionError
 from kvx.runtime.options import TranslateOptions
@@ -67,8 +67,8 @@ def evaluate(
             option="shortlist",
         )
     test_set = ParallelText(read_file(source, limit), read_file(reference, limit))
-    options = TranslateOptions(**given)
     opened = Bundle.open(bundle)
+    options = resolved_options(opened.manifest, given)
     machines = [Machine.of(opened, replace(machine, backend=name)) for name in names]
     for one in machines:
         one.check()

@@ -125,13 +125,17 @@ for name, cached in (("torch", True), ("torch-no-cache", False)):
     )
 
 
-def load_and_say(model: Path | None, options: MachineOptions, *, bulk: bool) -> Translator:
-    """Loads the bundle, or the newest, and says what was chosen where the user left it open."""
-    path = model or newest_bundle(ARTIFACTS)
-    machine = Machine.of(Bundle.open(path), options)
+def open_bundle(model: Path | None) -> Bundle:
+    """The bundle in this folder, or the newest. Raises BundleError."""
+    return Bundle.open(model or newest_bundle(ARTIFACTS))
+
+
+def load_and_say(bundle: Bundle, options: MachineOptions, *, bulk: bool, named: bool) -> Translator:
+    """Loads the bundle, and says what was chosen where the user left it open, or has not `named` the bundle."""
+    machine = Machine.of(bundle, options)
     loaded = machine.load(bulk=bulk)
-    if model is None or options.device == "auto":
-        say(f"{path} on {options.backend}, {', '.join(map(str, machine.devices))}")
+    if not named or options.device == "auto":
+        say(f"{bundle.folder} on {options.backend}, {', '.join(map(str, machine.devices))}")
     return Translator(loaded)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from kvx.commands.console import check_output, spinner
-from kvx.commands.machine import MachineOptions, load_and_say
+from kvx.commands.machine import MachineOptions, load_and_say, open_bundle
 from kvx.commands.options import Described, ModelOption, OutputOption, with_described_options
 from kvx.commands.output import format_ranking
 from kvx.commands.translation import options_of_a_translation
@@ -38,7 +38,9 @@ def score(
     ] = None,
     model: ModelOption = None,
     machine: Annotated[MachineOptions, Described(MachineOptions)],
-    given: Annotated[dict[str, Any], options_of_a_translation("rows", "workers", "cache_bytes")],
+    given: Annotated[
+        dict[str, Any], options_of_a_translation("source_language", "target_language", "rows", "workers", "cache_bytes")
+    ],
     output: OutputOption = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print a JSON object for each line, with every token and candidate.")
@@ -60,7 +62,7 @@ def score(
     sources, lines = read_file(source), read_file(target)
     candidates = [line.split("\t") if choices else [line] for line in lines]
     options = TranslateOptions(**given)
-    translator = load_and_say(model, machine, bulk=True)
+    translator = load_and_say(open_bundle(model), machine, bulk=True, named=model is not None)
     with spinner(f"scoring {len(lines)} lines"):
         rankings = translator.rank(sources, candidates, by=by or "sum", options=options)
     with output_file(output) as out:

@@ -15,10 +15,10 @@ import typer
 from typer.core import TyperCommand
 
 from kvx.commands.console import check_output, counting, say
-from kvx.commands.machine import MachineOptions, load_and_say
+from kvx.commands.machine import MachineOptions, load_and_say, open_bundle
 from kvx.commands.options import Described, ModelOption, OutputOption, with_described_options
 from kvx.commands.output import format_stats, translation_json, translation_lines
-from kvx.commands.translation import OPTIONS_OF_A_TRANSLATION
+from kvx.commands.translation import OPTIONS_OF_A_TRANSLATION, resolved_options
 from kvx.runtime.errors import InputError, OptionError
 from kvx.runtime.options import TranslateOptions
 from kvx.runtime.text.lines import open_lines, open_standard_input, output_file, read_file, read_lines, write_lines
@@ -66,6 +66,12 @@ def translate(
     prefix_file: Annotated[
         Path | None, typer.Option(help="A file with the beginning of each translation, one per line.")
     ] = None,
+    from_file: Annotated[
+        Path | None, typer.Option(help="A file with the code of each text's language, one per line.")
+    ] = None,
+    to_file: Annotated[
+        Path | None, typer.Option(help="A file with the code of the language of each translation, one per line.")
+    ] = None,
     alternatives: Annotated[
         int | None, typer.Option(help="Give this many translations that differ in the first token after --prefix.")
     ] = None,
@@ -97,15 +103,33 @@ def translate(
         as_json=as_json,
         stats=stats,
     )
+    for language, file in (("source_language", from_file), ("target_language", to_file)):
+        if file is not None:
+            given[language] = _languages(language, file, given, interactive=task.interactive)
     given |= {
         "window": 1 if task.interactive else len(task.texts) or None,
         "align": task.align or plot_attention is not None,
     }
-    options = TranslateOptions(**given)
-    translator = load_and_say(model, machine, bulk=not task.texts and not task.interactive)
+    bundle = open_bundle(model)
+    options = resolved_options(bundle.manifest, given)
+    bulk = not task.texts and not task.interactive
+    translator = load_and_say(bundle, machine, bulk=bulk, named=model is not None)
     if task.interactive:
         say("reading standard input, a text a line, until Ctrl-D")
     _run(translator, task, options)
+
+
+def _languages(option: str, file: Path, given: dict[str, Any], *, interactive: bool) -> tuple[str | None, ...]:
+    """The code of each line; none for an empty one. Raises OptionError."""
+    if option in given or interactive:
+        flags = {"source_language": "from_file", "target_language": "to_file"}
+        raise OptionError(
+            f"`{flags[option]}` is given {'for texts that are typed' if interactive else f'beside `{option}`'}",
+            expected="texts from a file or pipe, and one of the two",
+            remedy=f"Use `{option}`.",
+            option=flags[option],
+        )
+    return tuple(line.strip() or None for line in read_file(file))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

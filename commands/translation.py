@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from typing import Any
 
+from kvx.commands.console import say
 from kvx.commands.options import Described
+from kvx.runtime.bundle.manifest import Manifest
 from kvx.runtime.decoding.search import BeamSearch, Sampling
-from kvx.runtime.options import OPTIONS, TranslateKeywords, TranslateOptions
+from kvx.runtime.options import OPTIONS, PLAIN, TranslateKeywords, TranslateOptions
 from kvx.runtime.rules import Option
 
 DEFAULTS = {
@@ -30,6 +33,17 @@ TABLE = {name: _with_default(name, option) for name, option in OPTIONS.items()}
 def options_of_a_translation(*only: str) -> Described:
     """These options of a translation, or all, as keyword arguments of TranslateOptions."""
     return Described(TranslateOptions, table=TABLE, types=TranslateKeywords, only=only, build=False)
+
+
+def resolved_options(manifest: Manifest, given: dict[str, Any]) -> TranslateOptions:
+    """The options that were given, on top of the defaults of a bundle, which are said. Raises OptionError."""
+    options = PLAIN.resolved(manifest.defaults, **given)
+    for file in dict.fromkeys(options.origins.values()):
+        names = [name for name, origin in options.origins.items() if origin == file]
+        said = ", ".join(f"{name} {manifest.defaults[name].value}" for name in names)
+        greedy = " (--beam-size 1 for greedy search)" if "beam_size" in names else ""
+        say(f"{said} by {file}{greedy}")
+    return options
 
 
 OPTIONS_OF_A_TRANSLATION = options_of_a_translation()

@@ -375,6 +375,9 @@ def _search_options(search: type) -> dict[str, Option]:
 
 BEAM_OPTIONS, SAMPLING_OPTIONS = _search_options(BeamSearch), _search_options(Sampling)
 SEARCH_OPTIONS = BEAM_OPTIONS | SAMPLING_OPTIONS
+SEARCH_FIELDS = {  # by the keyword of an option
+    option.keyword or name: name for search in (BeamSearch, Sampling) for name, option in described(search).items()
+}
 OPTIONS = SEARCH_OPTIONS | described(TranslateOptions)
 
 
@@ -409,8 +412,8 @@ def _searched(base: Search, flat: Mapping[str, Any]) -> tuple[Search, list[Probl
         problems.append(Problem("samples", f"`samples` is {samples} and `beam_size` is {size}", "one of the two"))
     kind: type[BeamSearch | Sampling] = BeamSearch if size > 1 else Sampling
     kept = {field.name: getattr(base, field.name) for field in fields(base)} if isinstance(base, kind) else {}
-    kept |= {"size" if name == "beam_size" else name: value for name, value in set_.items() if name in own}
-    reset = {name for name, value in flat.items() if value is None}
+    kept |= {SEARCH_FIELDS[name]: value for name, value in set_.items() if name in own}
+    reset = {SEARCH_FIELDS[name] for name, value in flat.items() if value is None}
     try:
         return (
             kind(**{name: value for name, value in kept.items() if name not in reset}) if own else Greedy()
