@@ -81,7 +81,7 @@ RECIPES = (
         graph=STEP,
         called="the decoder step",
         module=lambda made: StepGraph(made.model, made.lowered.step, made.features_of(STEP)),
-        shares=None,
+        shares=ENCODER,
         proof=checks.STEPS,
     ),
     Recipe(
@@ -143,5 +143,6 @@ def _wanted(options: ExportOptions, written: str) -> Iterator[Recipe]:
 def _write_onnx(recipe: Recipe, made: Material, folder: Path, arithmetic: Arithmetic) -> None:
     shared = None if recipe.shares is None else folder / recipe.shares.files["onnx"]
     file = folder / recipe.graph.files["onnx"]
-    write_onnx(recipe.module(made), file, widths=recipe.bits(arithmetic), weights_of=shared)
+    tied = None if arithmetic.step is None else arithmetic.step.products
+    write_onnx(recipe.module(made), file, widths=recipe.bits(arithmetic), weights_of=shared, tied_bits=tied)
     recipe.beside(made, folder)

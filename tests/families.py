@@ -6,13 +6,12 @@ decides where a model has any. A model that was never trained says the same what
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import io
 import json
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,8 +102,7 @@ class Made:
 
     def target_ids(self, text: str) -> list[int]:
         """The ids of a target's text and eos."""
-        with self._targets():
-            found = self.tokenizer(text_target=text).input_ids if self._marian else self.tokenizer(text).input_ids
+        found = self.tokenizer(text_target=text).input_ids if self._marian else self.tokenizer(text).input_ids
         eos, special = self.model.config.eos_token_id, set(self.tokenizer.all_special_ids)
         kept = [one for one in found if one not in special or one == self.tokenizer.unk_token_id]
         if self.kind.languages is not None:
@@ -132,10 +130,6 @@ class Made:
     @property
     def _marian(self) -> bool:
         return self.kind.model == "MarianMTModel"
-
-    @contextlib.contextmanager
-    def _targets(self) -> Iterator[None]:
-        yield
 
 
 def sentences(count: int, seed: int) -> list[str]:
@@ -219,6 +213,10 @@ def _train(made: Made, steps: int, seed: int) -> None:
         optimizer.step()
         schedule.step()
     model.eval()
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> Any:  # noqa: ANN401
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=-1)
 
 
 def _sentencepiece(path: Path, **ids: int) -> list[str]:
@@ -348,7 +346,7 @@ KINDS = {
     ),
     "m2m100": Kind(_m2m100, "M2M100ForConditionalGeneration", _of_fairseq, ("de", "fr", "nl")),
     "nllb": Kind(_nllb, "M2M100ForConditionalGeneration", _of_fairseq, ("deu_Latn", "fra_Latn", "nld_Latn")),
-    "bart": Kind(_bart, "BartForConditionalGeneration", lambda tokenizer: _of_fairseq(tokenizer)),
+    "bart": Kind(_bart, "BartForConditionalGeneration", _of_fairseq),
     "mbart50": Kind(
         _from_sentencepiece("MBart50Tokenizer", "sentencepiece.bpe.model", src_lang="de_DE"),
         "MBartForConditionalGeneration",

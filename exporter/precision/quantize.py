@@ -9,7 +9,8 @@ several.
 - `int4`: blocks of 128 weights with a scale each (`MatMulNBits`, activations in 8 bits per block), which reads the
   fewest bytes: for one sentence at a time. The encoder, which sees many tokens at once, stays int8.
 
-Embeddings are stored in blocks (`GatherBlockQuantized`) of the same width. Biases, norms and positions stay float32.
+Embeddings are stored in blocks (`GatherBlockQuantized`) of the same width. A table that is also the head's is there
+once: its lookups read the codes of the product. Biases, norms and positions stay float32.
 Operators: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 
 Letters: N outputs and K inputs of a projection, V vocabulary, E model width.
@@ -17,7 +18,7 @@ Letters: N outputs and K inputs of a projection, V vocabulary, E model width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +29,7 @@ from kvx.runtime.bundle.precision import Widths
 
 DOMAIN = "com.microsoft"
 BLOCK = 128
+ROWS_AT_ONCE = 16384
 INT8_ACCURACY = 4  # MatMulNBits: activations in 8 bits, products of integers
 SMALLEST_PEAK = 1e-30  # keeps a row of zeros from being divided by zero
 SCALE_SHRINKINGS = np.linspace(1.0, 0.75, 11, dtype=np.float32)
@@ -42,27 +44,41 @@ class Blocks(NamedTuple):
     scales: NDArray[np.float32]
 
 
-def quantize(model: ir.Model, widths: Widths, weights: Mapping[str, float | None]) -> None:
+def quantize(
+    model: ir.Model, widths: Widths, weights: Mapping[str, float | None], tied: Mapping[str, int] | None = None
+) -> None:
     """Replaces, in place, the products with and the lookups in the named weights by quantised ones.
 
-    With each weight comes the largest magnitude of what it is multiplied with, if that is known.
+    With each weight comes the largest magnitude of what it is multiplied with, if that is known. Those that are `tied`
+    are both looked up and multiplied somewhere in the bundle, and have this number of bits.
     """
-    _Quantizer(model.graph, widths, weights).run()
+    _Quantizer(model.graph, widths, weights, tied or {}).run()
     model.opset_imports[DOMAIN] = 1
 
 
 def int8_channels(weight: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """[N, K] → codes from −127 to 127 [K, N], as the operator wants them, and a scale for each output [N]."""
-    scales = np.maximum(np.abs(weight).max(axis=1), SMALLEST_PEAK) / 127
-    codes = np.rint(weight / scales[:, None]).astype(np.int8)
-    return np.ascontiguousarray(codes.T), scales.astype(np.float32)
+    """[N, K] → codes from −127 to 127 [N, K], and a scale for each output [N]."""
+    codes, scales = np.empty(weight.shape, np.int8), np.empty(len(weight), np.float32)
+    for some in _slices(len(weight)):
+        part = weight[some]
+        scale = np.maximum(np.abs(part).max(axis=1), SMALLEST_PEAK) / 127
+        codes[some], scales[some] = np.rint(part / scale[:, None]), scale
+    return codes, scales
 
 
 def blocks(weight: NDArray[np.float32], bits: int) -> Blocks:
-    """[rows, columns] → codes and scales; the last block is filled up with zeros.
+    """[rows, columns] → codes and scales; the last block is filled up with zeros."""
+    parts = [_blocks(weight[some], bits) for some in _slices(len(weight))]
+    return Blocks(np.concatenate([one.codes for one in parts]), np.concatenate([one.scales for one in parts]))
 
-    Of several scales a little below the one that reaches a block's extreme, the one with the least squared error.
-    """
+
+def _slices(rows: int) -> Iterator[slice]:
+    """A few rows at a time: a vocabulary's table many times over would take gigabytes."""
+    return (slice(first, first + ROWS_AT_ONCE) for first in range(0, rows, ROWS_AT_ONCE))
+
+
+def _blocks(weight: NDArray[np.float32], bits: int) -> Blocks:
+    """Of several scales a little below the one that reaches a block's extreme, the one with the least squared error."""
     padding = -weight.shape[1] % BLOCK
     parts = np.pad(weight, ((0, 0), (0, padding))).reshape(len(weight), -1, BLOCK)
     half = 2 ** (bits - 1)
@@ -87,10 +103,13 @@ def _codes(parts: NDArray[np.float32], scales: NDArray[np.float32], half: int) -
 class _Quantizer:
     """Rewrites one graph; new values are named after the weight that they belong to."""
 
-    def __init__(self, graph: ir.Graph, widths: Widths, weights: Mapping[str, float | None]) -> None:
+    def __init__(
+        self, graph: ir.Graph, widths: Widths, weights: Mapping[str, float | None], tied: Mapping[str, int]
+    ) -> None:
         self._graph = graph
         self._widths = widths
         self._weights = weights
+        self._tied = tied
 
     def run(self) -> None:
         """Every product and lookup of a weight."""
@@ -100,12 +119,15 @@ class _Quantizer:
                     node, self._bytes_product(node) if self._widths.products == 8 else self._blocks_product(node)
                 )
             elif node.op_type == "Gather" and self._is_weight(node.inputs[0]):
-                self._replace(node, self._lookup(node))
+                self._replace(node, self._tied_lookup(node) if self._is_tied(node.inputs[0]) else self._lookup(node))
         used = {value for node in self._graph for value in node.inputs}
         left = sorted({value.name for value in used if self._is_weight(value) and value is not None and value.name})
         assert not left, f"products or lookups that no quantiser knows: {left}"
         for name in [name for name, value in self._graph.initializers.items() if value not in used]:
             del self._graph.initializers[name]
+
+    def _is_tied(self, value: ir.Value | None) -> bool:
+        return value is not None and value.name in self._tied
 
     def _is_weight(self, value: ir.Value | None) -> bool:
         return value is not None and value.name in self._weights
@@ -115,17 +137,20 @@ class _Quantizer:
         x, weight, *bias = gemm.inputs
         name, matrix = _named(weight)
         codes, scales = int8_channels(matrix)
+        tied = self._is_tied(weight)
         positive = _comes_from(x, "Relu")
         levels = 255 if positive else 127
         middle = self._constant(f"zero_at_{255 - levels}", np.uint8(255 - levels))
-        weights = self._constant(f"{name}.int8", codes), self._constant(f"{name}.scale", scales)
+        stored = self._constant(f"{name}.int8", codes if tied else np.ascontiguousarray(codes.T))
+        turned = [ir.node("Transpose", [stored], {"perm": [1, 0]})] if tied else []  # a runtime does it once, at load
+        weights = turned[0].outputs[0] if turned else stored, self._constant(f"{name}.scale", scales)
         centred = self._constant(f"{name}.zero", np.int8(0))  # of its own: a runtime may make both unsigned
         largest = self._weights[name]
         if largest:
             step = self._constant(f"{name}.input_scale", np.float32(largest / levels))
             quantized = ir.node("QuantizeLinear", [x, step, middle])
             inputs = [quantized.outputs[0], weights[0], step, weights[1], middle, centred, *bias]
-            return [quantized, ir.node("MatMulIntegerToFloat", inputs, domain=DOMAIN)]
+            return [*turned, quantized, ir.node("MatMulIntegerToFloat", inputs, domain=DOMAIN)]
         step = self._constant(f"one_of_{levels}", np.float32(1 / levels))
         magnitude = [] if positive else [ir.node("Abs", [x])]
         peak = ir.node("ReduceMax", [magnitude[0].outputs[0] if magnitude else x, self._constant("last_axis", [-1])])
@@ -137,7 +162,7 @@ class _Quantizer:
         product = ir.node("MatMulIntegerToFloat", inputs, domain=DOMAIN)
         scaled = ir.node("Mul", [product.outputs[0], held.outputs[0]])
         added = [ir.node("Add", [scaled.outputs[0], bias[0]])] if bias else []
-        return [*magnitude, peak, held, relative, quantized, product, scaled, *added]
+        return [*turned, *magnitude, peak, held, relative, quantized, product, scaled, *added]
 
     def _blocks_product(self, gemm: ir.Node) -> list[ir.Node]:
         """x [rows, K] · weight [N, K] → [rows, N], x in 8 bits, block by block."""
@@ -162,6 +187,33 @@ class _Quantizer:
         inputs = [self._constant(f"{rows}.int{bits}", codes), ids, self._constant(f"{rows}.scales", packed.scales)]
         attributes = {"bits": bits, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
         return [ir.node("GatherBlockQuantized", inputs, attributes, domain=DOMAIN)]
+
+    def _tied_lookup(self, gather: ir.Node) -> list[ir.Node]:
+        """Rows of the very codes that the product with the same weight has."""
+        table, ids = gather.inputs
+        name, matrix = _named(table)
+        if self._tied[name] == 8:
+            return self._bytes_lookup(name, matrix, ids)
+        packed = blocks(matrix, 4)
+        codes = self._constant(f"{name}.int4", packed.codes)
+        scales = self._constant(f"{name}.rows.scales", packed.scales[..., None])
+        attributes = {"bits": 4, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 2}
+        found = ir.node("GatherBlockQuantized", [codes, ids, scales], attributes, domain=DOMAIN)
+        axes = len(gather.outputs[0].shape or ()) - 1  # of the ids
+        flat = ir.node("Reshape", [found.outputs[0], self._constant(f"rows_of_{axes}", [0] * axes + [-1])])
+        width = matrix.shape[1]
+        if width % BLOCK == 0:
+            return [found, flat]
+        ends = (self._constant(f"to_{size}", [size]) for size in (0, width, -1))
+        return [found, flat, ir.node("Slice", [flat.outputs[0], *ends])]
+
+    def _bytes_lookup(self, name: str, matrix: NDArray[np.float32], ids: ir.Value | None) -> list[ir.Node]:
+        codes, scales = int8_channels(matrix)
+        rows = ir.node("Gather", [self._constant(f"{name}.int8", codes), ids])
+        scale = ir.node("Gather", [self._constant(f"{name}.scale", scales), ids])
+        numbers = ir.node("Cast", [rows.outputs[0]], {"to": ir.DataType.FLOAT})
+        beside = ir.node("Unsqueeze", [scale.outputs[0], self._constant("last_axis", [-1])])
+        return [rows, scale, numbers, beside, ir.node("Mul", [numbers.outputs[0], beside.outputs[0]])]
 
     def _constant(self, name: str, array: NDArray[Any] | np.generic | Sequence[int]) -> ir.Value:
         known, values = self._graph.initializers.get(name), np.asarray(array)

@@ -21,10 +21,12 @@ from kvx.exporter.precision.quantize import quantize
 from kvx.exporter.writing.graphs import EncoderGraph, StepGraph, example_inputs
 from kvx.exporter.writing.loop import LoopGraph
 from kvx.models.layers import Linear
+from kvx.models.transformer import Transformer
 from kvx.runtime.bundle.precision import Widths
 from kvx.runtime.bundle.signature import PAST
 
-LARGEST_INSIDE = 2**16  # bytes of a weight that may stay within the file of a graph that shares the others
+TIED = "model.head.weight"
+LARGEST_INSIDE = 2**8  # bytes of a weight that stays within the file of a graph, as onnx_ir has it
 
 
 def write_onnx(
@@ -33,12 +35,13 @@ def write_onnx(
     *,
     widths: Widths | None = None,
     weights_of: Path | None = None,
+    tied_bits: int | None = None,
 ) -> None:
     """One graph → an ONNX file that the checker passes, its weights beside it as `<path>.data`, which runtimes map into
     memory. With `widths` they are quantised.
 
-    With `weights_of`, another graph in the same folder, they are shared with that one; `<path>.data` then has the large
-    ones that differ, if there are any.
+    With `weights_of`, another graph in the same folder, they are shared with that one; `<path>.data` then has those
+    that differ, but for the small ones, if there are any.
     """
     letters = {letter: torch.export.Dim(letter, min=1) for letter in ("B", "C", "G", "Q", "S", "T")}
     shapes = [
@@ -61,8 +64,11 @@ def write_onnx(
     assert program is not None
     program.model.ir_version = IR_VERSION
     _clear_metadata(program.model)
+    tied = _tied(graph)
+    _rename(program.model, tied)
     if widths is not None:
-        quantize(program.model, widths, _weights(graph))
+        weights = _weights(graph)
+        quantize(program.model, widths, weights, {TIED: tied_bits or widths.products} if tied else {})
     CommonSubexpressionEliminationPass()(program.model)
     if weights_of is None:
         program.save(path, external_data=True)
@@ -71,6 +77,25 @@ def write_onnx(
         _put_beside(program.model, path)
         onnx_ir.save(program.model, path)  # program.save stores weights that are shared once more in large models
     onnx.checker.check_model(path, full_check=True)
+
+
+def _tied(graph: nn.Module) -> set[str]:
+    """The names of the weight of the head where it is a table of tokens, too."""
+    assert isinstance(graph.model, Transformer)
+    head = graph.model.head.weight
+    tables = [
+        name for name, module in graph.named_modules() if isinstance(module, nn.Embedding) and module.weight is head
+    ]
+    return {f"{name}.weight" for name in (*tables, "model.head")} if tables else set()
+
+
+def _rename(model: onnx_ir.Model, tied: set[str]) -> None:
+    """Gives a weight that is tied one name in every graph, by which they share it."""
+    for name in tied - {TIED}:
+        value = model.graph.initializers.pop(name, None)
+        if value is not None:
+            value.name = TIED
+            model.graph.initializers[TIED] = value
 
 
 def _weights(graph: nn.Module) -> dict[str, float | None]:

@@ -36,11 +36,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def read_json_if_there(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, or none where there is no such file. Raises CheckpointError."""
-    return read_json(path) if path.exists() else {}
-
-
 def read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     """The tensors of a folder by name, mapped into memory where the format allows it, and the file or index that they
     come from. Raises CheckpointError.

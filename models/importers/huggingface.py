@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvx.models.config import Block, ModelConfig, Positions
 from kvx.models.importers.checkpoint import Checkpoint, build, is_same, refuse_tensors
-from kvx.models.importers.folder import read_json, read_json_if_there, read_weights
+from kvx.models.importers.folder import read_json, read_weights
 from kvx.models.importers.huggingface_generation import Generation
 from kvx.models.importers.huggingface_text import read_text
 from kvx.models.layers import SINUSOIDS
@@ -139,12 +139,13 @@ def read_folder(folder: Path) -> Checkpoint:
     """
     config = _read_config(folder)
     family = config["model_type"]
-    generation = Generation(read_json_if_there(folder / GENERATION_FILE), config, GENERATION_FILE, CONFIG_FILE)
+    settings = read_json(folder / GENERATION_FILE) if (folder / GENERATION_FILE).exists() else {}
+    generation = Generation(settings, GENERATION_FILE) if settings else Generation(config, CONFIG_FILE)
     path, tensors = read_weights(folder)
     state, model_config = _convert(path, _without_prefix(tensors), config, FAMILIES[family])
     model = build(model_config, state, path, {_renamed(name): name for name in _without_prefix(tensors)})
     sizes = model_config.source_vocab_size, model_config.target_vocab_size
-    text = read_text(folder, config, generation.settings, *sizes)
+    text = read_text(folder, config, settings, *sizes)
     if family == "marian":
         languages = dataclasses.replace(text.languages, marked=bool(text.languages.target))
         text = dataclasses.replace(text, languages=languages)
@@ -274,11 +275,11 @@ def _positions(tensors: Mapping[str, Tensor], config: Mapping[str, Any], family:
     saved = {match[1]: tensor for name, tensor in tensors.items() if (match := POSITIONS.fullmatch(name))}
     for theirs, ours in SIDES.items():
         if theirs in saved:
-            found[f"{ours}_embedding.positions"] = saved[theirs][family.offset :]
+            found[f"{ours}_embedding.positions"] = saved[theirs][family.offset :].clone()
         elif family.positions in SINUSOIDS:
             rows, width = config.get("max_position_embeddings", 1024), config.get("d_model", 1024)
             table = SINUSOIDS[family.positions](rows + family.offset, width)
-            found[f"{ours}_embedding.positions"] = table[family.offset :]
+            found[f"{ours}_embedding.positions"] = table[family.offset :].clone()
     return found
 
 
