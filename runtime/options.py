@@ -308,7 +308,8 @@ class TranslateOptions(_Remembered):
             if name not in asked and name in OPTIONS and not (own_search and name in BEAM_OPTIONS)
         }
         values: TranslateKeywords = {name: default.value for name, default in taken.items()}  # type: ignore[assignment]
-        found = self.changed(**values).changed(**changes)
+        values.update(changes)
+        found = self.changed(**values)
         found._remember(asked, {name: default.origin for name, default in taken.items()})
         return found
 

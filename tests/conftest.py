@@ -195,6 +195,39 @@ def standard_bundle(tiny_checkpoint_folder: Path, exported: Exported) -> Path:
 
 
 @pytest.fixture(scope="session")
+def languages_bundle(bundles: Path, exported: Exported) -> Path:
+    """A small M2M100 that repeats German words in French and, backwards, in Dutch."""
+    return exported("languages", _made(bundles, "m2m100", seed=1))
+
+
+@pytest.fixture(scope="session")
+def languages_translator(languages_bundle: Path) -> Translator:
+    return Translator.load(languages_bundle)
+
+
+@pytest.fixture(scope="session")
+def marked_bundle(bundles: Path, exported: Exported) -> Path:
+    """A small Marian whose texts begin with the language of their target, and which is searched with four beams."""
+    return exported("marked", _made(bundles, "marian-languages", seed=0, num_beams=4), format="onnx")
+
+
+@pytest.fixture(scope="session")
+def marked_translator(marked_bundle: Path) -> Translator:
+    return Translator.load(marked_bundle)
+
+
+def _made(bundles: Path, family: str, *, seed: int, **generation: int) -> Path:
+    """The folder of a family's small model."""
+    folder = bundles / f"{family}-checkpoint"
+    if not folder.is_dir():
+        pytest.importorskip("transformers", reason="making a checkpoint of a family needs transformers")
+        from kvx.tests.families import make
+
+        make(family, folder, seed, generation=generation)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny() -> Transformer:
     pytest.importorskip("torch")
     return tiny_model()

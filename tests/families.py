@@ -45,7 +45,8 @@ SIZES: Mapping[int, Mapping[str, int]] = {  # by seed
         "decoder_ffn_dim": 40,
     },
 }
-STEPS, BATCH, RATE = 400, 48, 6e-3
+STEPS, BATCH, RATE = 1600, 48, 4e-3  # at most so many
+WARM_UP, LEARNT, WINDOW = 60, 0.03, 30  # the mean loss of the last steps at which it has learnt the task
 
 
 @dataclass(frozen=True)
@@ -145,23 +146,30 @@ def translation(text: str, target: str | None, kind: Kind) -> str:
     return " ".join(words[::-1] if backwards else words)
 
 
-def make(name: str, folder: Path, seed: int = 0, *, tied: bool = True, steps: int = STEPS, **changes: Any) -> Made:  # noqa: ANN401
-    """A folder of a family's model of random weights, then trained for so many steps."""
+def make(
+    name: str,
+    folder: Path,
+    seed: int = 0,
+    *,
+    tied: bool = True,
+    steps: int = STEPS,
+    generation: Mapping[str, Any] | None = None,
+) -> Made:
+    """A folder of a family's model of random weights that was trained for this many steps."""
     kind = KINDS[name]
     tokenizer = kind.tokenizer(folder / "tokenizer")
     tokenizer.save_pretrained(folder)
     torch.manual_seed(seed)
     model_class = getattr(transformers, kind.model)
     values = {**SIZES[seed], "max_position_embeddings": 40, "dropout": 0.0, "attention_dropout": 0.0}
-    config = model_class.config_class(**values, **kind.config(tokenizer), tie_word_embeddings=tied, **changes)
+    config = model_class.config_class(**values, **kind.config(tokenizer), tie_word_embeddings=tied)
     model = model_class(config).eval()
     made = Made(name, folder, kind, model, tokenizer)
     _disturb(model, seed)
     if steps:
         _train(made, steps, seed)
-    model.generation_config = transformers.GenerationConfig(
-        **{key: value for key, value in kind.config(tokenizer).items() if key.endswith("_token_id")}, max_length=24
-    )
+    ids = {key: value for key, value in kind.config(tokenizer).items() if key.endswith("_token_id")}
+    model.generation_config = transformers.GenerationConfig(**ids, max_length=24, **(generation or {}))
     if kind.model == "MarianMTModel":
         model.generation_config.bad_words_ids = [[config.pad_token_id]]
         model.generation_config.forced_eos_token_id = config.eos_token_id
@@ -195,7 +203,10 @@ def _train(made: Made, steps: int, seed: int) -> None:
         for target in made.languages
     ]
     optimizer = torch.optim.Adam([one for one in model.parameters() if one.requires_grad], lr=RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / WARM_UP) / (1 + step / 500)
+    )
+    losses: list[float] = []
     pad = model.config.pad_token_id
     model.train()
     for _ in range(steps):
@@ -212,6 +223,9 @@ def _train(made: Made, steps: int, seed: int) -> None:
             model.get_decoder().embed_tokens.weight.grad[pad] = 0
         optimizer.step()
         schedule.step()
+        losses = [*losses[1 - WINDOW :], float(loss)]
+        if len(losses) == WINDOW and sum(losses) < WINDOW * LEARNT:
+            break
     model.eval()
 
 

@@ -1,4 +1,5 @@
-"""Every row of every table: each token of both vocabularies and each position of both sides is fed once.
+"""Every row of every table: each token of both vocabularies and each position of both sides is fed once. Of a model so
+large that this would take hours, tokens are drawn, and the check says how many.
 
 A row shows in the keys and values that it alone decides: of a source of one token, of the first layer of the decoder.
 Their error is measured against how far those of other rows are from the mean: a row that stands in another's place is
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from kvx.exporter.proof.report import Check
 from kvx.exporter.proof.trial import ExportedGraphs, Trial
@@ -30,6 +32,8 @@ WALK_BYTES = 2**26  # of the cache whose rows walk through the positions
 SOURCE_BYTES = 2**30  # of one attention of eager over the longest source
 LEAST_SPREAD = 0.1  # of the size of the keys and values themselves
 SOURCE_TOKENS = 4
+MOST_WORK = 6e12  # multiplications of one check, a minute or two
+FIRST_AND_LAST = 64  # tokens that are always fed: special ones and languages stand there
 
 Feed = Callable[[IntArray], object]
 
@@ -81,22 +85,25 @@ def _errors(expected: NDArray[Any], got: NDArray[Any]) -> NDArray[np.float64]:
 def check_source_tables(trial: Trial, backend: ExportedGraphs, tolerance: float) -> Check:
     """Every token of the source as a sentence of its own, and one sentence that takes every position."""
     config, found = trial.model.config, Rows()
-    for ids in _batches(trial, config.source_vocab_size):
+    tokens = _tokens(trial, config.source_vocab_size, 2 * _source_work(trial.model))
+    for ids in _batches(tokens):
         _compare_sources(found, "tokens", ids, trial, backend, ids[:, None])
     longest = min(config.source_positions, int((SOURCE_BYTES / (4 * config.encoder_heads)) ** 0.5))
     drawn = trial.random.integers(0, config.source_vocab_size, (1, longest))
     _compare_sources(found, "positions", np.arange(longest), trial, backend, drawn)
-    seen = f"{config.source_vocab_size} tokens and {longest} of {config.source_positions} positions"
+    seen = f"{_of(tokens, config.source_vocab_size)} tokens and {longest} of {config.source_positions} positions"
     return found.check(backend, f"source tables: {seen}", tolerance)
 
 
 def check_target_tables(trial: Trial, backend: ExportedGraphs, graphs: Iterable[Fed], tolerance: float) -> Check:
     """Every token of the target at the first position and a token at every position, in each graph of the decoder."""
     config, found = trial.model.config, Rows()
+    graphs = list(graphs)
+    tokens = _tokens(trial, config.target_vocab_size, len(graphs) * _target_work(trial.model))
     for graph in graphs:
-        tokens = _batches(trial, config.target_vocab_size)
-        cache, feed = _bound(trial, graph, tokens.shape[1], 1)
-        for ids in tokens:
+        batches = _batches(tokens)
+        cache, feed = _bound(trial, graph, batches.shape[1], 1)
+        for ids in batches:
             _compare_targets(found, "tokens", trial.model, graph, cache, feed, ids, np.zeros_like(ids))
         each = Capacity(1, config.target_positions + 1, 1).bytes(graph.specs)
         steps = _walk(config.target_positions, max(1, min(MOST_ROWS, WALK_BYTES // each)))
@@ -104,15 +111,44 @@ def check_target_tables(trial: Trial, backend: ExportedGraphs, graphs: Iterable[
         for positions in steps:
             ids = trial.random.integers(0, config.target_vocab_size, len(positions))
             _compare_targets(found, "positions", trial.model, graph, cache, feed, ids, positions)
-    seen = f"{config.target_vocab_size} tokens and {config.target_positions} positions"
+    seen = f"{_of(tokens, config.target_vocab_size)} tokens and {config.target_positions} positions"
     return found.check(backend, f"target tables: {seen}", tolerance)
 
 
-def _batches(trial: Trial, size: int) -> IntArray:
-    """Every id below `size`, in batches of as many [batches, B]; the last is filled up with those of the first."""
-    number = -(-size // MOST_ROWS)
-    rows = -(-size // number)
-    ids: IntArray = np.resize(trial.random.permutation(size), (number, rows))
+def _tokens(trial: Trial, size: int, work: float) -> IntArray:
+    """Every id below `size` in any order, or as many as can be fed where each takes this many multiplications."""
+    ids: IntArray = trial.random.permutation(size)
+    affordable = int(MOST_WORK / work)
+    if size <= affordable:
+        return ids
+    ends = np.r_[:FIRST_AND_LAST, size - FIRST_AND_LAST : size] if size > 2 * FIRST_AND_LAST else ids
+    return np.union1d(ends, ids[:affordable])
+
+
+def _of(tokens: IntArray, size: int) -> str:
+    return str(size) if len(tokens) == size else f"{len(tokens)} of {size}"
+
+
+def _source_work(model: Transformer) -> int:
+    """The multiplications that a source of one token takes."""
+    across = (layer.cross_attention for layer in model.decoder)
+    return _weights(model.encoder_layers) + sum(_weights(one.key) + _weights(one.value) for one in across)
+
+
+def _target_work(model: Transformer) -> int:
+    """The multiplications that a token of a target takes."""
+    return _weights(model.decoder_layers) + model.head.weight.numel()
+
+
+def _weights(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _batches(tokens: IntArray) -> IntArray:
+    """The ids in batches of as many [batches, B]; the last is filled up with those of the first."""
+    number = -(-len(tokens) // MOST_ROWS)
+    rows = -(-len(tokens) // number)
+    ids: IntArray = np.resize(tokens, (number, rows))
     return ids
 
 
