@@ -24,7 +24,7 @@ transformers = pytest.importorskip("transformers")
 sentencepiece = pytest.importorskip("sentencepiece")
 
 WORDS = ["eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun", "zehn", "elf", "zwölf"]
-LONGEST = 6  # words of a sentence
+LONGEST = 4  # words of a sentence
 SIZES: Mapping[int, Mapping[str, int]] = {  # by seed
     0: {
         "d_model": 36,

@@ -32,7 +32,7 @@ WALK_BYTES = 2**26  # of the cache whose rows walk through the positions
 SOURCE_BYTES = 2**30  # of one attention of eager over the longest source
 LEAST_SPREAD = 0.1  # of the size of the keys and values themselves
 SOURCE_TOKENS = 4
-MOST_WORK = 6e12  # multiplications of one check, a minute or two
+MOST_WORK = 4e12  # multiplications of one check, a minute or two
 FIRST_AND_LAST = 64  # tokens that are always fed: special ones and languages stand there
 
 Feed = Callable[[IntArray], object]

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from kvx.models.config import Block, ModelConfig, Positions
-from kvx.models.importers.checkpoint import Checkpoint, build, is_same, refuse_tensors
+from kvx.models.config import LARGEST_SIZE, Block, ModelConfig, Positions
+from kvx.models.importers.checkpoint import Checkpoint, build, expected_shapes, is_same, refuse_tensors
 from kvx.models.importers.folder import read_json, read_weights
 from kvx.models.importers.huggingface_generation import Generation
 from kvx.models.importers.huggingface_text import read_text
@@ -120,9 +120,29 @@ STACK_NORM = re.compile(r"(encoder|decoder)\.(layer_norm|layernorm_embedding)\.(
 POSITIONS = re.compile(r"(encoder|decoder)\.embed_positions\.weights?")
 WITHOUT_MEANING = re.compile(r"(encoder|decoder)\.(version|embed_positions\._float_tensor)")
 
+OURS = re.compile(rf"(encoder|decoder)_layers\.(\d+)\.({'|'.join(map(re.escape, PARTS.values()))})\.([\w.]+)")
+
 SHARED = "shared.weight"
 TABLES = {"encoder": "encoder.embed_tokens.weight", "decoder": "decoder.embed_tokens.weight"}
+POSITIONS_SIZE, MOST_POSITIONS = "max_position_embeddings", 1024  # and its default
 HEAD, HEAD_BIAS = "lm_head.weight", "final_logits_bias"
+
+
+ORIGINALS = {  # of what has no layer
+    **{f"{side}_embedding.tokens.weight": f"model.{stack}.embed_tokens.weight" for stack, side in SIDES.items()},
+    **{f"{side}_embedding.positions": f"model.{stack}.embed_positions.weight" for stack, side in SIDES.items()},
+    **{
+        f"{part}.{ours}": f"model.{theirs}.{parameter}"
+        for stack, side in SIDES.items()
+        for part, theirs in (
+            (f"{stack}_norm", f"{stack}.layer_norm"),
+            (f"{side}_embedding_norm", f"{stack}.layernorm_embedding"),
+        )
+        for parameter, ours in NORM_PARAMETERS.items()
+    },
+    "head.weight": HEAD,
+    "head.bias": HEAD_BIAS,
+}
 
 
 class Tables(NamedTuple):
@@ -143,7 +163,7 @@ def read_folder(folder: Path) -> Checkpoint:
     generation = Generation(settings, GENERATION_FILE) if settings else Generation(config, CONFIG_FILE)
     path, tensors = read_weights(folder)
     state, model_config = _convert(path, _without_prefix(tensors), config, FAMILIES[family])
-    model = build(model_config, state, path, {_renamed(name): name for name in _without_prefix(tensors)})
+    model = build(model_config, state, path, {name: _original(name) for name in expected_shapes(model_config)})
     sizes = model_config.source_vocab_size, model_config.target_vocab_size
     text = read_text(folder, config, settings, *sizes)
     if family == "marian":
@@ -190,8 +210,9 @@ def _convert(
     tables = _tables(path, tensors, config)
     bias = tensors.get(HEAD_BIAS)
     head_bias = bias is not None and bool(bias.any())
+    sizes = _sizes(path, config)
     state = {_renamed(name): tensor for name, tensor in tensors.items() if not _is_apart(name)}
-    state |= _positions(tensors, config, family)
+    state |= _positions(tensors, sizes, family)
     state |= {
         "source_embedding.tokens.weight": tables.source,
         "target_embedding.tokens.weight": tables.target,
@@ -200,44 +221,50 @@ def _convert(
     if head_bias:
         assert bias is not None
         state["head.bias"] = bias.flatten()
-    made = ModelConfig(
-        source_vocab_size=_rows(tables.source),
-        target_vocab_size=_rows(tables.target),
-        source_positions=_rows(state.get("source_embedding.positions")),
-        target_positions=_rows(state.get("target_embedding.positions")),
-        **_sizes(path, config),
-        block=family.block,
-        final_norm=family.final_norm,
-        norm="layer",
-        norm_epsilon=EPSILON,
-        positions=family.positions,
-        scaled_embedding=bool(config.get("scale_embedding", family.scaled)),
-        embedding_norm=family.embedding_norm,
-        attention_bias=True,
-        activation=_activation(path, config, family),
-        head_bias=head_bias,
-        shared_embeddings=tables.source is tables.target,
-        tied_head=tables.head is None,
-    )
-    return state, made
+    parts: dict[str, object] = {
+        "source_vocab_size": _rows(tables.source),
+        "target_vocab_size": _rows(tables.target),
+        "source_positions": _rows(state.get("source_embedding.positions")),
+        "target_positions": _rows(state.get("target_embedding.positions")),
+        **{name: size for name, size in sizes.items() if name != POSITIONS_SIZE},
+        "block": family.block,
+        "final_norm": family.final_norm,
+        "norm": "layer",
+        "norm_epsilon": EPSILON,
+        "positions": family.positions,
+        "scaled_embedding": bool(config.get("scale_embedding", family.scaled)),
+        "embedding_norm": family.embedding_norm,
+        "attention_bias": True,
+        "activation": _activation(path, config, family),
+        "head_bias": head_bias,
+        "shared_embeddings": tables.source is tables.target,
+        "tied_head": tables.head is None,
+    }
+    return state, ModelConfig.from_dict(parts)
 
 
-def _sizes(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    names = {"d_model": "d_model"}
+def _sizes(path: Path, config: Mapping[str, Any]) -> dict[str, int]:
+    """The sizes by our names, and the rows of a table of positions that was not saved."""
+    names = {"d_model": "d_model", POSITIONS_SIZE: POSITIONS_SIZE}
     for side in SIDES:
         names |= {f"{side}_layers": f"{side}_layers", f"{side}_heads": f"{side}_attention_heads"}
         names[f"{side}_d_ff"] = f"{side}_ffn_dim"
-    missing = [theirs for theirs in names.values() if theirs not in config]
-    if missing:
+    values = {POSITIONS_SIZE: MOST_POSITIONS, **config}
+    wrong = [f"{theirs} = {values.get(theirs)!r:.40}" for theirs in names.values() if not _is_size(values.get(theirs))]
+    if wrong:
         raise CheckpointError(
-            f"{path.parent / CONFIG_FILE} lacks {', '.join(missing)}",
-            expected="the sizes of the model",
-            remedy="Save the model again with save_pretrained, or add them.",
+            f"{path.parent / CONFIG_FILE} has {', '.join(wrong)}",
+            expected=f"whole numbers from 1 to {LARGEST_SIZE}",
+            remedy="Save the model again with save_pretrained, or correct the sizes.",
         )
-    return {ours: config[theirs] for ours, theirs in names.items()}
+    return {ours: values[theirs] for ours, theirs in names.items()}
 
 
-def _activation(path: Path, config: Mapping[str, Any], family: Family) -> Any:  # noqa: ANN401  # checked by ModelConfig
+def _is_size(value: object) -> bool:
+    return type(value) is int and 1 <= value <= LARGEST_SIZE
+
+
+def _activation(path: Path, config: Mapping[str, Any], family: Family) -> str:
     name = config.get("activation_function", family.activation)
     if name not in ACTIVATIONS:
         raise CheckpointError(
@@ -269,7 +296,7 @@ def _tables(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
     return Tables(source, target, None if head is None or is_same(head, target) else head)
 
 
-def _positions(tensors: Mapping[str, Tensor], config: Mapping[str, Any], family: Family) -> dict[str, Tensor]:
+def _positions(tensors: Mapping[str, Tensor], sizes: Mapping[str, int], family: Family) -> dict[str, Tensor]:
     """The tables of positions of both sides, cut off before the first position; sinusoids where none was saved."""
     found: dict[str, Tensor] = {}
     saved = {match[1]: tensor for name, tensor in tensors.items() if (match := POSITIONS.fullmatch(name))}
@@ -277,8 +304,7 @@ def _positions(tensors: Mapping[str, Tensor], config: Mapping[str, Any], family:
         if theirs in saved:
             found[f"{ours}_embedding.positions"] = saved[theirs][family.offset :].clone()
         elif family.positions in SINUSOIDS:
-            rows, width = config.get("max_position_embeddings", 1024), config.get("d_model", 1024)
-            table = SINUSOIDS[family.positions](rows + family.offset, width)
+            table = SINUSOIDS[family.positions](sizes[POSITIONS_SIZE] + family.offset, sizes["d_model"])
             found[f"{ours}_embedding.positions"] = table[family.offset :].clone()
     return found
 
@@ -310,3 +336,18 @@ def _renamed(name: str) -> str:
     if projection is None:
         return f"{ours}.{parameter}"
     return f"{ours}.{PROJECTIONS[projection]}.{parameter}" if projection in PROJECTIONS else name
+
+
+def _original(name: str) -> str:
+    """The original's name of one of our tensors, for messages."""
+    if name in ORIGINALS:
+        return ORIGINALS[name]
+    layer = OURS.fullmatch(name)
+    if layer is None:
+        return name
+    side, number, part, parameter = layer.groups()
+    theirs = next(theirs for theirs, ours in PARTS.items() if ours == part)
+    projection, _, kind = parameter.rpartition(".")
+    kind = next((theirs for theirs, ours in NORM_PARAMETERS.items() if ours == kind), kind)
+    projections = {ours: f"{theirs}." for theirs, ours in PROJECTIONS.items()}
+    return f"model.{side}.layers.{number}.{theirs}.{projections.get(projection, '')}{kind}"
