@@ -18,7 +18,7 @@ from kvx.exporter.proof.checks import Case, prove
 from kvx.exporter.proof.limits import ParityOptions
 from kvx.exporter.proof.quality import VerificationText
 from kvx.exporter.proof.report import Check, ParityReport
-from kvx.exporter.proof.trial import ExportedGraphs
+from kvx.exporter.proof.trial import ExportedGraphs, is_large
 from kvx.models.importers import load_checkpoint
 from kvx.models.transformer import Transformer
 from kvx.runtime.backends.onnx import OnnxBackend
@@ -71,7 +71,7 @@ def prove_bundle(
     with _runnable(bundle) as runnable:
         for name in bundle.formats:
             try:
-                graphs = _open_graphs(runnable, name)
+                graphs = _open_graphs(runnable, name, model)
             except BundleError as error:
                 yield Check(name, "contract", False, str(error))
                 continue
@@ -88,6 +88,7 @@ def prove_bundle(
                 files=manifest.files,
             )
             yield from prove(case, progress)
+            del graphs, case  # before those of another format are loaded
 
 
 def _as_described(manifest: Manifest) -> str:
@@ -131,12 +132,12 @@ def _runnable(bundle: Bundle) -> Iterator[Bundle]:
         yield Bundle(Path(folder), replace(bundle.manifest, precision="fp32", files=files))
 
 
-def _open_graphs(bundle: Bundle, name: str) -> ExportedGraphs:
+def _open_graphs(bundle: Bundle, name: str, model: Transformer) -> ExportedGraphs:
     arguments = bundle.files, bundle.manifest.dimensions, bundle.manifest.features
     if name == "torchscript":
         return TorchScriptBackend(*arguments)
     backend = OnnxBackend(*arguments)
-    backend.load()
+    backend.load(kept=not is_large(model))
     return backend
 
 

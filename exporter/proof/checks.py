@@ -14,7 +14,7 @@ from kvx.exporter.proof.loop import bind_loop, check_loop
 from kvx.exporter.proof.quality import Ids, VerificationText, check_lines, check_range, check_scores
 from kvx.exporter.proof.report import Check
 from kvx.exporter.proof.tables import Fed, check_source_tables, check_target_tables
-from kvx.exporter.proof.trial import ExportedGraphs, Trial, first_tokens, shares_sources
+from kvx.exporter.proof.trial import ExportedGraphs, Trial, first_tokens, release_large, shares_sources
 from kvx.models.transformer import Transformer
 from kvx.runtime.bundle.graphs import BEAMS, CHUNK, LOOP, SHORTLIST, STEP, Graph
 from kvx.runtime.bundle.precision import PRECISIONS, Precision
@@ -195,3 +195,4 @@ def prove(case: Case, progress: Progress | None = None) -> Iterator[Check]:
             if proof.phase is not None and progress is not None:
                 progress.phase(proof.phase)
             yield from proof.run(case)
+            release_large(case.model, case.graphs)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from kvx.exporter.proof.report import Check
-from kvx.exporter.proof.trial import ExportedGraphs, Trial
+from kvx.exporter.proof.trial import ExportedGraphs, Trial, release_large
 from kvx.models.transformer import Transformer
 from kvx.runtime.arrays import IntArray
 from kvx.runtime.bundle.signature import PAST, TensorSpec, encoder_signature, key_value_names
@@ -101,6 +101,7 @@ def check_target_tables(trial: Trial, backend: ExportedGraphs, graphs: Iterable[
     graphs = list(graphs)
     tokens = _tokens(trial, config.target_vocab_size, len(graphs) * _target_work(trial.model))
     for graph in graphs:
+        release_large(trial.model, backend)
         batches = _batches(tokens)
         cache, feed = _bound(trial, graph, batches.shape[1], 1)
         for ids in batches:

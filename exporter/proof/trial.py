@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,7 @@ SHORTLISTS = ((1, 2**31), (4, 1), (1, 7), (3, 600))  # rows a sentence, and the 
 SUM_DIGITS = 4
 ATTENTION_UNIT = 0.5  # the demo's differs by 0.1 × the tolerance at most in fp16, bf16 and int8, by 0.36 × it in int4
 DRAWN_SENTENCES = 16
+LARGE = 2**29  # bytes of a model whose graphs are not all loaded at a time
 
 
 class ExportedGraphs(Backend, Protocol):
@@ -48,6 +49,15 @@ class ExportedGraphs(Backend, Protocol):
 
     def run_step(self, feeds: Tensors) -> Tensors:
         """The step's inputs → its outputs; the inputs stay as they are."""
+        ...
+
+
+@runtime_checkable
+class Releasing(Protocol):
+    """A backend that need not hold all of its graphs at a time."""
+
+    def release(self) -> None:
+        """Gives up what is loaded again when it is needed."""
         ...
 
 
@@ -237,6 +247,17 @@ class Trial:
         for index, length in enumerate(self.source_lengths.tolist()):
             cache.admit(EncodedSource(tensors, index, length))
         return cache
+
+
+def is_large(model: Transformer) -> bool:
+    """Whether all graphs of a model together, each with weights packed for its own products, would fill the memory."""
+    return sum(parameter.nbytes for parameter in model.parameters()) > LARGE
+
+
+def release_large(model: Transformer, backend: ExportedGraphs) -> None:
+    """Gives up the graphs of a large model that are not needed at the moment."""
+    if isinstance(backend, Releasing) and is_large(model):
+        backend.release()
 
 
 def _bind_projection(shortlisting: Shortlisting, projection: FloatArray, cache: KVCache) -> Step:

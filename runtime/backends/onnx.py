@@ -110,13 +110,22 @@ class OnnxBackend(GraphBackend):
     def _new_rows(self, capacity: Capacity) -> DeviceRows:
         return DeviceRows(self._encoder, self._loop, capacity, capture=self._capture, lock=self._loop_lock)
 
-    def load(self) -> None:
-        """Loads what is otherwise loaded when it is first needed. Raises BundleError."""
-        for graph in (self._chunk, self._beams, self._loop):
-            if graph.exists:
+    def load(self, *, kept: bool = True) -> None:
+        """Loads what is otherwise loaded when it is first needed, or, unless `kept`, only sees that each can be loaded.
+        Raises BundleError.
+        """
+        for graph in (self._chunk, self._beams, self._loop, self.shortlisting):
+            if graph is not None and (not isinstance(graph, Graph) or graph.exists):
                 graph.load()
+                if not kept:
+                    graph.unload()
+
+    def release(self) -> None:
+        """Gives up all graphs but the encoder and the step. They are loaded again when they are needed."""
+        for graph in (self._chunk, self._beams, self._loop):
+            graph.unload()
         if self.shortlisting is not None:
-            self.shortlisting.load()
+            self.shortlisting.unload()
 
     def run_encoder(self, feeds: Tensors) -> Tensors:
         """The encoder graph as it is: its inputs by name → its outputs by name."""
@@ -220,6 +229,10 @@ class OnnxShortlisting:
         """Loads what is otherwise loaded when it is first needed. Raises BundleError."""
         self._graph.load()
         _ = self.projection
+
+    def unload(self) -> None:
+        """Gives up the graph until it is needed again."""
+        self._graph.unload()
 
 
 class BoundShortlistStep:

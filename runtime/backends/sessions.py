@@ -134,6 +134,11 @@ class Graph:
         """Makes the session now. Raises BundleError where the graph cannot be loaded or is not the contract's."""
         self._loaded(logging.DEBUG)
 
+    def unload(self) -> None:
+        """Gives up the session. It is made again when it is next needed."""
+        with self._lock:
+            self._session = None
+
     def session(self) -> ort.InferenceSession:
         """What runs the graph. Raises BundleError where it cannot be loaded or is not the contract's."""
         return self._session or self._loaded(logging.INFO)
