@@ -8,6 +8,7 @@ from torch import nn
 from kvx.models.config import ModelConfig
 from kvx.models.transformer import Transformer
 
+FEW = 16  # more than this part of a table is no padding
 MULTIPLES = tuple(2**power for power in range(3, 11))  # what tables are padded to
 
 
@@ -45,5 +46,6 @@ def _cut(state: dict[str, torch.Tensor], name: str, size: int) -> None:
 
 
 def _is_padded(rows: int, pieces: int) -> bool:
-    """Whether rows are what pieces become when a table is padded."""
-    return rows > pieces and any(-(-pieces // multiple) * multiple == rows for multiple in MULTIPLES)
+    """Whether rows are what pieces become when a table is padded, and not those of another tokenizer."""
+    few = 0 < rows - pieces < max(MULTIPLES[0], rows // FEW)
+    return few and any(-(-pieces // multiple) * multiple == rows for multiple in MULTIPLES)
