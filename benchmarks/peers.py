@@ -4,7 +4,8 @@
 
 All have the same weights, sentences and limit, which is checked, and are given ids, so that no tokenizer counts. Two
 models: one of base size with random weights, whose translations all have exactly the limit of tokens, and a trained
-one, FOLDER, with best_transformer.pt, source.model, target.model and test_2016.de. Every contestant is first tried in
+one, FOLDER, with best_transformer.pt, source.model, target.model and test_2016.de. With --models marian, a folder of
+random weights in the shape of OPUS-MT, which CTranslate2 converts by itself. Every contestant is first tried in
 each of its settings; only its best runs in the repetitions, each of which runs every contestant once. Each peer has
 an environment of its own, and a process that outlives the runs. Prints Markdown tables; compare rows of one run only.
 """
@@ -32,6 +33,7 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from kvx.benchmarks.base_model import BASE, CONTROL, write_base_model
+from kvx.benchmarks.marian_model import write_marian_model
 from kvx.exporter.export import export
 from kvx.exporter.options import ExportOptions
 from kvx.models.importers import Checkpoint, load_checkpoint, save_checkpoint
@@ -50,7 +52,7 @@ Options = Mapping[str, object]
 RUNNERS = Path(__file__).parent / "peer_runners"
 TORCH = "torch==2.13.0"
 REQUIREMENTS = {
-    "ctranslate2": ("ctranslate2", "numpy"),
+    "ctranslate2": ("ctranslate2", "numpy", "transformers==5.24.0", "sentencepiece", TORCH),
     "transformers": ("transformers", TORCH, "numpy"),
     "optimum": ("optimum-onnx", "onnxruntime", TORCH, "numpy"),
 }
@@ -60,6 +62,7 @@ NAMED_VERSIONS = {
     "optimum": ("optimum-onnx", "optimum", "transformers", "onnxruntime", "torch"),
     "kvx": ("kvx", "onnxruntime", "onnxruntime-gpu", "torch"),
 }
+HUGGINGFACE = "huggingface"  # the folder that a peer converts by itself
 THREADS = 2
 ROWS = 64  # of the throughput run whose memory is measured
 FIRST_RUNS = 3  # fresh processes for the time to a first translation
@@ -425,13 +428,13 @@ def write_model(work: Path, name: str, source: Path, model: Transformer, limit: 
     return folder
 
 
-def export_bundles(folder: Path, limit: int) -> None:
+def export_bundles(folder: Path, limit: int, *, checkpoint: Path | None = None) -> None:
     """The float32 bundle and the quantised ones, as this checkout makes them."""
     for name, precision, calibrated in (("fp32", "fp32", False), *QUANTIZED):
         say(f"exporting {name}")
         export(
             ExportOptions(
-                checkpoint=folder / "model.pt",
+                checkpoint=checkpoint or folder / "model.pt",
                 output=folder / name,
                 format="onnx",
                 precision=precision,
@@ -470,6 +473,31 @@ def base_workload(work: Path, *, quick: bool) -> Workload:
     )
 
 
+def marian_workload(work: Path, *, quick: bool) -> Workload:
+    """A random model in the shape of OPUS-MT, from its folder, and random sentences."""
+    made = write_marian_model(work / "marian-model", max_length=BASE_LIMIT + 1)
+    checkpoint = load_checkpoint(made)
+    folder = model_folder(work, "marian", checkpoint.model)
+    save_checkpoint(checkpoint, folder / "model.pt")
+    shutil.copytree(made, folder / HUGGINGFACE, dirs_exist_ok=True)
+    lines = (made / "sources.txt").read_text(encoding="utf-8").split("\n")[:-1]
+    (folder / "calibration.txt").write_text("\n".join(lines[:BASE_CALIBRATION]) + "\n", encoding="utf-8")
+    export_bundles(folder, BASE_LIMIT, checkpoint=folder / HUGGINGFACE)
+    sentences = [list(text.ids) for text in SourceReader(Bundle.open(folder / "fp32")).read(lines)]
+    return Workload(
+        name="marian",
+        title="The shape of OPUS-MT, random weights (6 + 6 layers, d_model 512, 58,101 tokens, tied)",
+        folder=folder,
+        sentences=sentences,
+        limit=BASE_LIMIT,
+        exact=True,
+        counts={"alone": 2, "together": 64} if quick else {"alone": 40, "together": len(sentences)},
+        slow_counts={"alone": 1, "together": 32} if quick else {"alone": 10, "together": 64},
+        few=1 if quick else 8,
+        calibration=f"{BASE_CALIBRATION} of the sentences",
+    )
+
+
 def seed_workload(work: Path, seed: Path, calibration: Path | None, *, quick: bool) -> Workload:
     """The trained model and its test text."""
     absent = [name for name in SEED_FILES if not (seed / name).is_file()]
@@ -503,21 +531,22 @@ def seed_workload(work: Path, seed: Path, calibration: Path | None, *, quick: bo
     )
 
 
-def prepare_peers(folder: Path, pythons: Mapping[str, Path]) -> None:
+def prepare_peers(folder: Path, pythons: Mapping[str, Path], peers: Sequence[str]) -> None:
     """What the peers make of the weights, once: a model that is there is complete."""
     wanted: list[tuple[str, str, Options]] = [
         ("ctranslate2", "ctranslate2-float32", {"precision": "float32"}),
         ("ctranslate2", "ctranslate2-int8", {"precision": "int8"}),
         ("optimum", "optimum", {}),
     ]
+    own = {"huggingface": str(folder / HUGGINGFACE)} if (folder / HUGGINGFACE).exists() else {}
     for peer, name, options in wanted:
-        if peer not in pythons or (folder / name).exists():
+        if peer not in pythons or peer not in peers or (folder / name).exists():
             continue
         say(f"preparing {name}")
         partial = folder / f"{name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         with Process(peer, pythons[peer]) as process:
-            process.ask("prepare", weights=str(folder), model=str(partial), **options)
+            process.ask("prepare", weights=str(folder), model=str(partial), **options, **own)
         partial.rename(folder / name)
 
 
@@ -632,7 +661,9 @@ def compare(bench: Bench, everyone: Sequence[Contestant], results: Results) -> l
 
 def measure_model(bench: Bench, workload: Workload, peers: Sequence[str]) -> Results:
     """Everything with one model."""
-    prepare_peers(workload.folder, bench.pythons)
+    if workload.name == "marian":
+        peers = [peer for peer in peers if peer == "ctranslate2"]  # the others have no runner for a folder
+    prepare_peers(workload.folder, bench.pythons, peers)
     everyone = contestants(workload.folder, peers)
     results = Results(workload)
     chosen: list[tuple[Contestant, Setting]] = []
@@ -849,7 +880,7 @@ def parse() -> argparse.Namespace:
         "--work", type=Path, default=default_work(), help="environments and models, kept for later runs"
     )
     parser.add_argument("--json", type=Path, help="also write everything to this file")
-    parser.add_argument("--models", type=names(("base", "seed")), default=["base", "seed"])
+    parser.add_argument("--models", type=names(("base", "seed", "marian")), default=["base", "seed"])
     parser.add_argument("--peers", type=names(tuple(REQUIREMENTS)), default=list(REQUIREMENTS))
     parser.add_argument("--quick", action="store_true", help="few sentences, one repetition: whether it works")
     arguments = parser.parse_args()
@@ -871,6 +902,8 @@ def main() -> None:
     workloads: list[Workload] = []
     if "base" in arguments.models:
         workloads.append(base_workload(arguments.work, quick=arguments.quick))
+    if "marian" in arguments.models:
+        workloads.append(marian_workload(arguments.work, quick=arguments.quick))
     if "seed" in arguments.models and arguments.seed_model is not None:
         workloads.append(
             seed_workload(arguments.work, arguments.seed_model, arguments.calibration, quick=arguments.quick)

@@ -1,7 +1,10 @@
-"""CTranslate2 on the weights of a kvx model, written through its own model specifications."""
+"""CTranslate2 on the weights of a kvx model, written through its own model specifications, or on what its own converter
+makes of a Hugging Face folder.
+"""
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,11 @@ EPSILON = 1e-6
 
 def prepare(request: Request) -> None:
     """Converts the weights to a model folder in the precision asked for."""
+    quantization = None if request["precision"] == "float32" else request["precision"]
+    if "huggingface" in request:
+        converter = ctranslate2.converters.TransformersConverter(request["huggingface"])
+        converter.convert(request["model"], quantization=quantization, force=True)
+        return
     weights = Weights(Path(request["weights"]))
     config = weights.config
     layers = config["encoder_layers"], config["decoder_layers"]
@@ -32,7 +40,7 @@ def prepare(request: Request) -> None:
     spec.register_source_vocabulary(vocabulary(config["source_vocab_size"]))
     spec.register_target_vocabulary(vocabulary(config["target_vocab_size"]))
     spec.validate()
-    spec.optimize(quantization=None if request["precision"] == "float32" else request["precision"])
+    spec.optimize(quantization=quantization)
     folder = Path(request["model"])
     folder.mkdir(parents=True, exist_ok=True)
     spec.save(str(folder))
@@ -44,19 +52,23 @@ def vocabulary(size: int) -> list[str]:
 
 
 def load(request: Request) -> Any:  # noqa: ANN401  # of a package without types
-    """A translator of `inter` batches side by side with `intra` threads each."""
-    return ctranslate2.Translator(
+    """A translator of `inter` batches side by side with `intra` threads each, and the tokens of its vocabulary."""
+    translator = ctranslate2.Translator(
         request["model"],
         device=request.get("device", "cpu"),
         compute_type=request["precision"],
         inter_threads=request["inter"],
         intra_threads=request["intra"],
     )
+    shared = Path(request["model"]) / "shared_vocabulary.json"
+    return translator, json.loads(shared.read_text(encoding="utf-8")) if shared.exists() else None
 
 
-def run(translator: Any, request: Request) -> Timed:  # noqa: ANN401
+def run(loaded: Any, request: Request) -> Timed:  # noqa: ANN401
     """Greedy translations: all in batches of `rows`, or one by one where rows is 0."""
-    sentences = [[_token(index) for index in ids] for ids in request["sentences"]]
+    translator, tokens = loaded
+    ids = {token: index for index, token in enumerate(tokens)} if tokens else None
+    sentences = [[tokens[one] if tokens else _token(one) for one in each] for each in request["sentences"]]
     options: dict[str, object] = {
         "beam_size": 1,
         "max_decoding_length": request["max_new_tokens"],
@@ -70,7 +82,8 @@ def run(translator: Any, request: Request) -> Timed:  # noqa: ANN401
     else:
         results = [translator.translate_batch([sentence], **options)[0] for sentence in sentences]
     seconds = time.perf_counter() - started
-    return Timed(seconds, [[_index(token) for token in result.hypotheses[0]] for result in results])
+    found = [[ids[token] if ids else _index(token) for token in result.hypotheses[0]] for result in results]
+    return Timed(seconds, found)
 
 
 def _token(index: int) -> str:

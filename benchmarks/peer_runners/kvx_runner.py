@@ -10,6 +10,7 @@ from protocol import Request, Runner, Timed, serve  # type: ignore[import-not-fo
 
 from kvx.runtime.bundle.folder import Bundle
 from kvx.runtime.decoding.decode import SearchLoop, decode
+from kvx.runtime.decoding.filters import without
 from kvx.runtime.decoding.results import DecodeStats, Outcome, Sentence
 from kvx.runtime.decoding.search import Greedy
 from kvx.runtime.engine.loaded import LoadedModel
@@ -47,12 +48,12 @@ def run(model: LoadedModel, request: Request) -> Timed:
 
 def _alone(model: LoadedModel, source: Sentence, options: TranslateOptions) -> Iterator[Outcome]:
     plan, _ = model.plan(options, sentences=1)
-    return decode(model.backend, [source], Greedy(), plan)
+    return decode(model.backend, [source], Greedy(), plan, filters=without(plan.never))
 
 
 def _together(model: LoadedModel, sources: list[Sentence], options: TranslateOptions) -> Iterator[Outcome]:
     plan, workers = model.plan(options)
-    loop = SearchLoop(model.backend, plan, Greedy())
+    loop = SearchLoop(model.backend, plan, Greedy(), without(plan.never))
     ordered = sorted(sources, key=lambda source: len(source.ids), reverse=True)
     return side_by_side([loop] * workers, ordered, DecodeStats(), at_once=plan.group)
 
