@@ -22,7 +22,16 @@ if TYPE_CHECKING:
     from kvx.runtime.measuring.evaluation import Evaluation, ParallelText
 
 OPTIONS_OF_AN_EVALUATION = options_of_a_translation(
-    "beam_size", "length_penalty", "max_new_tokens", "shortlist", "on_long", "rows", "workers", "cache_bytes"
+    "source_language",
+    "target_language",
+    "beam_size",
+    "length_penalty",
+    "max_new_tokens",
+    "shortlist",
+    "on_long",
+    "rows",
+    "workers",
+    "cache_bytes",
 )
 
 

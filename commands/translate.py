@@ -25,6 +25,7 @@ from kvx.runtime.text.lines import open_lines, open_standard_input, output_file,
 
 if TYPE_CHECKING:
     from kvx import Translation, Translator
+    from kvx.runtime.bundle.framing import Framed, Framing
     from kvx.runtime.decoding.results import DecodeStats
 
 NAMED_LINES = 10
@@ -211,7 +212,7 @@ def _run(translator: Translator, task: Task, options: TranslateOptions) -> None:
             _write(out, translation, number, task)
             out.flush()
             if task.plot_attention is not None:
-                _plot_attention(task.plot_attention, translation, task.texts[0])
+                _plot_attention(task.plot_attention, translation, task.texts[0], translator.manifest.framing)
             if translation.truncated:
                 say(f"line {number} was cut to the model's {translator.manifest.model['source_positions']} positions")
             if translation.finish_reason == "length":
@@ -239,16 +240,17 @@ def _texts(task: Task) -> Iterator[Iterable[str]]:
 def _translations(
     translator: Translator, task: Task, options: TranslateOptions, texts: Iterable[str], stats: DecodeStats
 ) -> Iterator[Translation]:
-    from kvx.runtime.engine.loaded import PREFIXES, paired
+    from kvx.runtime.engine.loaded import PREFIXES, paired, with_languages
 
     prefixes = None if task.prefix_file is None else read_file(task.prefix_file)
     if task.alternatives is None:
         yield from translator.translate_iter(texts, options, stats, prefixes=prefixes)
         return
     begins = itertools.repeat(task.prefix or "") if prefixes is None else prefixes
-    pairs = paired(texts, begins, "prefixes", PREFIXES)
-    for number, (text, prefix) in enumerate(pairs, 1):
-        first, *others = translator.alternatives(text, prefix, task.alternatives, options, number=number)
+    pairs = paired(with_languages(texts, options), begins, "prefixes", PREFIXES)
+    for number, ((text, source, target), prefix) in enumerate(pairs, 1):
+        own = options.changed(source_language=source, target_language=target)
+        first, *others = translator.alternatives(text, prefix, task.alternatives, own, number=number)
         yield replace(first, others=tuple(others))
 
 
@@ -261,14 +263,19 @@ def _write(out: TextIO, translation: Translation, number: int, task: Task) -> No
         out.writelines(f"{line}\n" for line in translation_lines(translation, number, several=task.several))
 
 
-def _plot_attention(path: Path, translation: Translation, text: str) -> None:
+def _plot_attention(path: Path, translation: Translation, text: str, framing: Framing) -> None:
     """A row for each token, eos included where the translation has ended."""
     from kvx.runtime.measuring.heatmap import attention_html
 
     if translation.attention is None:
         raise InputError("An empty text has no attention", expected="a text with a word", remedy="Give another text.")
     tokens = (*translation.tokens, *(["eos"] if len(translation.ids) > len(translation.tokens) else []))
-    page = attention_html(
-        translation.attention, translation.source_tokens or (), tokens, f"{text} → {translation.text}"
-    )
+    title = f"{text} → {translation.text}"
+    around = _labels(framing.prefix, "bos"), _labels(framing.suffix, "eos")
+    page = attention_html(translation.attention, translation.source_tokens or (), tokens, title, around=around)
     write_lines(path, page.split("\n"))
+
+
+def _labels(framed: tuple[Framed, ...], name: str) -> tuple[str, ...]:
+    """What stands around a text, in a word each."""
+    return tuple(name if isinstance(one, int) else "language" for one in framed)

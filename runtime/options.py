@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypedDict, Unpack, get_args
 
 import numpy as np
 
-from kvx.runtime.bundle.manifest import Default
+from kvx.runtime.bundle.manifest import DEFAULTABLE, Default
 from kvx.runtime.decoding.filters import (
     Ban,
     EndPenalty,
@@ -282,6 +282,15 @@ class TranslateOptions(_Remembered):
             object.__setattr__(self, "search", search)
         refuse(problems or self._contradictions())
 
+    def __getstate__(self) -> list[object]:
+        """All fields, and what is remembered beside them."""
+        return [getattr(self, name) for name in (*(one.name for one in fields(self)), *_Remembered.__slots__)]
+
+    def __setstate__(self, state: list[object]) -> None:
+        names = (*(one.name for one in fields(self)), *_Remembered.__slots__)
+        for name, value in zip(names, state, strict=True):
+            object.__setattr__(self, name, value)
+
     def changed(self, **changes: Unpack[TranslateKeywords]) -> TranslateOptions:
         """These options with some others. Keywords of a search change the search that is there."""
         if not changes:
@@ -305,10 +314,15 @@ class TranslateOptions(_Remembered):
         taken = {
             name: default
             for name, default in defaults.items()
-            if name not in asked and name in OPTIONS and not (own_search and name in BEAM_OPTIONS)
+            if name not in asked and name in DEFAULTABLE and not (own_search and name in BEAM_OPTIONS)
         }
+        if "patience" in asked:
+            taken = {name: one for name, one in taken.items() if name not in ("early_stopping", "beam_rules")}
         values: TranslateKeywords = {name: default.value for name, default in taken.items()}  # type: ignore[assignment]
         values.update(changes)
+        limit = values.get("max_new_tokens") or self.max_new_tokens
+        if "min_new_tokens" in taken and limit is not None:
+            values["min_new_tokens"] = min(taken["min_new_tokens"].value, limit)
         found = self.changed(**values)
         found._remember(asked, {name: default.origin for name, default in taken.items()})
         return found

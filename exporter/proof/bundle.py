@@ -20,6 +20,7 @@ from kvx.exporter.proof.quality import VerificationText
 from kvx.exporter.proof.report import Check, ParityReport
 from kvx.exporter.proof.trial import ExportedGraphs, is_large
 from kvx.models.importers import load_checkpoint
+from kvx.models.importers.padding import cut_to_vocabularies
 from kvx.models.transformer import Transformer
 from kvx.runtime.backends.onnx import OnnxBackend
 from kvx.runtime.backends.torchscript import TorchScriptBackend
@@ -29,7 +30,7 @@ from kvx.runtime.bundle.manifest import FileEntry, Manifest
 from kvx.runtime.bundle.precision import PRECISIONS
 from kvx.runtime.bundle.signature import cache_specs
 from kvx.runtime.decoding.plan import Plan
-from kvx.runtime.errors import BundleError, InputError
+from kvx.runtime.errors import BundleError, InputError, OptionError
 from kvx.runtime.measuring.evaluation import ParallelText
 from kvx.runtime.rules import refuse
 from kvx.runtime.text.lines import open_lines, read_lines
@@ -49,14 +50,18 @@ def verify(folder: Path, checkpoint: Path, options: ParityOptions, progress: Pro
     checks = [_check_files(folder)]
     if checks[-1].passed:
         progress.phase("reading the checkpoint")
-        bundle, model = (
-            Bundle(folder, manifest),
-            load_checkpoint(checkpoint, heads=manifest.model["decoder_heads"]).model,
-        )
+        bundle, model = Bundle(folder, manifest), _load_model(checkpoint, manifest)
         checks.append(_check_model(bundle, model))
         if checks[-1].passed:
             checks += prove_bundle(bundle, model, options, read_verification(bundle, options), progress)
     return ParityReport(options.limits(manifest.precision).tolerance, tuple(checks))
+
+
+def _load_model(checkpoint: Path, manifest: Manifest) -> Transformer:
+    """The model of a checkpoint, cut to the vocabularies as an export cuts it."""
+    model = load_checkpoint(checkpoint, heads=manifest.model["decoder_heads"]).model
+    sizes = (manifest.model[f"{side}_vocab_size"] for side in ("source", "target"))
+    return cut_to_vocabularies(model, *sizes)[0]
 
 
 def prove_bundle(
@@ -184,6 +189,7 @@ def read_verification(bundle: Bundle, options: ParityOptions) -> VerificationTex
     if text is None:
         return None
     references: list[str] = []
+    _require_languages(bundle)
     if reference is not None:
         with open_lines(text) as sources, open_lines(reference) as targets:
             test_set = ParallelText(tuple(read_lines(sources)), tuple(read_lines(targets)))
@@ -196,9 +202,24 @@ def read_verification(bundle: Bundle, options: ParityOptions) -> VerificationTex
     )
 
 
+def _require_languages(bundle: Bundle) -> None:
+    """Raises OptionError where nobody says which languages a text is in, and is translated to."""
+    try:
+        SourceReader(bundle).check_languages(None, None)
+    except OptionError as error:
+        option = f"default_{error.option}"
+        raise OptionError(
+            f"The model has many languages, and no `{option}` for the text",
+            expected=error.expected,
+            remedy="Set it when you export.",
+            option=option,
+        ) from None
+
+
 def read_sources(bundle: Bundle, path: Path) -> Iterator[tuple[int, ...]]:
     """The ids of a file's lines without the empty ones. Raises InputError where none is left."""
     empty = True
+    _require_languages(bundle)
     with open_lines(path) as stream:
         for text in SourceReader(bundle).read(read_lines(stream)):
             if text.ids:

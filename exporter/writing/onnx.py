@@ -14,18 +14,17 @@ import onnx_ir
 import torch
 from onnx_ir.external_data import convert_tensors_to_external
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass
-from torch import nn
+from torch import Tensor, nn
 
 from kvx.exporter.lowerings.standard import IR_VERSION, OPSET
 from kvx.exporter.precision.quantize import quantize
 from kvx.exporter.writing.graphs import EncoderGraph, StepGraph, example_inputs
 from kvx.exporter.writing.loop import LoopGraph
 from kvx.models.layers import Linear
-from kvx.models.transformer import Transformer
 from kvx.runtime.bundle.precision import Widths
 from kvx.runtime.bundle.signature import PAST
 
-TIED = "model.head.weight"
+HEAD = "model.head.weight"
 LARGEST_INSIDE = 2**8  # bytes of a weight that stays within the file of a graph, as onnx_ir has it
 
 
@@ -64,11 +63,11 @@ def write_onnx(
     assert program is not None
     program.model.ir_version = IR_VERSION
     _clear_metadata(program.model)
-    tied = _tied(graph)
-    _rename(program.model, tied)
+    names = _shared_names(graph)
+    _rename(program.model, names)
     if widths is not None:
         weights = _weights(graph)
-        quantize(program.model, widths, weights, {TIED: tied_bits or widths.products} if tied else {})
+        quantize(program.model, widths, weights, {HEAD: tied_bits or widths.products} if HEAD in names else {})
     CommonSubexpressionEliminationPass()(program.model)
     if weights_of is None:
         program.save(path, external_data=True)
@@ -79,23 +78,25 @@ def write_onnx(
     onnx.checker.check_model(path, full_check=True)
 
 
-def _tied(graph: nn.Module) -> set[str]:
-    """The names of the weight of the head where it is a table of tokens, too."""
-    assert isinstance(graph.model, Transformer)
-    head = graph.model.head.weight
-    tables = [
-        name for name, module in graph.named_modules() if isinstance(module, nn.Embedding) and module.weight is head
-    ]
-    return {f"{name}.weight" for name in (*tables, "model.head")} if tables else set()
+def _shared_names(graph: nn.Module) -> dict[str, str]:
+    """The names of a weight that several modules share, each with the one that it has in every graph: that of the head
+    where it is one of them.
+    """
+    modules = {name: module for name, module in graph.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))}
+    by_weight: dict[Tensor, list[str]] = {}
+    for name, module in modules.items():
+        by_weight.setdefault(module.weight, []).append(f"{name}.weight")
+    shared = (names for names in by_weight.values() if len(names) > 1)
+    return {name: HEAD if HEAD in names else min(names) for names in shared for name in names}
 
 
-def _rename(model: onnx_ir.Model, tied: set[str]) -> None:
-    """Gives a weight that is tied one name in every graph, by which they share it."""
-    for name in tied - {TIED}:
+def _rename(model: onnx_ir.Model, names: dict[str, str]) -> None:
+    """Gives a weight that is shared one name in every graph, by which graphs share it."""
+    for name, shared in names.items():
         value = model.graph.initializers.pop(name, None)
         if value is not None:
-            value.name = TIED
-            model.graph.initializers[TIED] = value
+            value.name = shared
+            model.graph.initializers[shared] = value
 
 
 def _weights(graph: nn.Module) -> dict[str, float | None]:

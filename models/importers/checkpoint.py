@@ -113,8 +113,11 @@ def build(config: ModelConfig, state: StateDict, path: Path, names: Mapping[str,
         for name, shape in expected.items()
         if name in state and not _fits(state[name], shape)
     ]
-    read = {name: _as_float(state[name]) for name, shape in expected.items() if _fits(state.get(name), shape)}
-    fitting = {name: tensor for name, tensor in read.items() if tensor is not None and bool(tensor.isfinite().all())}
+    plain = {name: state[name] for name, shape in expected.items() if _fits(state.get(name), shape)}
+    converted = {id(tensor): _as_float(tensor) for tensor in plain.values()}  # one that is tied has several names
+    read = {name: converted[id(tensor)] for name, tensor in plain.items()}
+    finite = {one for one, tensor in converted.items() if tensor is not None and bool(tensor.isfinite().all())}
+    fitting = {name: tensor for name, tensor in read.items() if tensor is not None and id(plain[name]) in finite}
     problems += [
         f"{names.get(name, name)} with values that {'cannot be read' if tensor is None else 'are not finite'}"
         for name, tensor in read.items()

@@ -2,38 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from kvx.models.importers.checkpoint import describe, read_file
-from kvx.runtime.bundle.files import is_lfs_pointer, read_regular
+from kvx.models.importers.tokenizer_settings import has, read_object
+from kvx.runtime.bundle.files import is_lfs_pointer
 from kvx.runtime.errors import CheckpointError
 
-LARGEST_JSON = 2**28  # bytes; a tokenizer of a million pieces takes some 70 MB
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises CheckpointError."""
-    try:
-        content = read_regular(path, LARGEST_JSON)
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, getattr(error, "strerror", None) or str(error)) from None
-    if len(content) > LARGEST_JSON:
-        raise _unreadable(path, f"it has more than {LARGEST_JSON} bytes")
-    try:
-        values = json.loads(content.decode())
-    except (ValueError, RecursionError) as error:
-        if is_lfs_pointer(path):
-            raise _lfs(path) from None
-        raise _unreadable(path, f"it is no JSON ({str(error)[:80]})") from None
-    if not isinstance(values, dict):
-        raise _unreadable(path, f"it holds a {type(values).__name__}")
-    return values
 
 
 def read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
@@ -41,8 +20,9 @@ def read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     come from. Raises CheckpointError.
     """
     for name in WEIGHTS:
-        for path in (folder / name, folder / f"{name}.index.json"):
-            if path.exists():
+        for file in (name, f"{name}.index.json"):
+            path = folder / file
+            if has(folder, file):
                 return path, _read_shards(folder, path) if path.suffix == ".json" else read_tensors(path)
     raise CheckpointError(
         f"{folder} has no weights",
@@ -88,7 +68,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
     """All tensors that an index lists, from the files that it names."""
-    listed = read_json(index).get("weight_map")
+    listed = read_object(index).get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
         raise _unreadable(index, "it has no weight_map of tensors to files")
     shards = sorted(set(listed.values()))

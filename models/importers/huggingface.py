@@ -6,7 +6,6 @@ What differs between these families is in FAMILIES; the facts are those of the m
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,9 +16,10 @@ from torch import Tensor
 
 from kvx.models.config import LARGEST_SIZE, Block, ModelConfig, Positions
 from kvx.models.importers.checkpoint import Checkpoint, build, expected_shapes, is_same, refuse_tensors
-from kvx.models.importers.folder import read_json, read_weights
+from kvx.models.importers.folder import read_weights
 from kvx.models.importers.huggingface_generation import Generation
 from kvx.models.importers.huggingface_text import read_text
+from kvx.models.importers.tokenizer_settings import has, read_object
 from kvx.models.layers import SINUSOIDS
 from kvx.runtime.errors import CheckpointError
 
@@ -159,32 +159,29 @@ def read_folder(folder: Path) -> Checkpoint:
     """
     config = _read_config(folder)
     family = config["model_type"]
-    settings = read_json(folder / GENERATION_FILE) if (folder / GENERATION_FILE).exists() else {}
+    settings = read_object(folder / GENERATION_FILE) if has(folder, GENERATION_FILE) else {}
     generation = Generation(settings, GENERATION_FILE) if settings else Generation(config, CONFIG_FILE)
     path, tensors = read_weights(folder)
     state, model_config = _convert(path, _without_prefix(tensors), config, FAMILIES[family])
     model = build(model_config, state, path, {name: _original(name) for name in expected_shapes(model_config)})
     sizes = model_config.source_vocab_size, model_config.target_vocab_size
     text = read_text(folder, config, settings, *sizes)
-    if family == "marian":
-        languages = dataclasses.replace(text.languages, marked=bool(text.languages.target))
-        text = dataclasses.replace(text, languages=languages)
     most = model_config.target_positions - len(text.framing.forced)
     limit, notes = generation.limit(most, len(text.framing.forced))
-    defaults, more = generation.defaults(text.framing)
+    defaults, more = generation.defaults(text.framing, model_config.target_vocab_size, limit)
     return Checkpoint(model, limit, (*text.notes, *notes, *more), family=family, text=text, defaults=defaults)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     """config.json of a family that is read. Raises CheckpointError."""
     path = folder / CONFIG_FILE
-    if not path.exists():
+    if not has(folder, CONFIG_FILE):
         raise CheckpointError(
             f"{folder} has no {CONFIG_FILE}",
             expected="a folder that save_pretrained wrote, or a snapshot of a hub",
             remedy="Name the folder with config.json, weights and tokenizer, or the file of a checkpoint.",
         )
-    config = read_json(path)
+    config = read_object(path)
     kind = config.get("model_type")
     if kind not in FAMILIES:
         why = f", and {REFUSED[kind]}" if kind in REFUSED else ""

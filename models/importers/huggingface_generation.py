@@ -13,12 +13,15 @@ from typing import Any
 from kvx.runtime.bundle.framing import Framing
 from kvx.runtime.bundle.manifest import Default
 
+MOST_PENALTY = 50
 MOST_UNASKED = 256  # tokens of a translation, where a checkpoint has no limit of its own
 ENDING = "forced_eos_token_id"
 
 # What changes a search and has no equal here, with the values that change nothing.
 WITHOUT_EFFECT: Mapping[str, tuple[Any, ...]] = {
     "do_sample": (False,),
+    "num_return_sequences": (1,),
+    "repetition_penalty": (1.0,),  # transformers counts the ids that a target begins with, and with beams probabilities
     "num_beam_groups": (1,),
     "diversity_penalty": (0.0,),
     "encoder_repetition_penalty": (1.0,),
@@ -28,6 +31,10 @@ WITHOUT_EFFECT: Mapping[str, tuple[Any, ...]] = {
     "begin_suppress_tokens": ([],),
     "renormalize_logits": (False,),
     "guidance_scale": (1.0,),
+    "stop_strings": (),
+    "force_words_ids": (),
+    "constraints": (),
+    "remove_invalid_values": (False,),
 }
 
 
@@ -51,31 +58,32 @@ class Generation:
         more = f"took {most} tokens as the limit of a translation instead of {limit}, for which there are no positions"
         return most, (more,)
 
-    def defaults(self, framing: Framing) -> tuple[dict[str, Default], tuple[str, ...]]:
-        """The options of a translation that the checkpoint sets, by name, and notes on what has no equal here."""
-        found = {name: Default(value, self.origin) for name, value in self._options(framing)}
+    def defaults(self, framing: Framing, vocabulary: int, limit: int) -> tuple[dict[str, Default], tuple[str, ...]]:
+        """The options of a translation that the checkpoint sets, by name, and notes on what has no equal here, for a
+        target `vocabulary` and a `limit` of new tokens.
+        """
+        possible = set(range(vocabulary)) - {framing.eos}
+        found = {name: Default(value, self.origin) for name, value in self._options(framing, possible, limit)}
         return found, tuple(self._unknown(framing))
 
-    def _options(self, framing: Framing) -> Iterator[tuple[str, Any]]:
-        """Name and value of each option."""
+    def _options(self, framing: Framing, possible: set[int], limit: int) -> Iterator[tuple[str, Any]]:
+        """Name and value of each option. Only the `possible` ids can be kept out of targets."""
         beams, ngrams = self._count("num_beams"), self._count("no_repeat_ngram_size")
-        if beams is not None and beams > 1:
+        if beams is not None and 1 < beams <= len(possible):
             yield "beam_size", beams
             yield from self._beams()
         if ngrams is not None:
             yield "no_repeated_ngrams", ngrams
-        penalty = self._number("repetition_penalty", 1.0)
-        if penalty != 1.0:
-            yield "repetition_penalty", penalty
-        least = self._least(len(framing.forced))
+        least = min(limit, self._least(len(framing.forced)))
         if least > 1:
             yield "min_new_tokens", least
         if self.settings.get(ENDING) in (framing.eos, [framing.eos]):
             yield "end_at_limit", True
-        if self.settings.get("suppress_tokens"):
-            yield "suppress", self.settings["suppress_tokens"]
-        several = [ids for ids in self.settings.get("bad_words_ids", ()) if isinstance(ids, list) and len(ids) > 1]
-        if several:
+        suppressed = [one for one in self._list("suppress_tokens") if one in possible]
+        if suppressed:
+            yield "suppress", suppressed
+        lists = (ids for ids in self._list("bad_words_ids") if isinstance(ids, list) and len(ids) > 1)
+        if several := [ids for ids in lists if possible.issuperset(ids)]:
             yield "banned", several
 
     def _beams(self) -> Iterator[tuple[str, Any]]:
@@ -104,6 +112,11 @@ class Generation:
         value = self.settings.get(setting)
         return value if type(value) is int and value > 0 else None
 
+    def _list(self, setting: str) -> list[Any]:
+        value = self.settings.get(setting)
+        return value if isinstance(value, list) else []
+
     def _number(self, setting: str, default: float) -> float:
         value = self.settings.get(setting)
-        return float(value) if isinstance(value, int | float) else default
+        known = isinstance(value, int | float) and abs(value) <= MOST_PENALTY  # not so if it is no number
+        return float(value) if known else default  # type: ignore[arg-type]

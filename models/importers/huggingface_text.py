@@ -107,6 +107,14 @@ class _Model:
             self.refuse_id(name, value)
         return value
 
+    @property
+    def forced(self) -> int | None:
+        """The id of the first target token, where the files fix one. Raises CheckpointError."""
+        value = self._searching("forced_bos_token_id")
+        if value is not None and type(value) is not int:
+            self.refuse_id("forced_bos_token_id", value)
+        return value
+
     def id(self, name: str) -> int:
         """A special id that must be known. Raises CheckpointError."""
         value = self.optional_id(name)
@@ -115,9 +123,9 @@ class _Model:
         return value
 
     @property
-    def never(self) -> tuple[tuple[int, ...], tuple[str, ...]]:
-        """The ids that generation never gives, and a note on sequences of several, which are left out."""
-        listed = self._value("bad_words_ids") or []
+    def never(self) -> tuple[int, ...]:
+        """The ids that generation never gives by themselves."""
+        listed = self._searching("bad_words_ids") or []
         if not isinstance(listed, list) or not all(isinstance(one, list) and one for one in listed):
             self.refuse_id("bad_words_ids", listed)
         flat = [one for sequence in listed for one in sequence]
@@ -125,9 +133,7 @@ class _Model:
             self.refuse_id("bad_words_ids", listed)
         ids = dict.fromkeys(sequence[0] for sequence in listed if len(sequence) == 1)
         ids.pop(self.id("eos_token_id"), None)  # which the original does not ban either
-        longer = sum(len(sequence) > 1 for sequence in listed)
-        note = f"left out {longer} sequences of bad_words_ids: `banned` excludes sequences of several pieces"
-        return tuple(ids), (note,) if longer else ()
+        return tuple(ids)
 
     def refuse_id(self, name: str, value: object) -> NoReturn:
         """Raises CheckpointError for a special id."""
@@ -136,6 +142,10 @@ class _Model:
             expected=f"one id from 0 to {self.sizes[1] - 1}",
             remedy="Correct it in generation_config.json or config.json.",
         )
+
+    def _searching(self, name: str) -> object:
+        """A setting of the search, for which the original asks one file alone."""
+        return (self.generation or self.config).get(name)
 
     def _value(self, name: str) -> object:
         for values in (self.generation, self.config):
@@ -160,7 +170,7 @@ def _marian(model: _Model) -> Text:
     ids = source.languages(codes)
     default = settings.text("target_lang")
     chosen = next(iter(ids)) if len(ids) == 1 else default if default in ids else None
-    never, notes = model.never
+    notes = _notes(source, target)
     if len(ids) == 1:
         notes = (*notes, f"took {chosen} as the default target, which is the only language of the vocabulary")
     framing = Framing(
@@ -170,10 +180,10 @@ def _marian(model: _Model) -> Text:
         eos=model.id("eos_token_id"),
         pad=model.id("eos_token_id" if apart else "pad_token_id"),  # an id of both vocabularies
         forced=_fixed(model),
-        never=tuple(dict.fromkeys((model.id("pad_token_id"), *never))),
+        never=tuple(dict.fromkeys((model.id("pad_token_id"), *model.never))),
     )
-    languages = Languages(target=ids, default_target=chosen)
-    return Text(source.files, target.files, framing, languages, (*_notes(source, target), *notes))
+    languages = Languages(target=ids, default_target=chosen, marked=bool(ids))
+    return Text(source.files, target.files, framing, languages, notes)
 
 
 def _marian_side(
@@ -336,7 +346,7 @@ def _between_languages(model: _Model, side: Side, ids: dict[str, int], *, after:
     """The language before the text, or after eos, and as the first target token."""
     settings = model.settings
     eos = side.id(settings.piece("eos_token", "</s>"))
-    forced_id = model.optional_id("forced_bos_token_id")
+    forced_id = model.forced
     chosen = _code(ids, forced_id)
     asked = forced_id is None or chosen is not None
     forced: tuple[Framed, ...] = ("target_language",) if asked else _fixed(model)
@@ -373,9 +383,8 @@ def _one_language(model: _Model, side: Side, prefix: tuple[int, ...], suffix: tu
 
 
 def _text(model: _Model, side: Side, framing: Mapping[str, Any], languages: tuple[Languages, tuple[str, ...]]) -> Text:
-    never, notes = model.never
-    whole = Framing(**framing, eos=model.id("eos_token_id"), pad=model.id("pad_token_id"), never=never)
-    return Text(side.files, side.files, whole, languages[0], (*_notes(side), *notes, *languages[1]))
+    whole = Framing(**framing, eos=model.id("eos_token_id"), pad=model.id("pad_token_id"), never=model.never)
+    return Text(side.files, side.files, whole, languages[0], (*_notes(side), *languages[1]))
 
 
 def _default_languages(
@@ -415,7 +424,7 @@ def _languages(
 
 def _fixed(model: _Model) -> tuple[int, ...]:
     """The first target token, where it is always the same."""
-    one = model.optional_id("forced_bos_token_id")
+    one = model.forced
     return () if one is None else (one,)
 
 

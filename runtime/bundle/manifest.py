@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from kvx.runtime.bundle.files import LFS_POINTER, FileEntry, read_regular
-from kvx.runtime.bundle.framing import MOST_FRAMED, Framing, Languages, SpecialIds
+from kvx.runtime.bundle.framing import Framing, Languages, SpecialIds
 from kvx.runtime.bundle.graphs import (
     BEAMS_FILE,
     CHUNK_FILE,
@@ -63,7 +63,17 @@ MODEL_SIZES = (
 
 
 TOKENIZERS = ("source", "target")
-MOST_DEFAULTS = 64
+DEFAULTABLE = (  # the options of a translation that a checkpoint may set
+    "beam_size",
+    "length_penalty",
+    "early_stopping",
+    "beam_rules",
+    "no_repeated_ngrams",
+    "min_new_tokens",
+    "end_at_limit",
+    "suppress",
+    "banned",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +170,7 @@ class Manifest:
         wrong += [
             f"tokenizers.{side} ({lost})" for side, entry in self.tokenizers.items() for lost in self._lost(entry)
         ]
-        if len(self.defaults) > MOST_DEFAULTS:
-            wrong.append("defaults")
+        wrong += [f"defaults.{name}" for name in self.defaults if name not in DEFAULTABLE]
         if not self.formats:
             wrong.append("files (none of them is a graph)")
         if self.parity is not None and not _is_report(self.parity):
@@ -189,7 +198,7 @@ class Manifest:
             yield "attention"
         flags = ("query_tokens", "source_presents", "shared_sources", "shortlist", "looped")
         yield from (name for name in flags if type(getattr(self.features, name)) is not bool)
-        if type(self.features.forced) is not int or not 0 <= self.features.forced <= MOST_FRAMED:
+        if self.features.forced != len(self.framing.forced):
             yield "forced"
 
     def _derived(self) -> dict[str, Any]:

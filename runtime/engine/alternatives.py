@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from kvx.runtime.decoding.search import BeamSearch, Greedy
 from kvx.runtime.engine.call import translate_all
 from kvx.runtime.engine.loaded import LoadedModel
 from kvx.runtime.options import Search, TranslateOptions
+from kvx.runtime.rules import Problem, refuse, wrong_value
 from kvx.runtime.rules import count as whole
-from kvx.runtime.rules import refuse, wrong_value
 from kvx.runtime.text.targets import Target
 from kvx.runtime.translation import Translation
 
@@ -20,7 +21,7 @@ def alternatives(
     model: LoadedModel, text: str, prefix: Target, count: int, options: TranslateOptions
 ) -> list[Translation]:
     """See Translator.alternatives."""
-    refuse(wrong_value("count", count, whole(MOST_ALTERNATIVES)))
+    refuse([*wrong_value("count", count, whole(MOST_ALTERNATIVES)), *_several_languages(options)])
     limit = options.max_new_tokens or model.manifest.max_new_tokens
     begun = model.targets.prefix(prefix, limit, None)
     begins = _begins(model, text, begun, count, options)
@@ -31,6 +32,12 @@ def alternatives(
     further = translate_all(model, [text] * len(going), options.changed(prefix=None), prefixes=going)
     found = dict(zip(going, further, strict=True))
     return [found.get(one.ids, one) for one in begins]
+
+
+def _several_languages(options: TranslateOptions) -> Iterator[Problem]:
+    for name in ("source_language", "target_language"):
+        if not isinstance(getattr(options, name), str | None):
+            yield Problem(name, f"`{name}` has a language for each text, and there is one text", f"one `{name}`")
 
 
 def _begins(
@@ -45,7 +52,12 @@ def _begins(
     search: Search = BeamSearch(width, n_best=width, length_penalty=0.0) if width > 1 else Greedy()
     rows = None if options.rows is None else max(options.rows, width)
     one_more = options.changed(
-        search=search, rows=rows, min_new_tokens=None, max_new_tokens=len(begun) + 1, prefix=begun
+        search=search,
+        rows=rows,
+        min_new_tokens=None,
+        max_new_tokens=len(begun) + 1,
+        end_at_limit=False,
+        prefix=begun,
     )
     (first,) = translate_all(model, [text], one_more)
     found = [replace(first, others=()), *first.others]

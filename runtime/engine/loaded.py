@@ -20,7 +20,7 @@ from kvx.runtime.errors import DeviceError, InputError
 from kvx.runtime.options import TranslateOptions
 from kvx.runtime.rules import Problem, refuse
 from kvx.runtime.shortlist.candidates import Shortlist, Vocabulary
-from kvx.runtime.text.sources import SourceReader
+from kvx.runtime.text.sources import SourceReader, load_tokenizers
 from kvx.runtime.text.targets import TargetReader
 
 MOST_SHORTLISTS = 8  # kept in memory
@@ -39,8 +39,9 @@ class LoadedModel:
     def __init__(self, bundle: Bundle, backend: Backend, *others: Backend) -> None:
         self.manifest = bundle.manifest
         self.backends = (backend, *others)
-        self.sources = SourceReader(bundle)
-        self.targets = TargetReader(bundle)
+        source, target = load_tokenizers(bundle)
+        self.sources = SourceReader(bundle, source)
+        self.targets = TargetReader(bundle, target)
         self._reading = threading.Lock()
         self._shortlists: dict[Path, tuple[int, Shortlist]] = {}
         self._process = os.getpid()
@@ -104,7 +105,7 @@ class LoadedModel:
         """
         self.sources.check_languages(options.source_language, options.target_language)
         seen: dict[int, int] = {}  # equal requests, where something is drawn at random
-        spoken = _with_languages(texts, options)
+        spoken = with_languages(texts, options)
         for number, ((text, targets), source, target) in enumerate(spoken, 1):
             read = self.sources.read_one(
                 text,
@@ -183,7 +184,7 @@ class LoadedModel:
             yield Problem("min_new_tokens", got, f"at most {limit}, the limit of new tokens")
 
 
-def _with_languages(texts: Iterable[Text], options: TranslateOptions) -> Iterator[tuple[Text, str | None, str | None]]:
+def with_languages(texts: Iterable[Text], options: TranslateOptions) -> Iterator[tuple[Text, str | None, str | None]]:
     """Each text with the languages that it is translated from and to. Raises InputError where there are more of one
     than of the other.
     """

@@ -27,7 +27,7 @@ from kvx.runtime.engine.call import translate, translate_all
 from kvx.runtime.engine.loaded import LoadedModel
 from kvx.runtime.errors import CapacityError, OptionError
 from kvx.runtime.measuring.tables import MEBIBYTE, markdown_table, mebibytes
-from kvx.runtime.options import TranslateOptions
+from kvx.runtime.options import TranslateKeywords, TranslateOptions
 from kvx.runtime.rules import Option, Problem, Rule, count, refuse, wrong_values
 from kvx.runtime.system import available_threads, cpu_model, peak_bytes, reset_peak
 
@@ -344,14 +344,25 @@ def _start(make_model: Callable[[], LoadedModel], text: str) -> tuple[StartCost,
     started = time.perf_counter()
     loaded = make_model()
     load_seconds = time.perf_counter() - started
-    translate_all(loaded, [text], TranslateOptions())
+    translate_all(loaded, [text], TranslateOptions(**_languages(loaded)))
     seconds = time.perf_counter() - started
     cost = StartCost(load_seconds=load_seconds, first_translation_seconds=seconds, peak_mib=_peak_mib())
     return cost, loaded
 
 
+def _languages(loaded: LoadedModel) -> TranslateKeywords:
+    """Any languages of a model that has no default ones: they do not change what a translation costs."""
+    languages, found = loaded.manifest.languages, TranslateKeywords()
+    if languages.source and languages.default_source is None:
+        found["source_language"] = next(iter(languages.source))
+    if languages.target and languages.default_target is None:
+        found["target_language"] = next(iter(languages.target))
+    return found
+
+
 def _text_speed(loaded: LoadedModel, texts: Sequence[str], workers: int | None) -> TextSpeed:
-    runs = [_translate_all(loaded, texts, TranslateOptions(workers=workers)) for _ in range(RUNS_OVER_TEXTS)]
+    options = TranslateOptions(**_languages(loaded)).changed(workers=workers)
+    runs = [_translate_all(loaded, texts, options) for _ in range(RUNS_OVER_TEXTS)]
     seconds, stats = min(runs, key=lambda run: run[0])
     return TextSpeed(
         sentences=len(texts),

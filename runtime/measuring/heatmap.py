@@ -29,20 +29,27 @@ OWN_STYLE = """
 
 
 def attention_html(
-    attention: FloatArray, source_pieces: Sequence[str], target_pieces: Sequence[str], title: str
+    attention: FloatArray,
+    source_pieces: Sequence[str],
+    target_pieces: Sequence[str],
+    title: str,
+    *,
+    around: tuple[Sequence[str], Sequence[str]] = (("bos",), ("eos",)),
 ) -> str:
-    """attention [T, S], S − 2 source and T target pieces → a page with a row for each target token, from top to bottom,
-    and a column for each source position. The stronger the colour, the more of the row's attention; its most is framed.
+    """attention [T, S], source pieces with what stands `around` them, S together, and T target pieces → a page with a
+    row for each target token, from top to bottom, and a column for each source position. The stronger the colour, the
+    more of the row's attention; its most is framed.
 
     Raises InputError where the numbers do not agree.
     """
-    columns = ("bos", *source_pieces, "eos")
+    before, after = around
+    columns = (*before, *source_pieces, *after)
     expected = (len(target_pieces), len(columns))
     if attention.shape != expected or not target_pieces:
         raise InputError(
             f"The attention has the shape {list(attention.shape)}",
-            expected=f"{list(expected)}: a row for each target piece, columns for bos, {len(source_pieces)} source "
-            "pieces and eos",
+            expected=f"{list(expected)}: a row for each target piece, columns for {', '.join((*before, ''))}"
+            f"{len(source_pieces)} source pieces{' and '.join(('', *after))}",
             remedy="Give the pieces of the sentence that the attention belongs to.",
         )
     drawn = _Drawing([_label(piece) for piece in columns], [_label(piece) for piece in target_pieces])

@@ -34,8 +34,8 @@ class SourceText:
 class SourceReader:
     """The source side of a bundle: its tokenizer, framing, languages and positions."""
 
-    def __init__(self, bundle: Bundle) -> None:
-        self._tokenizer = load_tokenizer(bundle, "source")
+    def __init__(self, bundle: Bundle, tokenizer: Tokenizer | None = None) -> None:
+        self._tokenizer = tokenizer or load_tokenizer(bundle, "source")
         self._languages = LanguageReader(bundle.manifest)
         self._framing = bundle.manifest.framing
         self._positions: int = bundle.manifest.model["source_positions"]
@@ -120,6 +120,12 @@ def refuse_string(texts: Iterable[object]) -> None:
         raise InputError("This is one str", expected="a sequence of texts", remedy="Pass [text].")
     if not isinstance(texts, Iterable):
         raise InputError(f"This is {texts!r:.60}", expected="an iterable of texts", remedy="Pass a list of texts.")
+
+
+def load_tokenizers(bundle: Bundle) -> tuple[Tokenizer, Tokenizer]:
+    """Those of the source and the target, or one that serves both sides. Raises TokenizerError."""
+    source, entries = load_tokenizer(bundle, "source"), bundle.manifest.tokenizers
+    return source, source if entries["source"] == entries["target"] else load_tokenizer(bundle, "target")
 
 
 def load_tokenizer(bundle: Bundle, side: Side) -> Tokenizer:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from kvx.runtime.bundle.folder import Bundle
 from kvx.runtime.errors import InputError, OptionError
 from kvx.runtime.text.sources import encode_text, load_tokenizer
+from kvx.runtime.text.tokenizers.protocol import Tokenizer
 
 Target = str | Sequence[int] | NDArray[np.integer[Any]]
 
@@ -21,8 +22,8 @@ NAMED_PIECES = 5
 class TargetReader:
     """The target side of a bundle: its tokenizer, special ids, vocabulary and positions."""
 
-    def __init__(self, bundle: Bundle) -> None:
-        self.tokenizer = load_tokenizer(bundle, "target")
+    def __init__(self, bundle: Bundle, tokenizer: Tokenizer | None = None) -> None:
+        self.tokenizer = tokenizer or load_tokenizer(bundle, "target")
         self._eos = bundle.manifest.framing.eos
         self._vocabulary = bundle.manifest.model["target_vocab_size"]
         self._positions = bundle.manifest.most_new_tokens

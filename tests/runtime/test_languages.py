@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvx import BeamSearch, InputError, OptionError, Translation, Translator
+from kvx import BeamSearch, BundleError, InputError, OptionError, Translation, Translator
 from kvx.runtime.options import TranslateOptions
 
 TEXTS = ["eins zwei drei", "neun zwölf", "fünf vier drei zwei", "acht"]
@@ -70,6 +70,18 @@ def test_a_prefix_comes_after_the_forced_token(languages_translator: Translator)
     assert len({one.ids for one in others}) == 3
 
 
+def test_alternatives_differ_though_translations_must_end_at_the_limit(marked_translator: Translator) -> None:
+    options = TranslateOptions(target_language="fra")
+    others = marked_translator.alternatives("eins zwei", "", 3, options)
+    assert len({one.ids for one in others}) == 3
+    assert any(one.text == "eins zwei" for one in others)
+
+
+def test_one_text_has_no_languages_for_each(languages_translator: Translator) -> None:
+    with pytest.raises(OptionError, match="there is one text"):
+        languages_translator.alternatives("eins", "", 2, TranslateOptions(target_language=["fr", "nl"]))
+
+
 def test_the_limit_does_not_count_the_forced_token(languages_translator: Translator) -> None:
     for search in ({}, {"beam_size": 2}):
         [found] = languages_translator.translate(
@@ -127,13 +139,9 @@ def test_a_model_without_languages_takes_none(numbers_translator: Translator) ->
 
 
 def test_a_default_language_is_taken_where_none_is_named(languages_bundle: Path, tmp_path: Path) -> None:
-    for path in languages_bundle.iterdir():
-        (tmp_path / path.name).symlink_to(path)
     values = json.loads((languages_bundle / "manifest.json").read_text(encoding="utf-8"))
     values["languages"] |= {"default_source": "de", "default_target": BACKWARDS}
-    (tmp_path / "manifest.json").unlink()
-    (tmp_path / "manifest.json").write_text(json.dumps(values), encoding="utf-8")
-    translator = Translator.load(tmp_path)
+    translator = changed(languages_bundle, tmp_path, values)
     assert translator.translate(TEXTS[:1])[0].text == "drei zwei eins"
     assert translator.translate(TEXTS[:1], target_language=FORWARDS)[0].text == TEXTS[0]
 
@@ -168,6 +176,15 @@ def test_what_never_comes_never_comes(marked_translator: Translator) -> None:
         assert all(set(framing.never).isdisjoint(one.ids) for each in found for one in each.hypotheses)
 
 
+def changed(bundle: Path, folder: Path, values: object) -> Translator:
+    """The translator of a bundle with another manifest."""
+    for path in bundle.iterdir():
+        (folder / path.name).symlink_to(path)
+    (folder / "manifest.json").unlink()
+    (folder / "manifest.json").write_text(json.dumps(values), encoding="utf-8")
+    return Translator.load(folder)
+
+
 class TestDefaults:
     """Of a checkpoint that is searched with four beams."""
 
@@ -187,6 +204,21 @@ class TestDefaults:
         assert of(samples=3).search.samples == 3
         assert of(TranslateOptions(end_at_limit=False)).end_at_limit is False
         assert of(TranslateOptions(beam_size=1)).search.beams == 1
+
+    def test_that_contradict_what_is_asked_for_give_way(self, marked_bundle: Path, tmp_path: Path) -> None:
+        values = json.loads((marked_bundle / "manifest.json").read_text(encoding="utf-8"))
+        values["defaults"]["min_new_tokens"] = {"value": 9, "origin": "generation_config.json"}
+        translator = changed(marked_bundle, tmp_path, values)
+        assert translator.options(max_new_tokens=5).min_new_tokens == 5
+        assert translator.options(min_new_tokens=2).min_new_tokens == 2
+        assert translator.options(patience=2.0).search == BeamSearch(4, patience=2.0)
+
+    @pytest.mark.parametrize("name", ["shortlist", "prefix", "cache_bytes", "search", "window"])
+    def test_of_anything_but_a_search_make_no_bundle(self, marked_bundle: Path, tmp_path: Path, name: str) -> None:
+        values = json.loads((marked_bundle / "manifest.json").read_text(encoding="utf-8"))
+        values["defaults"][name] = {"value": "/etc/passwd", "origin": "generation_config.json"}
+        with pytest.raises(BundleError, match=rf"defaults\.{name}"):
+            changed(marked_bundle, tmp_path, values)
 
     def test_are_what_a_translation_without_options_has(self, marked_translator: Translator) -> None:
         plain = marked_translator.translate(TEXTS, target_language="fra", scores=True)

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
+import pickle
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
@@ -276,3 +278,17 @@ def test_a_prefix_for_all_is_refused_without_a_line(beams_translator: Translator
 def test_counts_that_are_no_whole_numbers_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match=f"`{next(iter(wrong))}` is "):
         TranslateOptions(**wrong)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda options: pickle.loads(pickle.dumps(options))])
+def test_copies_remember_what_was_set(copied: Callable[[TranslateOptions], TranslateOptions]) -> None:
+    options = TranslateOptions(beam_size=3, scores=True)
+    again = copied(options)
+    assert again == options
+    assert again.given == options.given == {"beam_size", "scores"}
+    assert again.resolved({}).search == options.search
+
+
+def test_what_dataclasses_replace_gives_is_not_all_set_by_somebody() -> None:
+    options = dataclasses.replace(TranslateOptions(beam_size=3), rows=7)
+    assert options.given == {"search", "rows"}

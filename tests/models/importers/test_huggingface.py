@@ -233,7 +233,7 @@ class TestGeneration:
     """What a checkpoint's settings become."""
 
     def defaults(self, **settings: object) -> dict[str, object]:
-        found, self.notes = Generation(settings, "generation_config.json").defaults(FRAMING)
+        found, self.notes = Generation(settings, "generation_config.json").defaults(FRAMING, 100, 60)
         return {name: default.value for name, default in found.items()}
 
     def test_nothing_set_sets_nothing(self) -> None:
@@ -267,10 +267,18 @@ class TestGeneration:
         found = self.defaults(suppress_tokens=[3, 4], bad_words_ids=[[1], [5, 6]])
         assert found == {"suppress": [3, 4], "banned": [[5, 6]]}
 
+    def test_what_cannot_be_is_left_out(self) -> None:
+        assert self.defaults(suppress_tokens=[2, 3, 400], bad_words_ids=[[5, 2], [6, 999]]) == {"suppress": [3]}
+        assert self.defaults(num_beams=1000) == {}
+        assert self.defaults(min_length=500) == {"min_new_tokens": 60}
+        assert self.defaults(num_beams=2, length_penalty=float("nan"))["length_penalty"] == 1.0
+
     def test_what_has_no_equal_is_said(self) -> None:
-        assert self.defaults(do_sample=True, num_beam_groups=2, forced_eos_token_id=7) == {}
+        found = self.defaults(do_sample=True, repetition_penalty=1.2, num_beam_groups=2, forced_eos_token_id=7)
+        assert found == {}
         assert [note.split(" of ")[0] for note in self.notes] == [
             "left out do_sample = True",
+            "left out repetition_penalty = 1.2",
             "left out num_beam_groups = 2",
             "left out forced_eos_token_id = 7",
         ]
