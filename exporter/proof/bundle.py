@@ -33,6 +33,7 @@ from kvx.runtime.decoding.plan import Plan
 from kvx.runtime.errors import BundleError, InputError, OptionError
 from kvx.runtime.measuring.evaluation import ParallelText
 from kvx.runtime.rules import refuse
+from kvx.runtime.system import available_threads
 from kvx.runtime.text.lines import open_lines, read_lines
 from kvx.runtime.text.sources import SourceReader, load_tokenizer
 
@@ -69,6 +70,8 @@ def prove_bundle(
 ) -> Iterator[Check]:
     """Every format of the bundle, run by the very backends that its users will run, also on the lines of a text."""
     manifest = bundle.manifest
+    if is_large(model):
+        torch.set_num_threads(available_threads())  # for a small one several would only wait for each other
     if "onnx" in bundle.formats:
         progress.phase("checking the ONNX files")
         with _readable(bundle) as folder:

@@ -32,7 +32,8 @@ WALK_BYTES = 2**26  # of the cache whose rows walk through the positions
 SOURCE_BYTES = 2**30  # of one attention of eager over the longest source
 LEAST_SPREAD = 0.1  # of the size of the keys and values themselves
 SOURCE_TOKENS = 4
-MOST_WORK = 4e12  # multiplications of one check, a minute or two
+MOST_WORK = 1e13  # multiplications of one check, some minutes
+DRAWN_WORK = 1.5e12  # where all tokens would take more
 FIRST_AND_LAST = 64  # tokens that are always fed: special ones and languages stand there
 
 Feed = Callable[[IntArray], object]
@@ -119,11 +120,10 @@ def check_target_tables(trial: Trial, backend: ExportedGraphs, graphs: Iterable[
 def _tokens(trial: Trial, size: int, work: float) -> IntArray:
     """Every id below `size` in any order, or as many as can be fed where each takes this many multiplications."""
     ids: IntArray = trial.random.permutation(size)
-    affordable = int(MOST_WORK / work)
-    if size <= affordable:
+    if size * work <= MOST_WORK:
         return ids
     ends = np.r_[:FIRST_AND_LAST, size - FIRST_AND_LAST : size] if size > 2 * FIRST_AND_LAST else ids
-    return np.union1d(ends, ids[:affordable])
+    return np.union1d(ends, ids[: int(DRAWN_WORK / work)])
 
 
 def _of(tokens: IntArray, size: int) -> str:

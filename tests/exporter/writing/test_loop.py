@@ -23,7 +23,7 @@ from kvx.exporter.proof.greedy import translations
 from kvx.exporter.proof.limits import ParityOptions
 from kvx.exporter.proof.loop import BoundLoop, State, check_loop
 from kvx.exporter.proof.trial import Trial
-from kvx.exporter.writing.loop import LoopGraph
+from kvx.exporter.writing.loop import ForcedLoopGraph, LoopGraph
 from kvx.exporter.writing.onnx import write_onnx
 from kvx.models.eager import TorchBackend
 from kvx.models.transformer import Transformer
@@ -248,3 +248,17 @@ def test_a_bundle_declares_and_proves_its_loop(tiny_checkpoint_folder: Path, tmp
 def test_without_being_asked_for_there_is_no_loop(tiny_bundle: Path) -> None:
     assert "decoder_loop" not in Manifest.read(tiny_bundle).graphs
     assert not (tiny_bundle / LOOP_FILE).exists()
+
+
+def test_what_never_comes_and_what_is_forced_are_in_the_graph(tiny: Transformer, plan: Plan, tmp_path: Path) -> None:
+    """The ids that the model likes best never come; each row begins with tokens of its own."""
+    every = translations(TorchBackend(tiny), SOURCES, replace(plan, eos=-1)).values()
+    never, forced = tuple({token for ids in every for token in ids}), (3, 5)
+    framing = Framing(prefix=(), suffix=(), start=BOS, eos=plan.eos, pad=PAD, forced=forced, never=never)
+    graph = ForcedLoopGraph(tiny, framing, StepFeatures(forced=2).loop, StandardOperators())
+    write_onnx(graph, tmp_path / LOOP_FILE)
+    asked = replace(plan, start=(BOS, *forced), never=never)
+    check = check_loop(Trial(tiny, ParityOptions(), 1e-4), TorchBackend(tiny), tmp_path, asked)
+    assert check.passed, check.detail
+    for wrong in (replace(asked, never=()), replace(asked, never=tuple(range(60)))):
+        assert not check_loop(Trial(tiny, ParityOptions(), 1e-4), TorchBackend(tiny), tmp_path, wrong).passed
