@@ -21,8 +21,8 @@ test: lint $(TEST_BUNDLES)/.exported
 test-runtime: $(TEST_BUNDLES)/.exported
 	scripts/test_runtime.sh "$(PYTHON)" $(TEST_BUNDLES)
 
-proof: $(INSTALLED)
-	$(VENV)/bin/pytest -m proof
+proof: $(TEST_BUNDLES)/.exported
+	KVX_TEST_BUNDLES=$(TEST_BUNDLES) $(VENV)/bin/pytest -m proof $(PARALLEL) --dist loadfile
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,13 +190,13 @@ def measure(folder: Path, work: Path, precision: str) -> Iterator[str]:
     yield f"| {precision} | a sentence of 20 tokens | {first:.2f} s | | |"
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     """Writes, exports, loads, translates, and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="a folder for everything that is written")
     parser.add_argument("--scale", type=float, default=1.0, help="1 for the whole size, below 1 for a small one")
     parser.add_argument("--precisions", default="fp32,int8")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     folder = arguments.work / "model"
     shutil.rmtree(folder, ignore_errors=True)
     write_folder(folder, Shape.of(arguments.scale))
