@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ from safetensors.torch import save_file
 LANGUAGES = ("deu_Latn", "fra_Latn")
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 STD = 0.02
+SAMPLED = 0.05  # seconds between two looks at a process's memory
 EXPORT = """
 import sys
 from kvx.cli import main
@@ -70,7 +73,8 @@ class Cost:
     """What a process took."""
 
     seconds: float
-    peak_mib: float
+    peak_mib: float  # resident, with the pages of mapped files
+    anonymous_mib: float  # without them
     output: str
 
 
@@ -161,19 +165,28 @@ def _write_json(path: Path, values: object) -> None:
 
 def run(script: str, *arguments: str | Path) -> Cost:
     """A Python process: its seconds, its peak memory and what it prints."""
-    wrapped = f"""
-import resource, subprocess, sys
-done = subprocess.run([sys.executable, "-W", "ignore", "-c", {script!r}, *sys.argv[1:]], stdout=subprocess.PIPE)
-print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
-sys.stdout.buffer.write(done.stdout)
-sys.exit(done.returncode)
-"""
-    started = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-c", wrapped, *map(str, arguments)], stdout=subprocess.PIPE, text=True, check=True
-    )
-    peak, _, output = done.stdout.partition("\n")
-    return Cost(time.perf_counter() - started, int(peak) / 1024, output)
+    command = [sys.executable, "-W", "ignore", "-c", script, *map(str, arguments)]
+    started, anonymous = time.perf_counter(), 0
+    with tempfile.TemporaryFile("w+") as printed:
+        process = subprocess.Popen(command, stdout=printed)
+        while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
+            anonymous = max(anonymous, _anonymous_kib(process.pid))
+            time.sleep(SAMPLED)
+        _, status, usage = ended
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise SystemExit(f"{arguments[0]}: status {process.returncode}")
+        printed.seek(0)
+        return Cost(time.perf_counter() - started, usage.ru_maxrss / 1024, anonymous / 1024, printed.read())
+
+
+def _anonymous_kib(pid: int) -> int:
+    """Resident memory that is no page of a file, as Linux tells it."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")), 0)
 
 
 def measure(folder: Path, work: Path, precision: str) -> Iterator[str]:
@@ -181,13 +194,14 @@ def measure(folder: Path, work: Path, precision: str) -> Iterator[str]:
     bundle = work / precision
     export = run(EXPORT, folder, "-o", bundle, "--precision", precision)
     size = sum(path.stat().st_size for path in bundle.iterdir()) / 2**20
-    yield f"| {precision} | export with proof | {export.seconds:.0f} s | {export.peak_mib:,.0f} | {size:,.0f} |"
+    memory = f"{export.peak_mib:,.0f} | {export.anonymous_mib:,.0f}"
+    yield f"| {precision} | export with proof | {export.seconds:.0f} s | {memory} | {size:,.0f} |"
     costs = [run(TRANSLATE, bundle) for _ in range(3)]
     times = [json.loads(cost.output) for cost in costs]
-    peak = min(cost.peak_mib for cost in costs)
+    peak, anonymous = (min(getattr(cost, name) for cost in costs) for name in ("peak_mib", "anonymous_mib"))
     load, first = min(one["load"] for one in times), min(one["translate"] for one in times)
-    yield f"| {precision} | import and load | {load:.2f} s | {peak:,.0f} | |"
-    yield f"| {precision} | a sentence of 20 tokens | {first:.2f} s | | |"
+    yield f"| {precision} | import and load | {load:.2f} s | {peak:,.0f} | {anonymous:,.0f} | |"
+    yield f"| {precision} | a sentence of 20 tokens | {first:.2f} s | | | |"
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -200,7 +214,10 @@ def main(given: Sequence[str] | None = None) -> None:
     folder = arguments.work / "model"
     shutil.rmtree(folder, ignore_errors=True)
     write_folder(folder, Shape.of(arguments.scale))
-    print("| precision | step | time | peak MiB | bundle MiB |\n|---|---|---:|---:|---:|", flush=True)
+    print(
+        "| precision | step | time | peak MiB | without files MiB | bundle MiB |\n|---|---|---:|---:|---:|---:|",
+        flush=True,
+    )
     for precision in arguments.precisions.split(","):
         for line in measure(folder, arguments.work, precision):
             print(line, flush=True)

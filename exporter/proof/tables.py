@@ -28,7 +28,7 @@ from kvx.runtime.decoding.backend import Backend
 from kvx.runtime.decoding.cache import Capacity, EncodedSource, KVCache
 
 MOST_ROWS = 256
-WALK_BYTES = 2**26  # of the cache whose rows walk through the positions
+WALK_BYTES = 2**26  # at least, of the cache whose rows walk through the positions
 SOURCE_BYTES = 2**30  # of one attention of eager over the longest source
 LEAST_SPREAD = 0.1  # of the size of the keys and values themselves
 SOURCE_TOKENS = 4
@@ -108,7 +108,7 @@ def check_target_tables(trial: Trial, backend: ExportedGraphs, graphs: Iterable[
         for ids in batches:
             _compare_targets(found, "tokens", trial.model, graph, cache, feed, ids, np.zeros_like(ids))
         each = Capacity(1, config.target_positions + 1, 1).bytes(graph.specs)
-        steps = _walk(config.target_positions, max(1, min(MOST_ROWS, WALK_BYTES // each)))
+        steps = _walk(config.target_positions, max(1, min(MOST_ROWS, _walk_bytes(trial.model) // each)))
         cache, feed = _bound(trial, graph, steps.shape[1], config.target_positions)
         for positions in steps:
             ids = trial.random.integers(0, config.target_vocab_size, len(positions))
@@ -139,6 +139,11 @@ def _source_work(model: Transformer) -> int:
 def _target_work(model: Transformer) -> int:
     """The multiplications that a token of a target takes."""
     return _weights(model.decoder_layers) + model.head.weight.numel()
+
+
+def _walk_bytes(model: Transformer) -> int:
+    """Of the cache that walks: half of what a step of a large model reads anyway."""
+    return max(WALK_BYTES, 4 * _target_work(model) // 2)
 
 
 def _weights(module: nn.Module) -> int:
