@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from safetensors.torch import save_file
 LANGUAGES = ("deu_Latn", "fra_Latn")
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 STD = 0.02
-SAMPLED = 0.05  # seconds between two looks at a process's memory
+SAMPLED = 0.1  # seconds between two looks at a process's memory
 EXPORT = """
 import sys
 from kvx.cli import main
@@ -73,7 +72,7 @@ class Cost:
     """What a process took."""
 
     seconds: float
-    peak_mib: float  # resident, with the pages of mapped files
+    peak_mib: float  # with the pages of mapped files
     anonymous_mib: float  # without them
     output: str
 
@@ -164,29 +163,29 @@ def _write_json(path: Path, values: object) -> None:
 
 
 def run(script: str, *arguments: str | Path) -> Cost:
-    """A Python process: its seconds, its peak memory and what it prints."""
+    """A Python process: its seconds, its memory at the peak and what it prints."""
     command = [sys.executable, "-W", "ignore", "-c", script, *map(str, arguments)]
-    started, anonymous = time.perf_counter(), 0
-    with tempfile.TemporaryFile("w+") as printed:
-        process = subprocess.Popen(command, stdout=printed)
-        while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
-            anonymous = max(anonymous, _anonymous_kib(process.pid))
+    started, seen = time.perf_counter(), [(0.0, 0.0)]
+    with tempfile.TemporaryFile("w+") as printed, subprocess.Popen(command, stdout=printed) as process:
+        while process.poll() is None:
+            seen.append(_memory(process.pid))
             time.sleep(SAMPLED)
-        _, status, usage = ended
-        process.returncode = os.waitstatus_to_exitcode(status)
+        seconds = time.perf_counter() - started
         if process.returncode:
             raise SystemExit(f"{arguments[0]}: status {process.returncode}")
         printed.seek(0)
-        return Cost(time.perf_counter() - started, usage.ru_maxrss / 1024, anonymous / 1024, printed.read())
+        peak, anonymous = (max(values) for values in zip(*seen, strict=True))
+        return Cost(seconds, peak, anonymous, printed.read())
 
 
-def _anonymous_kib(pid: int) -> int:
-    """Resident memory that is no page of a file, as Linux tells it."""
+def _memory(pid: int) -> tuple[float, float]:
+    """MiB that a process occupies, every page counted once, with and without those of mapped files, as Linux says."""
     try:
-        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
     except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")), 0)
+        return 0.0, 0.0
+    found = {name: int(value.split()[0]) / 1024 for name, _, value in (line.partition(":") for line in lines[1:])}
+    return found.get("Pss", 0.0), found.get("Pss_Anon", 0.0)
 
 
 def measure(folder: Path, work: Path, precision: str) -> Iterator[str]:
