@@ -188,10 +188,10 @@ def _memory(pid: int) -> tuple[float, float]:
     return found.get("Pss", 0.0), found.get("Pss_Anon", 0.0)
 
 
-def measure(folder: Path, work: Path, precision: str) -> Iterator[str]:
+def measure(folder: Path, work: Path, precision: str, formats: str) -> Iterator[str]:
     """Lines of the table for one precision."""
     bundle = work / precision
-    export = run(EXPORT, folder, "-o", bundle, "--precision", precision)
+    export = run(EXPORT, folder, "-o", bundle, "--precision", precision, "--format", formats)
     size = sum(path.stat().st_size for path in bundle.iterdir()) / 2**20
     memory = f"{export.peak_mib:,.0f} | {export.anonymous_mib:,.0f}"
     yield f"| {precision} | export with proof | {export.seconds:.0f} s | {memory} | {size:,.0f} |"
@@ -209,6 +209,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, required=True, help="a folder for everything that is written")
     parser.add_argument("--scale", type=float, default=1.0, help="1 for the whole size, below 1 for a small one")
     parser.add_argument("--precisions", default="fp32,int8")
+    parser.add_argument("--format", default="onnx", help="as kvx export has it; TorchScript takes as long again")
     arguments = parser.parse_args(given)
     folder = arguments.work / "model"
     shutil.rmtree(folder, ignore_errors=True)
@@ -218,7 +219,7 @@ def main(given: Sequence[str] | None = None) -> None:
         flush=True,
     )
     for precision in arguments.precisions.split(","):
-        for line in measure(folder, arguments.work, precision):
+        for line in measure(folder, arguments.work, precision, arguments.format):
             print(line, flush=True)
 
 
