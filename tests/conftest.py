@@ -242,3 +242,26 @@ def tiny_model() -> Transformer:
     vocabularies = {name: getattr(numbers, name) for name in ("source_vocab_size", "target_vocab_size")}
     torch.manual_seed(0)
     return Transformer(ModelConfig(**TINY, **vocabularies)).eval().requires_grad_(requires_grad=False)
+
+
+@pytest.fixture(scope="session")
+def modules_of_parts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """TorchScript of small models that together have the parts which the reference model does not have."""
+    pytest.importorskip("torch")
+    from kvx.exporter.graphs import write_graphs
+    from kvx.exporter.options import ExportOptions
+    from kvx.exporter.progress import Progress
+    from kvx.models.config import ModelConfig
+    from kvx.models.transformer import Transformer
+    from kvx.runtime.bundle.framing import Framing, SpecialIds
+    from kvx.runtime.bundle.signature import StepFeatures
+
+    folder, framing = tmp_path_factory.mktemp("parts"), Framing.plain(*2 * (SpecialIds(pad=0, bos=1, eos=2),))
+    for norm, activation in (("layer", "gelu"), ("layer", "gelu_tanh"), ("rms", "silu"), ("rms", "quick_gelu")):
+        parts = {**TINY, "norm": norm, "activation": activation, "gated": norm == "rms"}
+        model = Transformer(ModelConfig(**parts, source_vocab_size=17, target_vocab_size=17)).eval()
+        model.requires_grad_(requires_grad=False)
+        options = ExportOptions(checkpoint=folder / "none", format="torchscript")
+        (folder / activation).mkdir()
+        write_graphs(folder / activation, options, model, framing, StepFeatures(), Progress())
+    return sorted(folder.glob("*/*.ts"))

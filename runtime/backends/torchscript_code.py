@@ -33,7 +33,10 @@ TYPES = re.compile(r"Tensor|Tuple\[Tensor(, Tensor)*\]")
 ITEM_BYTES = {"torch.FloatStorage": 4, "torch.DoubleStorage": 8, "torch.LongStorage": 8, "torch.BoolStorage": 1}
 CHARACTERS = re.compile(r'[A-Za-z0-9_ .,:=()\[\]\n>"-]*')  # no two parsers disagree about these
 CODE = re.compile(r"code/((?:[A-Za-z0-9_]+/)*[A-Za-z0-9_]+)\.py")
-OTHERS = re.compile(r"(data|constants)\.pkl|constants/\d+|version|byteorder|\.data/serialization_id|code/.*\.debug_pkl")
+OTHERS = re.compile(
+    r"(data|constants)\.pkl|constants/\d+|(\.data/)?version|byteorder|\.data/serialization_id|code/.*\.debug_pkl"
+)
+APPROXIMATIONS = ("none", "tanh")  # of gelu, the only texts
 LARGEST_CODE = 2**24  # bytes, of code and of pickles
 OPCODES = frozenset(
     {
@@ -256,6 +259,8 @@ class _Code:
             case ast.Name(id=name) if name in self._locals:
                 pass
             case ast.Constant(value=value) if value is None or isinstance(value, bool | int | float):
+                pass
+            case ast.Constant(value=str(text)) if text in APPROXIMATIONS:
                 pass
             case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=value)) if isinstance(value, int | float):
                 pass

@@ -83,11 +83,12 @@ def refused(bundle: Path, *mentions: str) -> None:
 
 
 def test_all_exports_pass_and_together_use_every_operator_of_the_list(
-    tiny_bundle: Path, numbers_bundle: Path, attention_bundle: Path
+    tiny_bundle: Path, numbers_bundle: Path, attention_bundle: Path, modules_of_parts: list[Path]
 ) -> None:
     folders = (tiny_bundle, numbers_bundle, attention_bundle, FORMAT_1)
     paths = [path for folder in folders for path in sorted(folder.glob("*.ts"))]
     assert len(paths) == 2 * len(folders)
+    paths += modules_of_parts
     for path in paths:
         check_module(path.name, records(path))
     assert set[str]().union(*map(calls_of, paths)) - {"annotate", "torch.device"} == CALLS

@@ -96,9 +96,11 @@ def test_what_the_last_release_exported_is_allowed() -> None:
         check_module(module)
 
 
-def test_every_operator_on_the_list_is_one_that_an_export_uses(numbers_bundle: Path, attention_bundle: Path) -> None:
+def test_every_operator_on_the_list_is_one_that_an_export_uses(
+    numbers_bundle: Path, attention_bundle: Path, modules_of_parts: list[Path]
+) -> None:
     code = ""
-    for module in (*numbers_bundle.glob("*.ts"), *attention_bundle.glob("*.ts")):
+    for module in (*numbers_bundle.glob("*.ts"), *attention_bundle.glob("*.ts"), *modules_of_parts):
         with zipfile.ZipFile(module) as archive:
             code += "".join(archive.read(name).decode() for name in archive.namelist() if name.endswith(".py"))
     assert {name for name in OPERATORS if f"torch.{name}(" not in code} == set()

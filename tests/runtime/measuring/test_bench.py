@@ -174,7 +174,7 @@ def test_fewer_rows_take_the_lengths_where_the_cache_is_too_small(
 def test_the_search_takes_the_best_token_and_never_ends(eos: int) -> None:
     logits = np.array([[5, 1, 0, 0], [0, 1, 5, 0], [0, 1, 0, 5]], np.float32)
     kept = logits.copy()
-    seen = {"eos": eos, "scored": False, "numbers": np.arange(3)}  # all that it looks at
+    seen = {"eos": eos, "scored": False, "begun": False, "numbers": np.arange(3)}  # all that it looks at
     rows: Rows = types.SimpleNamespace(**seen)  # type: ignore[assignment]
     choice = Unending().choose(StepOutput(logits), logits, rows)
     assert choice.ids.tolist() == ([1, 2, 3] if eos == 0 else [0, 0, 3])
