@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 LANGUAGES = ("deu_Latn", "fra_Latn")
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 STD = 0.02
-SAMPLED = 0.1  # seconds between two looks at a process's memory
+SAMPLED = 0.5  # seconds between two looks at a process's memory
 EXPORT = """
 import sys
 from kvx.cli import main
