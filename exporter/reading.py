@@ -79,11 +79,12 @@ def _with_text(checkpoint: Checkpoint, options: ExportOptions) -> tuple[Checkpoi
     if checkpoint.text is not None:
         refuse(_tokenizers_of_its_own(options))
         return checkpoint, checkpoint.text
-    tokenizers = [SentencePiece(path) for path in _tokenizer_paths(options)]
+    paths = _tokenizer_paths(options)
+    tokenizers = [SentencePiece(path) for path in paths]
     sizes = len(tokenizers[0]), len(tokenizers[1])
     model, notes = cut_to_vocabularies(checkpoint.model, *sizes)
-    _check_sizes(options, sizes, (model.config.source_vocab_size, model.config.target_vocab_size))
-    source, target = (TokenizerFiles("sentencepiece", {"model": path}) for path in _tokenizer_paths(options))
+    _check_sizes(paths, sizes, (model.config.source_vocab_size, model.config.target_vocab_size))
+    source, target = (TokenizerFiles("sentencepiece", {"model": path}) for path in paths)
     framing = Framing.plain(tokenizers[0].special_ids, tokenizers[1].special_ids)
     text = Text(source, target, framing, Languages(), ())
     return replace(checkpoint, model=model, notes=(*checkpoint.notes, *notes)), text
@@ -96,8 +97,8 @@ def _tokenizer_paths(options: ExportOptions) -> tuple[Path, Path]:
     )
 
 
-def _check_sizes(options: ExportOptions, sizes: tuple[int, int], expected: tuple[int, int]) -> None:
-    named = zip(_tokenizer_paths(options), sizes, expected, ("source_tokenizer", "target_tokenizer"), strict=True)
+def _check_sizes(paths: tuple[Path, Path], sizes: tuple[int, int], expected: tuple[int, int]) -> None:
+    named = zip(paths, sizes, expected, ("source_tokenizer", "target_tokenizer"), strict=True)
     for path, size, rows, option in named:
         if size != rows:
             raise TokenizerError(

@@ -235,14 +235,18 @@ def _padded(rows: Sequence[Sequence[int]]) -> Any:  # noqa: ANN401
 
 def _sentencepiece(path: Path, **ids: int) -> list[str]:
     """A small model of the words; its pieces."""
+    return train_sentencepiece(path, sentences(300, 1), ids, vocab_size=45, model_type="unigram")
+
+
+def train_sentencepiece(path: Path, corpus: Sequence[str], ids: Mapping[str, int], **options: Any) -> list[str]:  # noqa: ANN401
+    """A model of a corpus, written to a path, with these special ids or the usual ones; its pieces."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences(300, 1)),
+        sentence_iterator=iter(corpus),
         model_writer=model,
-        vocab_size=45,
-        model_type="unigram",
         hard_vocab_limit=False,
         minloglevel=2,
+        **options,
         **(ids or {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1}),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -256,14 +260,14 @@ def _write(path: Path, values: object) -> str:
     return str(path)
 
 
-def _numbered(*pieces: str) -> dict[str, int]:
+def numbered(*pieces: str) -> dict[str, int]:
     return {piece: one for one, piece in enumerate(dict.fromkeys(pieces))}
 
 
 def _marian(folder: Path, languages: Sequence[str] = ()) -> Any:  # noqa: ANN401
     pieces = [_sentencepiece(folder / name) for name in ("source.spm", "target.spm")]
     marks = [f">>{code}<<" for code in languages]
-    ids = _numbered("</s>", "<unk>", *pieces[0][3:], *pieces[1][3:], *marks, "<pad>")
+    ids = numbered("</s>", "<unk>", *pieces[0][3:], *pieces[1][3:], *marks, "<pad>")
     spm = (str(folder / "source.spm"), str(folder / "target.spm"))
     return transformers.MarianTokenizer(*spm, _write(folder / "vocab.json", ids))
 
@@ -271,8 +275,8 @@ def _marian(folder: Path, languages: Sequence[str] = ()) -> Any:  # noqa: ANN401
 def _marian_apart(folder: Path) -> Any:  # noqa: ANN401
     source, target = (_sentencepiece(folder / name) for name in ("source.spm", "target.spm"))
     files = {
-        "vocab.json": _numbered("</s>", "<unk>", *source[3:], *"xyz", "<pad>"),
-        "target_vocab.json": _numbered("</s>", "<unk>", *target[3:], "<pad>"),
+        "vocab.json": numbered("</s>", "<unk>", *source[3:], *"xyz", "<pad>"),
+        "target_vocab.json": numbered("</s>", "<unk>", *target[3:], "<pad>"),
     }
     paths = [_write(folder / name, ids) for name, ids in files.items()]
     spm = (str(folder / "source.spm"), str(folder / "target.spm"))
@@ -281,7 +285,7 @@ def _marian_apart(folder: Path) -> Any:  # noqa: ANN401
 
 def _m2m100(folder: Path) -> Any:  # noqa: ANN401
     pieces = _sentencepiece(folder / "sentencepiece.bpe.model")
-    vocabulary = _write(folder / "vocab.json", _numbered("<s>", "<pad>", "</s>", "<unk>", *pieces[3:]))
+    vocabulary = _write(folder / "vocab.json", numbered("<s>", "<pad>", "</s>", "<unk>", *pieces[3:]))
     return transformers.M2M100Tokenizer(vocabulary, str(folder / "sentencepiece.bpe.model"), src_lang="de")
 
 
@@ -289,12 +293,7 @@ def _nllb(folder: Path) -> Any:  # noqa: ANN401
     converting = importlib.import_module("transformers.convert_slow_tokenizer")
     bpe = pytest.importorskip("tokenizers").models.BPE
     path = folder / "sentencepiece.bpe.model"
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences(300, 1)), model_writer=model, vocab_size=60, model_type="bpe", minloglevel=2
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(model.getvalue())
+    train_sentencepiece(path, sentences(300, 1), {}, vocab_size=60, model_type="bpe")
     values = converting.NllbConverter.convert_from_spm(**converting.SentencePieceExtractor(str(path)).extract(bpe))
     del values["additional_special_tokens"]
     return transformers.NllbTokenizer(**values, src_lang="deu_Latn")

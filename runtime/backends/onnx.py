@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -114,18 +115,21 @@ class OnnxBackend(GraphBackend):
         """Loads what is otherwise loaded when it is first needed, or, unless `kept`, only sees that each can be loaded.
         Raises BundleError.
         """
-        for graph in (self._chunk, self._beams, self._loop, self.shortlisting):
-            if graph is not None and (not isinstance(graph, Graph) or graph.exists):
-                graph.load()
-                if not kept:
-                    graph.unload()
+        for graph in self._on_demand():
+            graph.load()
+            if not kept:
+                graph.unload()
 
     def release(self) -> None:
         """Gives up all graphs but the encoder and the step. They are loaded again when they are needed."""
-        for graph in (self._chunk, self._beams, self._loop):
+        for graph in self._on_demand():
             graph.unload()
+
+    def _on_demand(self) -> Iterator[Graph | OnnxShortlisting]:
+        """What the bundle has beside the encoder and the step."""
+        yield from (graph for graph in (self._chunk, self._beams, self._loop) if graph.exists)
         if self.shortlisting is not None:
-            self.shortlisting.unload()
+            yield self.shortlisting
 
     def run_encoder(self, feeds: Tensors) -> Tensors:
         """The encoder graph as it is: its inputs by name → its outputs by name."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import os
 import random
@@ -28,6 +27,7 @@ from kvx.models.importers.text import Text, TokenizerFiles  # noqa: E402
 from kvx.runtime.errors import CheckpointError, KvxError, TokenizerError  # noqa: E402
 from kvx.runtime.text.tokenizers.protocol import Tokenizer  # noqa: E402
 from kvx.runtime.text.tokenizers.registry import open_tokenizer  # noqa: E402
+from kvx.tests.families import numbered, train_sentencepiece  # noqa: E402
 
 SCRIPTS = {
     "latin": "the little frog jumps over a green pond while it rains Straße für naïve café coração Łódź žluťoučký",
@@ -83,33 +83,17 @@ ANY_TEXT = st.lists(st.one_of(st.sampled_from(WORDS + MARKS + SPACES), st.text(m
 CHECKED = settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
-def train_sentencepiece(path: Path, words: Sequence[str] = WORDS, kind: str = "unigram", **ids: int) -> list[str]:
+def train_of_words(path: Path, words: Sequence[str] = WORDS, kind: str = "unigram", **ids: int) -> list[str]:
     """A model of the corpus at a path; its pieces. Rare characters are unknown to it."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences(0, 500, words)),
-        model_writer=model,
-        vocab_size=420 if words is WORDS else 150,
-        model_type=kind,
-        character_coverage=0.98,
-        hard_vocab_limit=False,
-        minloglevel=2,
-        **(ids or {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1}),
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(model.getvalue())
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    return [processor.id_to_piece(one) for one in range(processor.get_piece_size())]
+    size = 420 if words is WORDS else 150
+    options = {"vocab_size": size, "model_type": kind, "character_coverage": 0.98}
+    return train_sentencepiece(path, sentences(0, 500, words), ids, **options)
 
 
 def write(path: Path, values: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
     return path
-
-
-def numbered(*pieces: str) -> dict[str, int]:
-    return {piece: one for one, piece in enumerate(dict.fromkeys(pieces))}
 
 
 @dataclass(frozen=True)
@@ -175,8 +159,8 @@ def make_marian(folder: Path, languages: Sequence[str]) -> Case:
 
 def marian_pieces(folder: Path) -> tuple[list[str], list[str]]:
     return (
-        train_sentencepiece(folder / "raw" / "source.spm", [*SCRIPTS["latin"].split(), *SCRIPTS["greek"].split()]),
-        train_sentencepiece(folder / "raw" / "target.spm", [*SCRIPTS["cyrillic"].split(), *SCRIPTS["chinese"].split()]),
+        train_of_words(folder / "raw" / "source.spm", [*SCRIPTS["latin"].split(), *SCRIPTS["greek"].split()]),
+        train_of_words(folder / "raw" / "target.spm", [*SCRIPTS["cyrillic"].split(), *SCRIPTS["chinese"].split()]),
     )
 
 
@@ -197,7 +181,7 @@ def marian_apart(trained: Path) -> Case:
 @pytest.fixture(scope="module")
 def m2m100(trained: Path) -> Case:
     folder = trained / "m2m100"
-    pieces = train_sentencepiece(folder / "raw" / "sentencepiece.bpe.model", kind="bpe")
+    pieces = train_of_words(folder / "raw" / "sentencepiece.bpe.model", kind="bpe")
     ids = numbered("<s>", "<pad>", "</s>", "<unk>", *pieces[3:])
     files = (write(folder / "raw" / "vocab.json", ids), folder / "raw" / "sentencepiece.bpe.model")
     original = transformers.M2M100Tokenizer(*map(str, files), src_lang="de", tgt_lang="fr")
@@ -210,7 +194,7 @@ def m2m100(trained: Path) -> Case:
 def nllb(trained: Path) -> Case:
     converting = pytest.importorskip("transformers.convert_slow_tokenizer")
     folder = trained / "nllb"
-    train_sentencepiece(folder / "raw" / "sentencepiece.bpe.model", kind="bpe")
+    train_of_words(folder / "raw" / "sentencepiece.bpe.model", kind="bpe")
     kwargs = converting.SentencePieceExtractor(str(folder / "raw" / "sentencepiece.bpe.model")).extract(
         tokenizers.models.BPE
     )
@@ -225,7 +209,7 @@ def from_sentencepiece(folder: Path, name: str, kind: Callable[..., Any], **valu
     """The original tokenizer that a folder with a sentencepiece model alone makes."""
     (folder / "raw").mkdir(parents=True, exist_ok=True)
     ids = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1} if name == "spiece.model" else {}
-    train_sentencepiece(folder / "raw" / name, WORDS, "unigram", **ids)
+    train_of_words(folder / "raw" / name, WORDS, "unigram", **ids)
     original = kind.from_pretrained(folder / "raw", **values)  # type: ignore[attr-defined]  # a class
     original.save_pretrained(folder)
     return original
