@@ -3,7 +3,8 @@ large that this would take hours, tokens are drawn, and the check says how many.
 
 A row shows in the keys and values that it alone decides: of a source of one token, of the first layer of the decoder.
 Their error is measured against how far those of other rows are from the mean: a row that stands in another's place is
-off by about 1.4 of that, however large the weights are.
+off by about 1.4 of that, however large the weights are. What all rows are off by alike, as where a projection in 4 bits
+meets the position that all tokens stand at, is no row's own; the checks of whole outputs see it.
 
 Letters: B rows, S source positions, T capacity of a row's cache, H heads, D head width, E model width, V vocabulary,
 P positions of a table.
@@ -74,12 +75,15 @@ class Rows:
 
 
 def _errors(expected: NDArray[Any], got: NDArray[Any]) -> NDArray[np.float64]:
-    """Of each row [n], as a share of the spread of all; infinite where anything is not finite."""
+    """Of each row [n], beyond what all are off by, as a share of the spread; infinite where one is not finite."""
     expected, got = expected.astype(np.float64), got.astype(np.float64)
+    off = got - expected
+    finite = np.isfinite(off).all(axis=1)
+    alike = off[finite].mean(axis=0) if finite.any() else 0.0
     spread = np.sqrt(np.square(expected - expected.mean(axis=0)).sum(axis=1).mean())
     size = np.sqrt(np.square(expected).sum(axis=1).mean())
     scale = max(spread, LEAST_SPREAD * size, np.finfo(np.float32).tiny)
-    errors: NDArray[np.float64] = np.sqrt(np.square(got - expected).sum(axis=1)) / scale
+    errors: NDArray[np.float64] = np.sqrt(np.square(off - alike).sum(axis=1)) / scale
     return np.where(np.isfinite(errors), errors, np.inf)
 
 
