@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 
+from kvx import Translator
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -46,6 +48,7 @@ SIZES: Mapping[int, Mapping[str, int]] = {  # by seed
     },
 }
 STEPS, BATCH, RATE = 1600, 48, 4e-3  # at most so many
+BEAMS: Mapping[str, Any] = {"beam_size": 4, "early_stopping": False, "beam_rules": "transformers"}
 WARM_UP, LEARNT, WINDOW = 60, 0.03, 30  # the mean loss of the last steps at which it has learnt the task
 
 
@@ -131,6 +134,24 @@ class Made:
     @property
     def _marian(self) -> bool:
         return self.kind.model == "MarianMTModel"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A model, and the translator of its bundle."""
+
+    made: Made
+    translator: Translator
+
+    def ids(self, texts: list[str], target: str | None, options: dict[str, Any], **more: Any) -> list[list[int]]:  # noqa: ANN401
+        source = self.made.source_language if self.translator.manifest.languages.source else None
+        forced = len(self.made.start_ids(target)) - 1
+        counted = {
+            name: value - forced if name in ("max_new_tokens", "min_new_tokens") else value
+            for name, value in options.items()
+        }
+        found = self.translator.translate(texts, source_language=source, target_language=target, **counted, **more)
+        return [list(one.ids) for one in found]
 
 
 def sentences(count: int, seed: int) -> list[str]:
