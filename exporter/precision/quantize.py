@@ -5,12 +5,15 @@ beside it; with `int4` they are the same up to rounding, since `MatMulNBits` add
 several.
 
 - `int8`: one scale per output channel of a weight, products of bytes (`MatMulIntegerToFloat`), activations scaled by
-  their row's largest magnitude, or by what calibration saw, which is faster. For many rows at a time.
+  their row's largest magnitude, or by what calibration saw, which is faster. For many rows at a time. Weights are
+  unsigned: a processor that multiplies bytes of both kinds without saturating takes them for signed ones at no cost,
+  and for others ONNX Runtime would have to make them so at every load.
 - `int4`: blocks of 128 weights with a scale each (`MatMulNBits`, activations in 8 bits per block), which reads the
   fewest bytes: for one sentence at a time. The encoder, which sees many tokens at once, stays int8.
 
 Embeddings are stored in blocks (`GatherBlockQuantized`) of the same width. A table that is also the head's is there
-once: its lookups read the codes of the product. Biases, norms and positions stay float32.
+once, as the product has it, and a lookup reads columns of it: else a runtime would turn it over at every load. Biases,
+norms and positions stay float32.
 Operators: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 
 Letters: N outputs and K inputs of a projection, V vocabulary, E model width.
@@ -29,6 +32,7 @@ from kvx.runtime.bundle.precision import Widths
 
 DOMAIN = "com.microsoft"
 BLOCK = 128
+MIDDLE = 128  # the code of a byte that stands for zero
 ROWS_AT_ONCE = 16384
 INT8_ACCURACY = 4  # MatMulNBits: activations in 8 bits, products of integers
 SMALLEST_PEAK = 1e-30  # keeps a row of zeros from being divided by zero
@@ -56,13 +60,13 @@ def quantize(
     model.opset_imports[DOMAIN] = 1
 
 
-def int8_channels(weight: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """[N, K] → codes from −127 to 127 [N, K], and a scale for each output [N]."""
-    codes, scales = np.empty(weight.shape, np.int8), np.empty(len(weight), np.float32)
+def byte_channels(weight: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """[N, K] → codes from 1 to 255, of which MIDDLE stands for zero, [K, N], and a scale for each output [N]."""
+    codes, scales = np.empty(weight.shape[::-1], np.uint8), np.empty(len(weight), np.float32)
     for some in _slices(len(weight)):
         part = weight[some]
         scale = np.maximum(np.abs(part).max(axis=1), SMALLEST_PEAK) / 127
-        codes[some], scales[some] = np.rint(part / scale[:, None]), scale
+        codes[:, some], scales[some] = (np.rint(part / scale[:, None]) + MIDDLE).T, scale
     return codes, scales
 
 
@@ -136,21 +140,18 @@ class _Quantizer:
         """x [rows, K] · weight [N, K] → [rows, N]."""
         x, weight, *bias = gemm.inputs
         name, matrix = _named(weight)
-        codes, scales = int8_channels(matrix)
-        tied = self._is_tied(weight)
+        codes, scales = byte_channels(matrix)
         positive = _comes_from(x, "Relu")
         levels = 255 if positive else 127
         middle = self._constant(f"zero_at_{255 - levels}", np.uint8(255 - levels))
-        stored = self._constant(f"{name}.int8", codes if tied else np.ascontiguousarray(codes.T))
-        turned = [ir.node("Transpose", [stored], {"perm": [1, 0]})] if tied else []  # a runtime does it once, at load
-        weights = turned[0].outputs[0] if turned else stored, self._constant(f"{name}.scale", scales)
-        centred = self._constant(f"{name}.zero", np.int8(0))  # of its own: a runtime may make both unsigned
+        weights = self._constant(f"{name}.int8", codes), self._constant(f"{name}.scale", scales)
+        centred = self._constant(f"zero_at_{MIDDLE}", np.uint8(MIDDLE))
         largest = self._weights[name]
         if largest:
             step = self._constant(f"{name}.input_scale", np.float32(largest / levels))
             quantized = ir.node("QuantizeLinear", [x, step, middle])
             inputs = [quantized.outputs[0], weights[0], step, weights[1], middle, centred, *bias]
-            return [*turned, quantized, ir.node("MatMulIntegerToFloat", inputs, domain=DOMAIN)]
+            return [quantized, ir.node("MatMulIntegerToFloat", inputs, domain=DOMAIN)]
         step = self._constant(f"one_of_{levels}", np.float32(1 / levels))
         magnitude = [] if positive else [ir.node("Abs", [x])]
         peak = ir.node("ReduceMax", [magnitude[0].outputs[0] if magnitude else x, self._constant("last_axis", [-1])])
@@ -162,7 +163,7 @@ class _Quantizer:
         product = ir.node("MatMulIntegerToFloat", inputs, domain=DOMAIN)
         scaled = ir.node("Mul", [product.outputs[0], held.outputs[0]])
         added = [ir.node("Add", [scaled.outputs[0], bias[0]])] if bias else []
-        return [*turned, *magnitude, peak, held, relative, quantized, product, scaled, *added]
+        return [*magnitude, peak, held, relative, quantized, product, scaled, *added]
 
     def _blocks_product(self, gemm: ir.Node) -> list[ir.Node]:
         """x [rows, K] · weight [N, K] → [rows, N], x in 8 bits, block by block."""
@@ -192,14 +193,14 @@ class _Quantizer:
         """Rows of the very codes that the product with the same weight has."""
         table, ids = gather.inputs
         name, matrix = _named(table)
+        axes = len(gather.outputs[0].shape or ()) - 1  # of the ids
         if self._tied[name] == 8:
-            return self._bytes_lookup(name, matrix, ids)
+            return self._bytes_lookup(name, matrix, ids, axes)
         packed = blocks(matrix, 4)
         codes = self._constant(f"{name}.int4", packed.codes)
         scales = self._constant(f"{name}.rows.scales", packed.scales[..., None])
         attributes = {"bits": 4, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 2}
         found = ir.node("GatherBlockQuantized", [codes, ids, scales], attributes, domain=DOMAIN)
-        axes = len(gather.outputs[0].shape or ()) - 1  # of the ids
         flat = ir.node("Reshape", [found.outputs[0], self._constant(f"rows_of_{axes}", [0] * axes + [-1])])
         width = matrix.shape[1]
         if width % BLOCK == 0:
@@ -207,13 +208,17 @@ class _Quantizer:
         ends = (self._constant(f"to_{size}", [size]) for size in (0, width, -1))
         return [found, flat, ir.node("Slice", [flat.outputs[0], *ends])]
 
-    def _bytes_lookup(self, name: str, matrix: NDArray[np.float32], ids: ir.Value | None) -> list[ir.Node]:
-        codes, scales = int8_channels(matrix)
-        rows = ir.node("Gather", [self._constant(f"{name}.int8", codes), ids])
-        scale = ir.node("Gather", [self._constant(f"{name}.scale", scales), ids])
+    def _bytes_lookup(self, name: str, matrix: NDArray[np.float32], ids: ir.Value | None, axes: int) -> list[ir.Node]:
+        """ids [...] → columns of the product's weight [E, V] as rows [..., E]."""
+        codes, scales = byte_channels(matrix)
+        columns = ir.node("Gather", [self._constant(f"{name}.int8", codes), ids], {"axis": 1})
+        rows = ir.node("Transpose", [columns.outputs[0]], {"perm": [*range(1, axes + 1), 0]})
         numbers = ir.node("Cast", [rows.outputs[0]], {"to": ir.DataType.FLOAT})
+        centred = ir.node("Sub", [numbers.outputs[0], self._constant("middle", np.float32(MIDDLE))])
+        scale = ir.node("Gather", [self._constant(f"{name}.scale", scales), ids])
         beside = ir.node("Unsqueeze", [scale.outputs[0], self._constant("last_axis", [-1])])
-        return [rows, scale, numbers, beside, ir.node("Mul", [numbers.outputs[0], beside.outputs[0]])]
+        scaled = ir.node("Mul", [centred.outputs[0], beside.outputs[0]])
+        return [columns, rows, numbers, centred, scale, beside, scaled]
 
     def _constant(self, name: str, array: NDArray[Any] | np.generic | Sequence[int]) -> ir.Value:
         known, values = self._graph.initializers.get(name), np.asarray(array)

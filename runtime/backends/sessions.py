@@ -319,7 +319,8 @@ def _session(path: Path, settings: SessionSettings, *, captured: bool) -> ort.In
 
 def _options(settings: SessionSettings) -> ort.SessionOptions:
     """Spinning ends with each run: threads that spin on, of another session too, take the cores from those that work.
-    Where products of bytes would saturate, weights are made unsigned as they are loaded: slower, with equal results.
+    Where products of bytes would saturate, the signed weights of bundles from earlier releases are made unsigned as
+    they are loaded: slower, with equal results.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = settings.threads
