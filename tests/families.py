@@ -48,7 +48,7 @@ SIZES: Mapping[int, Mapping[str, int]] = {  # by seed
     },
 }
 STEPS, BATCH, RATE = 1600, 48, 4e-3  # at most so many
-BEAMS: Mapping[str, Any] = {"beam_size": 4, "early_stopping": False, "beam_rules": "transformers"}
+BEAMS: dict[str, Any] = {"beam_size": 4, "early_stopping": False, "beam_rules": "transformers"}
 WARM_UP, LEARNT, WINDOW = 60, 0.03, 30  # the mean loss of the last steps at which it has learnt the task
 
 
