@@ -1,7 +1,7 @@
 """A folder of random weights in the shape of NLLB-200-distilled-600M: what exporting, loading and translating cost.
 
-    python benchmarks/large_model.py --work /tmp/large                  # 12 + 12 layers, d_model 1,024, 256,206 tokens
-    python benchmarks/large_model.py --work /tmp/large --scale 0.1      # a tenth: 2 + 2 layers, 25,620 tokens
+    python benchmarks/large_model.py --work FOLDER                  # 12 + 12 layers, d_model 1,024, 256,206 tokens
+    python benchmarks/large_model.py --work FOLDER --scale 0.1      # a tenth: 2 + 2 layers, 25,620 tokens
 
 Writes the folder as save_pretrained leaves it, exports it in float32 and int8 with its proof, loads each bundle and
 translates with it, each step in a process of its own, and prints a table of seconds and peak memory.
