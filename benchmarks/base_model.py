@@ -43,11 +43,11 @@ CHECKPOINT = "model.pt"
 SENTENCES, LENGTH, WORDS, TARGETS = 128, 18, 75, 20
 
 
-def write_base_model(folder: Path, *, max_new_tokens: int, seed: int = 0) -> Path:
-    """The checkpoint of a random model with its tokenizers beside it."""
+def write_base_model(folder: Path, *, max_new_tokens: int, seed: int = 0, config: ModelConfig = BASE) -> Path:
+    """The checkpoint of a random model with its tokenizers beside it; its vocabularies are those of BASE."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
-    model = Transformer(BASE).eval()
+    model = Transformer(config).eval()
     with torch.no_grad():
         model.head.weight[EOS] = 0.0  # the largest of 32,000 random logits is always above it
     save_checkpoint(Checkpoint(model, max_new_tokens=max_new_tokens, notes=()), folder / CHECKPOINT)

@@ -72,10 +72,11 @@ class EncoderLayer(nn.Module):
         self.feed_forward_norm = make_norm(config)
         self._block = BLOCKS[config.block]
 
-    def forward(self, x: Tensor, lengths: Tensor, ops: Operators) -> Tensor:
-        """x [B, S, E], lengths [B] → [B, S, E]."""
+    def forward(self, x: Tensor, lengths: Tensor, bias: Tensor | None, ops: Operators) -> Tensor:
+        """x [B, S, E], lengths [B], a bias of scores [1, H, S, S] → [B, S, E]."""
         block, norm = self._block, self.self_attention_norm
-        x = block.leave(ops, norm, x, ops.self_attention(self.self_attention, block.enter(ops, norm, x), lengths))
+        attended = ops.self_attention(self.self_attention, block.enter(ops, norm, x), lengths, bias)
+        x = block.leave(ops, norm, x, attended)
         norm = self.feed_forward_norm
         return block.leave(ops, norm, x, self.feed_forward(block.enter(ops, norm, x)))
 
@@ -94,12 +95,14 @@ class DecoderLayer(nn.Module):
         self.feed_forward_norm = make_norm(config)
         self._block = BLOCKS[config.block]
 
-    def forward(self, x: Tensor, cross: KeyValue, source_lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """All target positions at once: x [B, T, E], cross [B, H, S, D] → [B, T, E], cross-attention [B, H, T, S]."""
+    def forward(self, x: Tensor, cross: KeyValue, source_lengths: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """All target positions at once: x [B, T, E], cross [B, H, S, D], a bias of scores [1, H, T, T] → [B, T, E],
+        cross-attention [B, H, T, S].
+        """
         block, norm, own = self._block, self.self_attention_norm, self.self_attention
         entered = block.enter(EAGER, norm, x)
         causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
-        attended = own.merge(attend(own.queries(entered), own.keys_values(entered), causal[None, None]))
+        attended = own.merge(attend(own.queries(entered), own.keys_values(entered), causal[None, None], bias))
         x = block.leave(EAGER, norm, x, attended)
         norm = self.cross_attention_norm
         visible = positions_below(source_lengths, cross.key.shape[2])[:, None, None]
@@ -114,16 +117,18 @@ class DecoderLayer(nn.Module):
         past_lengths: Tensor,
         cross: KeyValue,
         source_lengths: Tensor,
+        bias: Tensor | None,
         ops: Operators,
         *,
         weighed: bool = False,
     ) -> tuple[Tensor, KeyValue, KeyValue, Tensor | None]:
-        """One target position, x [B, E], or several, [B, Q, E]; past [B, H, T, D], cross [B, H, S, D] → like x,
-        present [B, H, T, D], cross, and, where `weighed`, the cross-attention's weights [B, S] for one position.
+        """One target position, x [B, E], or several, [B, Q, E]; past [B, H, T, D], cross [B, H, S, D], a bias of
+        scores [B, H, Q, T] → like x, present [B, H, T, D], cross, and, where `weighed`, the cross-attention's weights
+        [B, S] for one position.
         """
         block, norm = self._block, self.self_attention_norm
         entered = block.enter(ops, norm, x)
-        attended, present = ops.cached_attention(self.self_attention, entered, past, past_lengths)
+        attended, present = ops.cached_attention(self.self_attention, entered, past, past_lengths, bias)
         x = block.leave(ops, norm, x, attended)
         norm, weights = self.cross_attention_norm, None
         entered = block.enter(ops, norm, x)

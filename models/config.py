@@ -18,7 +18,7 @@ DERIVED = 0  # a head width that follows from d_model and the heads
 
 Block = Literal["pre", "post"]
 Norm = Literal["reference", "layer", "rms"]
-Positions = Literal["interleaved", "halves", "halves_inclusive", "learned"]
+Positions = Literal["interleaved", "halves", "halves_inclusive", "learned", "relative"]
 Activation = Literal["relu", "gelu", "gelu_tanh", "quick_gelu", "silu"]
 
 
@@ -38,8 +38,8 @@ class ModelConfig:
     decoder_layers: Annotated[int, Option(LAYERS, "The layers of the decoder.")]
     decoder_heads: Annotated[int, Option(SIZE, "The heads of an attention in the decoder.")]
     decoder_d_ff: Annotated[int, Option(SIZE, "The width within the decoder's feed-forward parts.")]
-    source_positions: Annotated[int, Option(SIZE, "The rows of the source's table of positions.")]
-    target_positions: Annotated[int, Option(SIZE, "The rows of the target's table of positions.")]
+    source_positions: Annotated[int, Option(SIZE, "The positions of a source.")]
+    target_positions: Annotated[int, Option(SIZE, "The positions of a target.")]
     encoder_head_width: Annotated[int, Option(count(LARGEST_SIZE, least=0), "The channels of an encoder's head.")] = 0
     decoder_head_width: Annotated[int, Option(count(LARGEST_SIZE, least=0), "The channels of a decoder's head.")] = 0
     block: Annotated[
@@ -49,8 +49,13 @@ class ModelConfig:
     norm: Annotated[Norm, Option(choice(get_args(Norm)), "The kind of all norms.")] = "reference"
     norm_epsilon: Annotated[float, Option(number(0, 1), "The ε of all norms.")] = 1e-6
     positions: Annotated[
-        Positions, Option(choice(get_args(Positions)), "What the tables of positions hold, which is added to tokens.")
+        Positions,
+        Option(choice(get_args(Positions)), "What is added to tokens, or to scores where positions are relative."),
     ] = "interleaved"
+    relative_distance: Annotated[
+        int, Option(count(LARGEST_SIZE, least=0), "The distance from which on relative positions are alike.")
+    ] = 0
+    relative_by_layer: Annotated[bool, Option(flag(), "Whether each layer has relative positions of its own.")] = False
     scaled_embedding: Annotated[bool, Option(flag(), "Whether tokens are multiplied by √d_model.")] = True
     embedding_norm: Annotated[bool, Option(flag(), "Whether a norm comes after tokens and positions.")] = False
     attention_bias: Annotated[bool, Option(flag(), "Whether the projections of attention have biases.")] = False
@@ -90,10 +95,21 @@ class ModelConfig:
             heads = getattr(self, f"{side}_heads")
             if getattr(self, f"{side}_head_width") == DERIVED:
                 yield f"{heads} heads in the {side} that do not divide d_model {self.d_model}"
+        if (self.positions == "relative") is not (self.relative_distance > 0):
+            yield f"positions {self.positions} with the relative_distance {self.relative_distance}"
         if self.shared_embeddings and self.source_vocab_size != self.target_vocab_size:
             yield (
                 f"shared_embeddings, but vocabularies of {self.source_vocab_size} and {self.target_vocab_size} tokens"
             )
+
+    @property
+    def distinct_positions(self) -> tuple[int, int]:
+        """The positions of a source and of a target that the model tells apart."""
+        sides = self.source_positions, self.target_positions
+        if self.positions != "relative":
+            return sides
+        source, target = (min(positions, self.relative_distance + 2) for positions in sides)
+        return source, target
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name, ready for JSON."""

@@ -166,26 +166,57 @@ class Linear(nn.Linear):
         return super().forward(input.flatten(0, -2)).reshape(*input.shape[:-1], self.out_features)
 
 
+class RelativeBias(nn.Module):
+    """A number for each head and distance, which is added to the scores of attention (Raffel et al. 2020, §2.1). From
+    `farthest` on all distances are alike; where a query sees no later keys, those have no numbers of their own.
+    """
+
+    def __init__(self, farthest: int, heads: int, *, both_ways: bool) -> None:
+        super().__init__()
+        self.farthest = farthest
+        self.latest = farthest if both_ways else 0  # how far a key may come after its query
+        self.weight = nn.Parameter(torch.zeros(self.latest + 1 + farthest, heads))
+
+    def forward(self, positions: Tensor, keys: int) -> Tensor:
+        """The positions of queries [B, Q], and how many keys there are → [B, H, Q, K]."""
+        distances = positions[..., None] - torch.arange(keys, device=positions.device)
+        rows = distances.clamp(-self.latest, self.farthest) + self.latest
+        return nn.functional.embedding(rows, self.weight).permute(0, 3, 1, 2)
+
+
 class Embedding(nn.Module):
-    """Token embeddings, perhaps times √E, plus a table of positions."""
+    """Token embeddings, perhaps times √E, plus a table of positions where these are not relative.
+
+    `residual` is the type of what it gives.
+    """
+
+    positions: Tensor | None
+    residual: torch.dtype = torch.float32
 
     def __init__(self, vocab_size: int, positions: int, config: ModelConfig) -> None:
         super().__init__()
         self.tokens = nn.Embedding(vocab_size, config.d_model)
-        made = SINUSOIDS.get(config.positions)
-        table = torch.zeros(positions, config.d_model) if made is None else made(positions, config.d_model)
-        self.register_buffer("positions", table)
-        self.positions: Tensor
+        self.register_buffer("positions", _position_table(config.positions, positions, config.d_model))
         self.scale = config.d_model**0.5 if config.scaled_embedding else 1.0
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        """input_ids and positions of one shape [...] (or broadcast) → [..., E], in the type of the positions."""
+        """input_ids and positions of one shape [...] (or broadcast) → [..., E]."""
         embedded: Tensor = self.tokens(input_ids)
         if self.scale != 1.0:
             embedded = embedded * self.scale
-        if embedded.dtype != self.positions.dtype:
-            embedded = embedded.to(self.positions.dtype)
+        if embedded.dtype != self.residual:
+            embedded = embedded.to(self.residual)
+        if self.positions is None:
+            return embedded
         return embedded + nn.functional.embedding(positions, self.positions)
+
+
+def _position_table(kind: str, positions: int, d_model: int) -> Tensor | None:
+    """[positions, E], or None where positions are relative."""
+    if kind == "relative":
+        return None
+    made = SINUSOIDS.get(kind)
+    return torch.zeros(positions, d_model) if made is None else made(positions, d_model)
 
 
 class Attention(nn.Module):

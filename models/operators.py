@@ -19,21 +19,25 @@ def positions_below(lengths: Tensor, positions: int) -> Tensor:
     return torch.arange(positions, device=lengths.device) < lengths[:, None]
 
 
-def weigh(query: Tensor, key: Tensor, visible: Tensor) -> Tensor:
-    """query [B, H, Q, D], key [B, H, K, D], visible [B, 1, Q or 1, K] → float32 weights [B, H, Q, K], 0 where not
-    visible.
+def weigh(query: Tensor, key: Tensor, visible: Tensor, bias: Tensor | None = None) -> Tensor:
+    """query [B, H, Q, D], key [B, H, K, D], visible [B, 1, Q or 1, K], a bias of scores [B or 1, H, Q, K] → float32
+    weights [B, H, Q, K], 0 where not visible.
 
     Of scaled dot-product attention (Vaswani et al. 2017, §3.2.1). Masked scores are replaced, not lowered, so that any
     finite number may lie under the mask.
     """
     scores = (query @ key.transpose(-2, -1)).float() / query.shape[-1] ** 0.5
+    if bias is not None:
+        scores = scores + bias
     weights: Tensor = scores.masked_fill(~visible, MASKED_SCORE).softmax(dim=-1)
     return weights
 
 
-def attend(query: Tensor, past: KeyValue, visible: Tensor) -> Tensor:
-    """query [B, H, Q, D], keys and values [B, H, K, D], visible [B, 1, Q or 1, K] → [B, H, Q, D]."""
-    return blend(weigh(query, past.key, visible), past.value)
+def attend(query: Tensor, past: KeyValue, visible: Tensor, bias: Tensor | None = None) -> Tensor:
+    """query [B, H, Q, D], keys and values [B, H, K, D], visible [B, 1, Q or 1, K], a bias of scores [B or 1, H, Q, K]
+    → [B, H, Q, D].
+    """
+    return blend(weigh(query, past.key, visible, bias), past.value)
 
 
 def blend(weights: Tensor, value: Tensor) -> Tensor:
@@ -50,17 +54,17 @@ class Operators:
         normalized: Tensor = norm(x)
         return normalized
 
-    def self_attention(self, attention: Attention, x: Tensor, lengths: Tensor) -> Tensor:
-        """Encoder, whole sentences: x [B, S, E], lengths [B] → [B, S, E]."""
+    def self_attention(self, attention: Attention, x: Tensor, lengths: Tensor, bias: Tensor | None) -> Tensor:
+        """Encoder, whole sentences: x [B, S, E], lengths [B], a bias of scores [1, H, S, S] → [B, S, E]."""
         query, past = attention.queries(x), attention.keys_values(x)
         visible = positions_below(lengths, x.shape[1])[:, None, None]
-        return attention.merge(attend(query, past, visible))
+        return attention.merge(attend(query, past, visible, bias))
 
     def cached_attention(
-        self, attention: Attention, x: Tensor, past: KeyValue, past_lengths: Tensor
+        self, attention: Attention, x: Tensor, past: KeyValue, past_lengths: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, KeyValue]:
-        """One token, x [B, E], or several, [B, Q, E]; past [B, H, T, D], past_lengths [B] → like x, and past with
-        their positions written. Each token sees itself and those before it.
+        """One token, x [B, E], or several, [B, Q, E]; past [B, H, T, D], past_lengths [B], a bias of scores
+        [B, H, Q, T] → like x, and past with their positions written. Each token sees itself and those before it.
 
         The write is in place: past and present are the same memory.
         """
@@ -70,7 +74,8 @@ class Operators:
         for buffer, update in zip(past, attention.keys_values(tokens), strict=True):
             buffer[rows, :, positions] = update.transpose(1, 2)
         visible = torch.arange(past.key.shape[2], device=x.device) <= positions[..., None]
-        return attention.merge(attend(attention.queries(tokens), past, visible[:, None])).reshape(x.shape), past
+        attended = attend(attention.queries(tokens), past, visible[:, None], bias)
+        return attention.merge(attended).reshape(x.shape), past
 
     def cross_attention(
         self, attention: Attention, x: Tensor, cross: KeyValue, source_lengths: Tensor

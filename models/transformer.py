@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kvx.models.blocks import DecoderLayer, EncoderLayer, make_norm
 from kvx.models.config import ModelConfig
-from kvx.models.layers import Embedding, KeyValue, Linear, Norm
+from kvx.models.layers import Embedding, KeyValue, Linear, Norm, RelativeBias
 from kvx.models.operators import EAGER, Operators
 
 
@@ -41,6 +41,8 @@ class Transformer(nn.Module):
         self.target_embedding_norm = make_norm(config) if config.embedding_norm else None
         self.encoder_layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
         self.decoder_layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
+        self.encoder_biases = _relative_biases(config, config.encoder_layers, config.encoder_heads, both_ways=True)
+        self.decoder_biases = _relative_biases(config, config.decoder_layers, config.decoder_heads, both_ways=False)
         self.encoder_norm = make_norm(config) if config.final_norm else None
         self.decoder_norm = make_norm(config) if config.final_norm else None
         self.head = Linear(config.d_model, config.target_vocab_size, bias=config.head_bias)
@@ -60,10 +62,11 @@ class Transformer(nn.Module):
 
     def encode(self, input_ids: Tensor, source_lengths: Tensor, ops: Operators = EAGER) -> list[KeyValue]:
         """input_ids [B, S], source_lengths [B] → cross-attention keys and values per decoder layer [B, H, S, D]."""
-        x = self.source_embedding(input_ids, torch.arange(input_ids.shape[1], device=input_ids.device))
-        x = _normalize(ops, self.source_embedding_norm, x)
-        for layer in self.encoder_layers:
-            x = layer(x, source_lengths, ops)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        x = _normalize(ops, self.source_embedding_norm, self.source_embedding(input_ids, positions))
+        biases = _computed(self.encoder_biases, positions[None], input_ids.shape[1], len(self.encoder_layers))
+        for layer, bias in zip(self.encoder_layers, biases, strict=True):
+            x = layer(x, source_lengths, bias, ops)
         memory = _normalize(ops, self.encoder_norm, x)
         return [layer.cross_attention.keys_values(memory) for layer in self.decoder]
 
@@ -75,10 +78,12 @@ class Transformer(nn.Module):
         self, target_ids: Tensor, cross: Sequence[KeyValue], source_lengths: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
         """As `decode`, and the cross-attention weights of every layer [B, H, T, S]."""
-        x = self._embed_target(target_ids, torch.arange(target_ids.shape[1], device=target_ids.device), EAGER)
+        positions = torch.arange(target_ids.shape[1], device=target_ids.device)
+        x = self._embed_target(target_ids, positions, EAGER)
         attentions = []
-        for layer, keys_values in zip(self.decoder, cross, strict=True):
-            x, weights = layer(x, keys_values, source_lengths)
+        biases = _computed(self.decoder_biases, positions[None], target_ids.shape[1], len(self.decoder))
+        for layer, keys_values, bias in zip(self.decoder, cross, biases, strict=True):
+            x, weights = layer(x, keys_values, source_lengths, bias)
             attentions.append(weights)
         return _normalize(EAGER, self.decoder_norm, x), attentions
 
@@ -120,10 +125,14 @@ class Transformer(nn.Module):
             several = past_lengths[:, None] + torch.arange(input_ids.shape[1], device=input_ids.device)
             positions = several.clamp(max=self.config.target_positions - 1)  # beyond stands only what is never seen
         x = self._embed_target(input_ids, positions, ops)
+        queries = positions if positions.ndim == 2 else positions[:, None]
+        biases = _computed(self.decoder_biases, queries, past[0].key.shape[2], len(self.decoder))
         presents, sources, attention = [], [], None
-        for number, (layer, own, source) in enumerate(zip(self.decoder, past, cross, strict=True)):
+        for number, (layer, own, source, bias) in enumerate(zip(self.decoder, past, cross, biases, strict=True)):
             weighed = number == attention_layer
-            x, present, given, weights = layer.step(x, own, past_lengths, source, source_lengths, ops, weighed=weighed)
+            x, present, given, weights = layer.step(
+                x, own, past_lengths, source, source_lengths, bias, ops, weighed=weighed
+            )
             presents.append(present)
             sources.append(given)
             attention = weights if weighed else attention
@@ -158,6 +167,18 @@ class Transformer(nn.Module):
     def decoder(self) -> list[DecoderLayer]:
         """The decoder's layers, by their type."""
         return cast("list[DecoderLayer]", list(self.decoder_layers))
+
+
+def _relative_biases(config: ModelConfig, layers: int, heads: int, *, both_ways: bool) -> nn.ModuleList:
+    """One for all layers, one for each, or none."""
+    number = 0 if config.positions != "relative" else layers if config.relative_by_layer else 1
+    return nn.ModuleList(RelativeBias(config.relative_distance, heads, both_ways=both_ways) for _ in range(number))
+
+
+def _computed(biases: nn.ModuleList, positions: Tensor, keys: int, layers: int) -> list[Tensor | None]:
+    """The biases of every layer for queries at these positions [B, Q]: [B, H, Q, K] or None."""
+    computed = [bias(positions, keys) for bias in biases] or [None]
+    return computed * layers if len(computed) == 1 else computed
 
 
 def _normalize(ops: Operators, norm: Norm | None, x: Tensor) -> Tensor:

@@ -259,6 +259,8 @@ def modules_of_parts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder, framing = tmp_path_factory.mktemp("parts"), Framing.plain(*2 * (SpecialIds(pad=0, bos=1, eos=2),))
     for norm, activation in (("layer", "gelu"), ("layer", "gelu_tanh"), ("rms", "silu"), ("rms", "quick_gelu")):
         parts = {**TINY, "norm": norm, "activation": activation, "gated": norm == "rms"}
+        if norm == "rms":
+            parts |= {"positions": "relative", "relative_distance": 5}
         model = Transformer(ModelConfig(**parts, source_vocab_size=17, target_vocab_size=17)).eval()
         model.requires_grad_(requires_grad=False)
         options = ExportOptions(checkpoint=folder / "none", format="torchscript")

@@ -22,11 +22,14 @@ class Lowered(NamedTuple):
 
     @classmethod
     def of(cls, lowering: Lowering, model: Transformer) -> Self:
-        """The CUDA provider has no fused attention of float32: there its lowering is the standard one."""
-        if lowering == "standard" or (lowering == "cuda" and model.element == FULL):
+        """The CUDA provider has no fused attention of float32 or of biased scores: there its lowering is the standard
+        one (https://github.com/microsoft/onnxruntime/blob/main/onnxruntime/contrib_ops/cuda/bert/group_query_attention.cc).
+        """
+        biased = model.config.positions == "relative"
+        if lowering == "standard" or (lowering == "cuda" and (biased or model.element == FULL)):
             return cls(StandardOperators(), StandardBeamOperators(), StandardOperators())
         step = OrtOperators(model) if lowering == "ort" else CudaOperators(model)
-        return cls(step, OrtBeamOperators(model), CudaOperators(model))
+        return cls(step, OrtBeamOperators(model), StandardOperators() if biased else CudaOperators(model))
 
     @classmethod
     def not_at_all(cls) -> Self:

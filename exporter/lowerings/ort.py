@@ -41,16 +41,17 @@ class OrtOperators(StandardOperators, nn.Module):
         return query, KeyValue(key, value)
 
     def cached_attention(
-        self, attention: Attention, x: Tensor, past: KeyValue, past_lengths: Tensor
+        self, attention: Attention, x: Tensor, past: KeyValue, past_lengths: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, KeyValue]:
-        """One token, x [B, E], or several, [B, Q, E]; past [B, H, T, D] → like x, and present [B, H, T, D].
+        """One token, x [B, E], or several, [B, Q, E]; past [B, H, T, D], a bias of scores [B, H, Q, T] → like x, and
+        present [B, H, T, D].
 
         Several tokens take the standard way, as the operator has them for one row only, and odd head widths too.
         """
         if x.ndim == 3 or not self._grouped:
-            return super().cached_attention(attention, x, past, past_lengths)
+            return super().cached_attention(attention, x, past, past_lengths, bias)
         packed = self._packed[attention](x)[:, None]
-        attended, present = _grouped_attention((packed, None, None), attention.heads, past, past_lengths)
+        attended, present = _grouped_attention((packed, None, None), attention.heads, past, past_lengths, bias)
         return attention.output(attended.flatten(1)), present
 
     def cross_attention(
@@ -93,17 +94,23 @@ def _pack(*parts: Linear) -> Linear:
 
 
 def _grouped_attention(
-    new: tuple[Tensor, Tensor | None, Tensor | None], heads: int, past: KeyValue, last: Tensor
+    new: tuple[Tensor, Tensor | None, Tensor | None],
+    heads: int,
+    past: KeyValue,
+    last: Tensor,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, KeyValue]:
     """Queries, keys and values of one token [B, 1, H·D] each, or packed in the first [B, 1, 3·H·D]; past [B, H, T, D];
-    the last position that each row then has, last [B] → attended [B, 1, H·D], present [B, H, T, D].
+    the last position that each row then has, last [B]; a bias of scores [B, H, 1, T] → attended [B, 1, H·D], present
+    [B, H, T, D].
     """
     query = new[0]
     width = heads * past.key.shape[3]
     capacity = torch.scalar_tensor(past.key.shape[2], dtype=torch.int32)
+    biased = () if bias is None else (None, None, None, bias)
     attended, *present = torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::GroupQueryAttention",
-        (*new, *past, last.to(torch.int32), capacity),
+        (*new, *past, last.to(torch.int32), capacity, *biased),
         {"num_heads": heads, "kv_num_heads": heads},
         dtypes=[query.dtype] * 3,
         shapes=[(*query.shape[:2], width), past.key.shape, past.value.shape],

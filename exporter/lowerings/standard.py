@@ -31,24 +31,27 @@ class StandardOperators(Operators):
             return attention.queries(x), attention.keys_values(x)
         return attention.token_query(x), attention.token_keys_values(x)
 
-    def self_attention(self, attention: Attention, x: Tensor, lengths: Tensor) -> Tensor:
-        """Encoder, whole sentences: x [B, S, E], lengths [B] → [B, S, E]. The operator itself splits the heads."""
+    def self_attention(self, attention: Attention, x: Tensor, lengths: Tensor, bias: Tensor | None) -> Tensor:
+        """Encoder, whole sentences: x [B, S, E], lengths [B], a bias of scores [1, H, S, S] → [B, S, E]. The operator
+        itself splits the heads.
+        """
         query, key, value = attention.query(x), attention.key(x), attention.value(x)
-        attended = attend(query, KeyValue(key, value), lengths, heads=attention.heads)
+        attended = attend(query, KeyValue(key, value), lengths, bias, heads=attention.heads)
         result: Tensor = attention.output(attended)
         return result
 
     def cached_attention(
-        self, attention: Attention, x: Tensor, past: KeyValue, past_lengths: Tensor
+        self, attention: Attention, x: Tensor, past: KeyValue, past_lengths: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, KeyValue]:
-        """One token, x [B, E], or several, [B, Q, E]; past [B, H, T, D] → like x, and present [B, H, T, D].
+        """One token, x [B, E], or several, [B, Q, E]; past [B, H, T, D], a bias of scores [B, H, Q, T] → like x, and
+        present [B, H, T, D].
 
         With lengths given, the operator's causal mask ends at them: the last of Q tokens sees past_lengths + Q.
         """
         several = x.ndim == 3
         query, new = self.project(attention, x)
         present = KeyValue(_scatter(past.key, new.key, past_lengths), _scatter(past.value, new.value, past_lengths))
-        attended = attend(query, present, past_lengths + query.shape[2], causal=several)
+        attended = attend(query, present, past_lengths + query.shape[2], bias, causal=several)
         return (attention.merge if several else attention.merge_token)(attended), present
 
     def cross_attention(
@@ -72,15 +75,24 @@ class StandardOperators(Operators):
         return attention.merge_token(blend(weights, cross.value)), weights.mean(dim=(1, 2))
 
 
-def attend(query: Tensor, past: KeyValue, lengths: Tensor, *, causal: bool = False, heads: int | None = None) -> Tensor:
-    """query [B, H, Q, D], keys and values [B, H, K, D] of which lengths [B] count → [B, H, Q, D].
+def attend(
+    query: Tensor,
+    past: KeyValue,
+    lengths: Tensor,
+    bias: Tensor | None = None,
+    *,
+    causal: bool = False,
+    heads: int | None = None,
+) -> Tensor:
+    """query [B, H, Q, D], keys and values [B, H, K, D] of which lengths [B] count, a bias of scores [B or 1, H, Q, K]
+    → [B, H, Q, D].
 
     With `heads` all of them are [B, positions, E].
     """
     named = {"is_causal": int(causal), "q_num_heads": heads, "kv_num_heads": heads}
     result: Tensor = torch.onnx.ops.symbolic(
         "Attention",
-        (query, past.key, past.value, None, None, None, lengths),
+        (query, past.key, past.value, bias, None, None, lengths),
         {name: value for name, value in named.items() if value},
         dtype=query.dtype,
         shape=query.shape,

@@ -27,14 +27,14 @@ import torch
 from onnx import TensorProto
 from torch import Tensor, nn
 
-from kvx.models.layers import Linear, Norm
+from kvx.models.layers import Linear, Norm, RelativeBias
 from kvx.models.operators import Operators
 from kvx.models.transformer import Transformer
 from kvx.runtime.bundle.precision import PRECISIONS, Precision
 
 
 def in_precision(model: Transformer, precision: Precision) -> Transformer:
-    """The model itself, or a copy in the types of the precision: the residual stream takes that of the positions."""
+    """The model itself, or a copy in the types of the precision."""
     arithmetic = PRECISIONS[precision]
     if not arithmetic.halved:
         return model
@@ -42,10 +42,12 @@ def in_precision(model: Transformer, precision: Precision) -> Transformer:
     residual: torch.dtype = getattr(torch, arithmetic.residual)
     halved = copy.deepcopy(model)
     for module in halved.modules():
-        if isinstance(module, (nn.Linear, nn.Embedding)) and module.weight is not halved.head.weight:
+        if isinstance(module, (nn.Linear, nn.Embedding, RelativeBias)) and module.weight is not halved.head.weight:
             module.to(element)
     for embedding in (halved.source_embedding, halved.target_embedding):
-        embedding.positions = embedding.positions.to(residual)
+        embedding.residual = residual
+        if embedding.positions is not None:
+            embedding.positions = embedding.positions.to(residual)
     return halved
 
 

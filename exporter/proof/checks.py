@@ -13,7 +13,7 @@ from kvx.exporter.proof.limits import ParityOptions
 from kvx.exporter.proof.loop import bind_loop, check_loop
 from kvx.exporter.proof.quality import Ids, VerificationText, check_lines, check_range, check_scores
 from kvx.exporter.proof.report import Check
-from kvx.exporter.proof.tables import Fed, check_source_tables, check_target_tables
+from kvx.exporter.proof.tables import Fed, check_distances, check_source_tables, check_target_tables
 from kvx.exporter.proof.trial import ExportedGraphs, Trial, first_tokens, release_large, shares_sources
 from kvx.models.transformer import Transformer
 from kvx.runtime.bundle.graphs import BEAMS, CHUNK, LOOP, SHORTLIST, STEP, Graph
@@ -110,6 +110,10 @@ def _target_tables(case: Case) -> Iterator[Check]:
     yield check_target_tables(case.trial, case.graphs, _fed(case), case.limits.tolerance)
 
 
+def _distances(case: Case) -> Iterator[Check]:
+    yield check_distances(case.trial, case.graphs, _fed(case))
+
+
 def _fed(case: Case) -> Iterator[Fed]:
     """Every graph of the decoder that the backend has."""
     graphs, shortlisting = case.graphs, shortlisting_of(case.graphs)
@@ -162,6 +166,7 @@ SHORTLISTED = Proof(_shortlist, lambda case: shortlisting_of(case.graphs) is not
 NEIGHBOURS = Proof(_neighbours)
 SOURCE_TABLES = Proof(_source_tables)
 TARGET_TABLES = Proof(_target_tables, phase="proving every token and position")
+DISTANCES = Proof(_distances, lambda case: case.model.config.positions == "relative")
 # Quantised products move logits too far for greedy translations of noise.
 DRAWN = Proof(_drawn, lambda case: not case.arithmetic.quantized)
 RANGE = Proof(_range, lambda case: any(spec.dtype == "float16" for spec in case.graphs.cache_specs))
@@ -179,6 +184,7 @@ CHECKS = (
     NEIGHBOURS,
     SOURCE_TABLES,
     TARGET_TABLES,
+    DISTANCES,
     DRAWN,
     RANGE,
     TEXT,

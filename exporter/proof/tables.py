@@ -12,6 +12,7 @@ P positions of a table.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -20,12 +21,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from kvx.exporter.proof.report import Check
+from kvx.exporter.proof.report import Check, Differences
 from kvx.exporter.proof.trial import ExportedGraphs, Trial, release_large
 from kvx.models.transformer import Transformer
 from kvx.runtime.arrays import IntArray
 from kvx.runtime.bundle.signature import PAST, TensorSpec, encoder_signature, key_value_names
-from kvx.runtime.decoding.backend import Backend
+from kvx.runtime.decoding.backend import Backend, StepOutput
 from kvx.runtime.decoding.cache import Capacity, EncodedSource, KVCache
 
 MOST_ROWS = 256
@@ -35,6 +36,7 @@ LEAST_SPREAD = 0.1  # of the size of the keys and values themselves
 SOURCE_TOKENS = 4
 MOST_WORK = 1e13  # multiplications of one check, some minutes
 DRAWN_WORK = 1.5e12  # where all tokens would take more
+FAR_ROWS = 6  # that see all distances
 FIRST_AND_LAST = 64  # tokens that are always fed: special ones and languages stand there
 
 Feed = Callable[[IntArray], object]
@@ -93,32 +95,72 @@ def check_source_tables(trial: Trial, backend: ExportedGraphs, tolerance: float)
     tokens = _tokens(trial, config.source_vocab_size, 2 * _source_work(trial.model))
     for ids in _batches(tokens):
         _compare_sources(found, "tokens", ids, trial, backend, ids[:, None])
-    longest = min(config.source_positions, int((SOURCE_BYTES / (4 * config.encoder_heads)) ** 0.5))
+    positions = config.distinct_positions[0]
+    longest = min(positions, int((SOURCE_BYTES / (4 * config.encoder_heads)) ** 0.5))
     drawn = trial.random.integers(0, config.source_vocab_size, (1, longest))
     _compare_sources(found, "positions", np.arange(longest), trial, backend, drawn)
-    seen = f"{_of(tokens, config.source_vocab_size)} tokens and {longest} of {config.source_positions} positions"
+    seen = f"{_of(tokens, config.source_vocab_size)} tokens and {longest} of {positions} positions"
     return found.check(backend, f"source tables: {seen}", tolerance)
 
 
 def check_target_tables(trial: Trial, backend: ExportedGraphs, graphs: Iterable[Fed], tolerance: float) -> Check:
-    """Every token of the target at the first position and a token at every position, in each graph of the decoder."""
+    """Every token of the target at the first position and, where there is a table of positions, a token at each, in
+    each graph of the decoder.
+    """
     config, found = trial.model.config, Rows()
     graphs = list(graphs)
     tokens = _tokens(trial, config.target_vocab_size, len(graphs) * _target_work(trial.model))
+    table = 0 if config.positions == "relative" else config.target_positions
     for graph in graphs:
         release_large(trial.model, backend)
         batches = _batches(tokens)
         cache, feed = _bound(trial, graph, batches.shape[1], 1)
         for ids in batches:
             _compare_targets(found, "tokens", trial.model, graph, cache, feed, ids, np.zeros_like(ids))
-        each = Capacity(1, config.target_positions + 1, 1).bytes(graph.specs)
-        steps = _walk(config.target_positions, max(1, min(MOST_ROWS, _walk_bytes(trial.model) // each)))
-        cache, feed = _bound(trial, graph, steps.shape[1], config.target_positions)
+        each = Capacity(1, table + 1, 1).bytes(graph.specs)
+        steps = _walk(table, max(1, min(MOST_ROWS, _walk_bytes(trial.model) // each)))
+        cache, feed = _bound(trial, graph, steps.shape[1], table)
         for positions in steps:
             ids = trial.random.integers(0, config.target_vocab_size, len(positions))
             _compare_targets(found, "positions", trial.model, graph, cache, feed, ids, positions)
-    seen = f"{_of(tokens, config.target_vocab_size)} tokens and {config.target_positions} positions"
+    seen = f"{_of(tokens, config.target_vocab_size)} tokens" + (f" and {table} positions" if table else "")
     return found.check(backend, f"target tables: {seen}", tolerance)
+
+
+def check_distances(trial: Trial, backend: ExportedGraphs, graphs: Iterable[Fed]) -> Check:
+    """A token of each row that sees keys and values, any, at every distance that the model tells from others, in each
+    graph of the decoder: its logits, and what every layer writes.
+    """
+    config, found = trial.model.config, Differences()
+    farthest = config.distinct_positions[1]
+    for graph in graphs:
+        release_large(trial.model, backend)
+        ids = trial.random.integers(0, config.target_vocab_size, FAR_ROWS)
+        cache, feed = _bound(trial, graph, FAR_ROWS, farthest)
+        truth, eager_step = _bound(trial, Fed("", trial.eager.cache_specs, trial.eager.bind), FAR_ROWS, farthest)
+        _fill(trial, truth, cache, ids)
+        truth.lengths[:] = cache.lengths[:] = farthest - 1 - np.arange(FAR_ROWS) % farthest
+        got, expected = feed(ids), eager_step(ids)
+        if isinstance(got, StepOutput) and isinstance(expected, StepOutput):
+            logits = got.logits.reshape(FAR_ROWS, -1)
+            columns = min(logits.shape[1], expected.logits.shape[1])  # a shortlist has the first alone
+            found.add(f"{graph.name}, logits", expected.logits[:, :columns], logits[:, :columns])
+        written = np.arange(FAR_ROWS), slice(None), truth.lengths
+        for name in (spec.name for spec in trial.eager.cache_specs if "T" in spec.axes):
+            found.add(f"{graph.name}, {name}", truth.buffers[name][written], cache.buffers[name][written])
+    return found.check(backend, f"every distance up to {farthest - 1}", trial.tolerance)
+
+
+def _fill(trial: Trial, truth: KVCache, cache: KVCache, ids: IntArray) -> None:
+    """Puts the same keys and values into both, of the size of those that the first layer makes of these tokens."""
+    with torch.inference_mode():
+        first = trial.model.first_keys_values(torch.from_numpy(ids), torch.zeros(len(ids), dtype=torch.int64))
+    sizes = [float(tensor.float().square().mean()) ** 0.5 for tensor in first]
+    names = (spec.name for spec in trial.eager.cache_specs if "T" in spec.axes)
+    for name, size in zip(names, itertools.cycle(sizes), strict=False):
+        held = truth.buffers[name]
+        held[:] = trial.random.standard_normal(held.shape) * size
+        cache.buffers[name][:] = held
 
 
 def _tokens(trial: Trial, size: int, work: float) -> IntArray:
@@ -164,6 +206,8 @@ def _batches(tokens: IntArray) -> IntArray:
 
 def _walk(positions: int, rows: int) -> IntArray:
     """Positions [steps, B]: every row walks through its part of them."""
+    if not positions:
+        return np.zeros((0, 1), np.int64)
     steps = -(-positions // rows)
     starts = np.arange(-(-positions // steps)) * steps
     walked: IntArray = np.minimum(np.arange(steps)[:, None] + starts, positions - 1)

@@ -21,9 +21,10 @@ from kvx.runtime.errors import BundleError
 
 OPERATORS = frozenset(
     {
-        *("add", "arange", "bitwise_not", "div", "embedding", "flatten", "gelu", "index_put_", "layer_norm", "le"),
-        *("linear", "lt", "masked_fill", "matmul", "mean", "mul", "pow", "relu", "reshape", "rms_norm", "select"),
-        *("sigmoid", "silu", "size", "slice", "softmax", "std", "sub", "to", "transpose", "unflatten", "unsqueeze"),
+        *("add", "arange", "bitwise_not", "clamp", "div", "embedding", "flatten", "gelu", "index_put_", "layer_norm"),
+        *("le", "linear", "lt", "masked_fill", "matmul", "mean", "mul", "permute", "pow", "relu", "reshape"),
+        *("rms_norm", "select", "sigmoid", "silu", "size", "slice", "softmax", "std", "sub", "to", "transpose"),
+        *("unflatten", "unsqueeze"),
     }
 )
 CALLS = {f"torch.{name}" for name in OPERATORS} | {"ops.prim.NumToTensor"}
