@@ -47,6 +47,19 @@ SIZES: Mapping[int, Mapping[str, int]] = {  # by seed
         "decoder_ffn_dim": 40,
     },
 }
+RELATIVE_SIZES: Mapping[int, Mapping[str, int]] = {  # transformers has no cache for more decoder layers than encoder's
+    0: {
+        "d_model": 36,
+        "d_kv": 10,
+        "num_heads": 3,
+        "num_layers": 2,
+        "num_decoder_layers": 1,
+        "d_ff": 50,
+        "relative_attention_num_buckets": 8,
+        "relative_attention_max_distance": 10,
+    },
+    1: {"d_model": 48, "d_kv": 16, "num_heads": 4, "num_layers": 2, "num_decoder_layers": 2, "d_ff": 64},
+}
 STEPS, BATCH, RATE = 1600, 48, 4e-3  # at most so many
 BEAMS: dict[str, Any] = {"beam_size": 4, "early_stopping": False, "beam_rules": "transformers"}
 WARM_UP, LEARNT, WINDOW = 60, 0.03, 30  # the mean loss of the last steps at which it has learnt the task
@@ -60,6 +73,7 @@ class Kind:
     model: str
     config: Callable[[Any], dict[str, Any]]
     languages: tuple[str, str, str] | None = None  # source, and two targets
+    relative: bool = False  # positions, with sizes by the names of T5
     after: bool = False  # a language stands after eos, and a target begins with its own
 
 
@@ -175,16 +189,25 @@ def make(
     tied: bool = True,
     steps: int = STEPS,
     generation: Mapping[str, Any] | None = None,
+    heads: int | None = None,
 ) -> Made:
-    """A folder of a family's model of random weights that was trained for this many steps."""
+    """A folder of a family's model of random weights that was trained for this many steps, perhaps with as many heads
+    on both sides.
+    """
     kind = KINDS[name]
     tokenizer = kind.tokenizer(folder / "tokenizer")
     tokenizer.save_pretrained(folder)
     torch.manual_seed(seed)
     model_class = getattr(transformers, kind.model)
-    values = {**SIZES[seed], "max_position_embeddings": 40, "dropout": 0.0, "attention_dropout": 0.0}
-    config = model_class.config_class(**values, **kind.config(tokenizer), tie_word_embeddings=tied)
+    if kind.relative:
+        config = model_class.config_class(**RELATIVE_SIZES[seed], dropout_rate=0.0, **kind.config(tokenizer))
+    else:
+        values = {**SIZES[seed], "max_position_embeddings": 40, "dropout": 0.0, "attention_dropout": 0.0}
+        values |= {f"{side}_attention_heads": heads for side in ("encoder", "decoder") if heads}
+        config = model_class.config_class(**values, **kind.config(tokenizer), tie_word_embeddings=tied)
     model = model_class(config).eval()
+    if kind.relative and not tied:  # which version 5 knows by the file alone
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     made = Made(name, folder, kind, model, tokenizer)
     _disturb(model, seed)
     if steps:
@@ -372,6 +395,10 @@ def _of_pegasus(tokenizer: Any) -> dict[str, Any]:  # noqa: ANN401
     return {"vocab_size": len(tokenizer), **ids, "scale_embedding": True, "activation_function": "relu"}
 
 
+def _of_t5(tokenizer: Any, **values: Any) -> dict[str, Any]:  # noqa: ANN401
+    return {"vocab_size": len(tokenizer) + 3, "decoder_start_token_id": 0, **values}
+
+
 KINDS = {
     "marian": Kind(_marian, "MarianMTModel", _of_marian),
     "marian-apart": Kind(_marian_apart, "MarianMTModel", _of_marian_apart),
@@ -396,5 +423,18 @@ KINDS = {
     ),
     "pegasus": Kind(
         _from_sentencepiece("PegasusTokenizer", "spiece.model"), "PegasusForConditionalGeneration", _of_pegasus
+    ),
+    "t5": Kind(_from_sentencepiece("T5Tokenizer", "spiece.model"), "T5ForConditionalGeneration", _of_t5, relative=True),
+    "flan": Kind(
+        _from_sentencepiece("T5Tokenizer", "spiece.model"),
+        "T5ForConditionalGeneration",
+        lambda tokenizer: _of_t5(tokenizer, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+        relative=True,
+    ),
+    "mt5": Kind(
+        _from_sentencepiece("T5Tokenizer", "spiece.model"), "MT5ForConditionalGeneration", _of_t5, relative=True
+    ),
+    "umt5": Kind(
+        _from_sentencepiece("T5Tokenizer", "spiece.model"), "UMT5ForConditionalGeneration", _of_t5, relative=True
     ),
 }

@@ -27,7 +27,7 @@ CELLS: dict[str, dict[str, Any]] = {
     "int8": {"precision": "int8", "attention": True, "shortlist": True},
     "int4": {"precision": "int4", "shortlist": True},
 }
-FAMILIES = ("marian", "marian-apart", "nllb", "bart", "mbart25", "pegasus")
+FAMILIES = ("marian", "marian-apart", "nllb", "bart", "mbart25", "pegasus", "t5", "flan", "umt5")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -1,4 +1,4 @@
-"""The text side of a Hugging Face folder: Marian, M2M100, NLLB, mBART, mBART-50, BART, Pegasus.
+"""The text side of a Hugging Face folder: Marian, M2M100, NLLB, mBART, mBART-50, BART, Pegasus, T5, mT5, UMT5, ByT5.
 
 What each family does is read in its tokenizer of transformers 5.24. Special tokens that are spelled out in a text are
 text here, and the texts of Marian are not normalised, as there.
@@ -23,6 +23,7 @@ from kvx.models.importers.tokenizer_vocabularies import (
     Side,
     by_id,
     fairseq_pieces,
+    make_bytes,
     make_side,
     read_ids,
     read_sentencepiece,
@@ -31,7 +32,7 @@ from kvx.runtime.bundle.framing import Framed, Framing, Languages
 from kvx.runtime.errors import CheckpointError
 
 SPM_FILE = "sentencepiece.bpe.model"
-PEGASUS_SPM_FILE = "spiece.model"
+UNIGRAM_SPM_FILE = "spiece.model"  # of Pegasus and T5
 IDS_FILE = "vocab.json"
 MERGES_FILE = "merges.txt"
 MARIAN_FILES = ("source.spm", "target.spm", IDS_FILE)
@@ -39,6 +40,7 @@ MARIAN_TARGET_FILE = "target_vocab.json"
 
 MADE_UP = 8  # words that M2M100 has beyond its languages, which stand for nothing
 PEGASUS_OFFSET = 103
+EXTRA_IDS = 100  # that T5 has beyond its pieces, which stand for text that is left out
 MOST_OFFSET = 10_000
 MARIAN_LANGUAGE = re.compile(r">>(.+)<<")
 NLLB_LANGUAGE = re.compile(r"[a-z]{2,3}_[A-Z][a-z]{3}")
@@ -51,6 +53,9 @@ DEFAULTS: Mapping[str, Mapping[str, int | None]] = {
     "bart": {"decoder_start_token_id": 2, "pad_token_id": 1, "eos_token_id": 2},
     "mbart": {"decoder_start_token_id": None, "pad_token_id": 1, "eos_token_id": 2},
     "pegasus": {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1},
+    "t5": {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1},
+    "mt5": {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1},
+    "umt5": {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1},
 }
 
 
@@ -325,8 +330,8 @@ def _pegasus(model: _Model) -> Text:
 def _pegasus_side(model: _Model) -> Side:
     """Ids up to the offset were used in pretraining only."""
     settings = model.settings
-    require(model.folder, PEGASUS_SPM_FILE)
-    path = model.folder / PEGASUS_SPM_FILE
+    require(model.folder, UNIGRAM_SPM_FILE)
+    path = model.folder / UNIGRAM_SPM_FILE
     offset = settings.number("offset", PEGASUS_OFFSET, MOST_OFFSET)
     pieces = read_sentencepiece(path)
     first = [settings.piece("pad_token", "<pad>"), settings.piece("eos_token", "</s>")]
@@ -337,6 +342,37 @@ def _pegasus_side(model: _Model) -> Side:
         [*first, *pieces[2:]],
         special=first,
         unknown=settings.piece("unk_token", "<unk>"),
+        size=model.joint_size,
+        settings=settings,
+    )
+
+
+def _t5(model: _Model) -> Text:
+    """Pieces by their own ids, or bytes. What a text is for stands in it, as in "translate English to German: "."""
+    settings = model.settings
+    if (settings.text("tokenizer_class") or "").startswith("ByT5"):
+        side = make_bytes(model.folder, model.joint_size)
+    elif has(model.folder, JSON_FILE):
+        side = read_tokenizer_json(settings, model.joint_size).side
+    else:
+        side = _t5_side(model)
+    return _one_language(model, side, (), (side.id(settings.piece("eos_token", "</s>")),))
+
+
+def _t5_side(model: _Model) -> Side:
+    settings = model.settings
+    require(model.folder, UNIGRAM_SPM_FILE)
+    path = model.folder / UNIGRAM_SPM_FILE
+    named = (("pad_token", "<pad>"), ("eos_token", "</s>"), ("unk_token", "<unk>"))
+    special = [settings.piece(*one) for one in named]
+    number = settings.number("extra_ids", EXTRA_IDS, MOST_OFFSET)
+    pieces = read_sentencepiece(path)
+    extra = [f"<extra_id_{number - 1 - one}>" for one in range(number)]
+    return make_side(
+        path,
+        [*pieces, *(piece for piece in extra if piece not in pieces)],
+        special=[*special, *extra],
+        unknown=special[-1],
         size=model.joint_size,
         settings=settings,
     )
@@ -458,4 +494,7 @@ READERS: Mapping[str, Callable[[_Model], Text]] = {
     "bart": _bart,
     "mbart": _mbart,
     "pegasus": _pegasus,
+    "t5": _t5,
+    "mt5": _t5,
+    "umt5": _t5,
 }

@@ -18,7 +18,7 @@ from kvx.models.importers.tokenizer_settings import (
     read_object,
     refuse_tokens,
 )
-from kvx.runtime.bundle.vocabulary import MOST_PIECES, Vocabulary
+from kvx.runtime.bundle.vocabulary import BYTES, MOST_PIECES, Vocabulary
 from kvx.runtime.errors import TokenizerError
 
 Pieces = list[str | None]
@@ -116,6 +116,17 @@ def make_side(
         settings.flag("clean_up_tokenization_spaces"),
     )
     return Side(TokenizerFiles("vocabulary", {"model": model, "vocabulary": held.to_bytes()}), model, ids, notes)
+
+
+def make_bytes(folder: Path, size: int) -> Side:
+    """The tokenizer of ByT5, which needs no file. Raises TokenizerError."""
+    if size < len(BYTES):
+        raise TokenizerError(
+            f"The model in {folder} has {size} ids, and its tokenizer reads bytes",
+            expected=f"at least {len(BYTES)}, for special tokens and all bytes",
+            remedy="Copy the tokenizer that the model was trained with.",
+        )
+    return Side(TokenizerFiles("bytes", {}), folder, {piece: one for one, piece in enumerate(BYTES)})
 
 
 def _with_added(pieces: Pieces, settings: TokenizerSettings) -> tuple[Pieces, list[str]]:

@@ -32,11 +32,14 @@ def describe(bundle: Bundle) -> Iterator[str]:
     yield ""
     yield "texts"
     yield f"  source: {_framed(framing.prefix)}pieces {_framed(framing.suffix)}".rstrip()
+    if framing.text_prefix:
+        yield f"  before every text: {framing.text_prefix!r}"
     yield f"  target: {_framed((framing.start, *framing.forced))}pieces {framing.eos}"
     if framing.never:
         yield f"  never in a target: {', '.join(map(str, framing.never))}"
     for side, tokenizer in manifest.tokenizers.items():
-        yield f"  tokenizer of the {side}: {tokenizer.kind} ({', '.join(tokenizer.files.values())})"
+        files = f" ({', '.join(tokenizer.files.values())})" if tokenizer.files else ""
+        yield f"  tokenizer of the {side}: {tokenizer.kind}{files}"
     yield from _describe_languages(manifest.languages)
     yield ""
     if manifest.defaults:
@@ -45,7 +48,10 @@ def describe(bundle: Bundle) -> Iterator[str]:
             yield f"  {name} {default.value}  ({default.origin})"
         yield ""
     yield "limits"
-    yield f"  source positions {model['source_positions']}, target positions {model['target_positions']}"
+    if model.get("positions") == "relative":
+        yield "  positions are relative: sources and targets of any length"
+    else:
+        yield f"  source positions {model['source_positions']}, target positions {model['target_positions']}"
     yield f"  new tokens by default {manifest.max_new_tokens}"
     yield (
         f"  cache bytes per source token {manifest.cache_bytes(target=0, source=1):,}, "

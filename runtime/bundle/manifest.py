@@ -187,9 +187,7 @@ class Manifest:
 
     def _lost(self, entry: TokenizerEntry) -> Iterator[str]:
         """What a tokenizer lacks among the files of the bundle."""
-        if not entry.files:
-            yield "no files"
-        yield from (f"{name} is not among the files" for name in entry.files.values() if name not in self.files)
+        return (f"{name} is not among the files" for name in entry.files.values() if name not in self.files)
 
     def _impossible_features(self) -> Iterator[str]:
         """The features that no step of this model has."""

@@ -13,6 +13,8 @@ KEYS = frozenset({"format", "pieces", "special", "unknown", "tidy"})
 FORMAT = "kvx-vocabulary-1"
 # What Hugging Face takes spaces from after decoding where `clean_up_tokenization_spaces` is set.
 TIDIED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
+# The pieces by id where these are bytes.
+BYTES = ("<pad>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvx.runtime.errors import BundleError
+from kvx.runtime.text.tokenizers.bytes import ByteTokenizer
 from kvx.runtime.text.tokenizers.huggingface import HuggingFaceTokenizer
 from kvx.runtime.text.tokenizers.protocol import Tokenizer
 from kvx.runtime.text.tokenizers.sentencepiece import SentencePiece
 from kvx.runtime.text.tokenizers.vocabulary import SentencePieceVocabulary
+from kvx.runtime.text.tokenizers.words import BytePairVocabulary, WordVocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,9 @@ KINDS: Mapping[str, Kind] = {
     "sentencepiece": Kind(("model",), SentencePiece),
     "vocabulary": Kind(("model", "vocabulary"), SentencePieceVocabulary),
     "huggingface": Kind(("tokenizer",), HuggingFaceTokenizer),
+    "bytes": Kind((), ByteTokenizer),
+    "words": Kind(("vocabulary",), WordVocabulary),
+    "bpe": Kind(("codes", "vocabulary"), BytePairVocabulary),
 }
 
 
@@ -42,7 +47,7 @@ def open_tokenizer(kind: str, files: Mapping[str, Path]) -> Tokenizer:
     if set(files) != set(known.roles):
         raise BundleError(
             f"A tokenizer of the kind {kind} has the files {', '.join(sorted(map(str, files))) or 'of no role'}",
-            expected=f"the files {', '.join(known.roles)}",
+            expected=f"the files {', '.join(known.roles)}" if known.roles else "no files",
             remedy="Export the bundle again.",
         )
     return known.load(*(files[role] for role in known.roles))

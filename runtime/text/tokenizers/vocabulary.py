@@ -21,7 +21,7 @@ class SentencePieceVocabulary:
     def __init__(self, model: Path, vocabulary: Path) -> None:
         self._processor = load_processor(model)
         self._reading = Reading(model)
-        held = _read_vocabulary(vocabulary)
+        held = read_vocabulary(vocabulary)
         self.unknown_id = held.unknown
         self._tidy = held.tidy
         self._pieces = held.pieces
@@ -90,7 +90,8 @@ def tidied(text: str) -> str:
     return text
 
 
-def _read_vocabulary(path: Path) -> Vocabulary:
+def read_vocabulary(path: Path) -> Vocabulary:
+    """A vocabulary file that an export wrote. Raises TokenizerError."""
     content = read_content(path, "a vocabulary file that kvx wrote", MOST_BYTES)
     try:
         return Vocabulary.from_bytes(content)

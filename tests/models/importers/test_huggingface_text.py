@@ -237,6 +237,13 @@ def pegasus(trained: Path) -> Case:
 
 
 @pytest.fixture(scope="module")
+def t5(trained: Path) -> Case:
+    folder = trained / "t5"
+    original = from_sentencepiece(folder, "spiece.model", transformers.T5Tokenizer)
+    return Case(folder, "t5", original, (len(original), len(original)))
+
+
+@pytest.fixture(scope="module")
 def bart(trained: Path) -> Case:
     folder = trained / "bart"
     (folder / "raw").mkdir(parents=True)
@@ -249,7 +256,7 @@ def bart(trained: Path) -> Case:
     return Case(folder, "bart", original, (len(original), len(original)))
 
 
-FAMILIES = ["marian", "marian_apart", "m2m100", "nllb", "mbart50", "mbart25", "pegasus", "bart"]
+FAMILIES = ["marian", "marian_apart", "m2m100", "nllb", "mbart50", "mbart25", "pegasus", "t5", "bart"]
 KINDS = {"marian": "vocabulary", "marian_apart": "vocabulary", "m2m100": "vocabulary"}
 
 
@@ -392,6 +399,24 @@ def test_a_language_of_marian_is_text_within_a_text(marian_languages: Case, tmp_
     assert tokenizer.decode([fra, *tokenizer.encode("the frog")]) == "the frog"
 
 
+def test_bytes_are_those_of_the_original(tmp_path: Path) -> None:
+    original = transformers.ByT5Tokenizer()
+    original.save_pretrained(tmp_path)
+    case = Case(tmp_path, "t5", original, (384, 384))
+    text = case.read()
+    assert text.source.kind == "bytes"
+    tokenizer, chance = opened(text.source, tmp_path), random.Random(6)
+    for content in TEXTS:
+        ids = original(content).input_ids
+        assert case.framed(text, tokenizer, content) == ids
+        assert tokenizer.decode(ids) == content == original.decode(ids, skip_special_tokens=True)
+        assert len(tokenizer.surfaces(content)) == len(ids) - 1
+        some = [chance.randrange(3, 384) for _ in range(9)]
+        assert tokenizer.decode(some) == original.decode(some, skip_special_tokens=True)
+    with pytest.raises(TokenizerError, match="at least 259"):
+        dataclasses.replace(case, sizes=(258, 258)).read()
+
+
 def raw(case: Case, **values: object) -> Case:
     """The folder with the sentencepiece model alone, as older versions saved it."""
     if values:
@@ -401,7 +426,13 @@ def raw(case: Case, **values: object) -> Case:
 
 @pytest.mark.parametrize(
     ("name", "offset", "listed"),
-    [("nllb", 1, known.NLLB), ("mbart50", 1, known.MBART50), ("mbart25", 1, known.MBART), ("pegasus", 103, ())],
+    [
+        ("nllb", 1, known.NLLB),
+        ("mbart50", 1, known.MBART50),
+        ("mbart25", 1, known.MBART),
+        ("pegasus", 103, ()),
+        ("t5", 0, ()),
+    ],
 )
 def test_sentencepiece_alone_has_the_ids_of_the_family(
     name: str, offset: int, listed: Sequence[str], request: pytest.FixtureRequest, tmp_path: Path
@@ -412,7 +443,7 @@ def test_sentencepiece_alone_has_the_ids_of_the_family(
     assert text.source.kind == "vocabulary"
     [path] = [path for path in case.folder.iterdir() if path.name.endswith(".model")]
     processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    unknown = 105 if name == "pegasus" else 3
+    unknown = {"pegasus": 105, "t5": 2}.get(name, 3)
     for content in TEXTS:
         ids = [one + offset if one != processor.unk_id() else unknown for one in processor.encode(content)]
         assert tokenizer.encode(content) == ids
@@ -421,9 +452,12 @@ def test_sentencepiece_alone_has_the_ids_of_the_family(
     assert dict(text.languages.source) == {code: size + offset + one for one, code in enumerate(listed)}
     if listed:
         assert tokenizer.piece_id("<mask>") == size + offset + len(listed)
+    if name == "t5":
+        extra = case.original.convert_tokens_to_ids("<extra_id_0>")
+        assert tokenizer.piece_id("<extra_id_0>") == size + 99 == extra
 
 
-@pytest.mark.parametrize("name", ["mbart50", "pegasus"])
+@pytest.mark.parametrize("name", ["mbart50", "pegasus", "t5"])
 def test_sentencepiece_alone_cuts_as_the_original_converts_it(
     name: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
@@ -535,7 +569,7 @@ class TestFraming:
 
 class TestRefusals:
     def test_another_family_is_named(self, tmp_path: Path) -> None:
-        for family in ("t5", None, 3, ["bart"]):
+        for family in ("longt5", None, 3, ["bart"]):
             with pytest.raises(CheckpointError, match="marian, m2m_100, bart, mbart, pegasus"):
                 read_text(tmp_path, {"model_type": family}, {}, 10, 10)
 

@@ -1,0 +1,43 @@
+"""Names of tensors: ours, and those of a file by patterns, in which {} is the number of a layer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+from kvx.models.config import ModelConfig
+from kvx.models.importers.checkpoint import expected_shapes
+
+NUMBER = re.compile(r"(?<=_layers\.|_biases\.)\d+(?=\.)")
+
+
+class Named(NamedTuple):
+    """The tensors of a model by our names, and the file's names of them for messages. What has no place in the model
+    keeps the name that it has in the file.
+    """
+
+    state: dict[str, Tensor]
+    names: dict[str, str]
+
+
+def named(
+    config: ModelConfig, tensors: Mapping[str, Tensor], patterns: Mapping[str, str], apart: re.Pattern[str]
+) -> Named:
+    """The tensors of a file that are a model's by these patterns of ours to theirs. Those whose names are `apart` are
+    dealt with elsewhere, or known to mean nothing.
+    """
+    names = {ours: _theirs(ours, patterns) for ours in expected_shapes(config)}
+    state = {ours: tensors[theirs] for ours, theirs in names.items() if theirs in tensors}
+    used = set(names.values())
+    left = {name: tensor for name, tensor in tensors.items() if name not in used and not apart.fullmatch(name)}
+    return Named(state | left, names)
+
+
+def _theirs(ours: str, patterns: Mapping[str, str]) -> str:
+    """The file's name of one of our tensors; ours where the file never has it by itself."""
+    number = NUMBER.search(ours)
+    pattern = patterns.get(NUMBER.sub("{}", ours), ours)
+    return pattern.format(number[0]) if number else pattern
