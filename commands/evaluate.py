@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 OPTIONS_OF_AN_EVALUATION = options_of_a_translation(
     "source_language",
     "target_language",
+    "text_prefix",
     "beam_size",
     "length_penalty",
     "max_new_tokens",

@@ -17,6 +17,10 @@ from kvx.runtime.errors import OptionError
 from kvx.runtime.options import TranslateOptions
 from kvx.runtime.text.lines import output_file, read_file
 
+OPTIONS_OF_A_SCORE = options_of_a_translation(
+    "source_language", "target_language", "text_prefix", "rows", "workers", "cache_bytes"
+)
+
 
 @with_described_options
 def score(
@@ -38,9 +42,7 @@ def score(
     ] = None,
     model: ModelOption = None,
     machine: Annotated[MachineOptions, Described(MachineOptions)],
-    given: Annotated[
-        dict[str, Any], options_of_a_translation("source_language", "target_language", "rows", "workers", "cache_bytes")
-    ],
+    given: Annotated[dict[str, Any], OPTIONS_OF_A_SCORE],
     output: OutputOption = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print a JSON object for each line, with every token and candidate.")

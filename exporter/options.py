@@ -44,8 +44,8 @@ class ExportOptions:
         Path,
         Option(
             path(),
-            "The trained model: a folder of Hugging Face transformers (Marian, M2M100, NLLB, BART, mBART, Pegasus), a "
-            "state dict of the reference architecture, or a model.pt in kvx's own format.",
+            "The trained model: a folder of Hugging Face transformers (Marian, M2M100, NLLB, BART, mBART, Pegasus, "
+            "T5, mT5, UMT5, ByT5), a state dict of the reference architecture, or a model.pt in kvx's own format.",
         ),
     ]
     output: Annotated[
@@ -72,6 +72,13 @@ class ExportOptions:
             "The number of attention heads. A plain state dict does not record it, and the proof does not notice a "
             "wrong number, with which translations are wrong.",
             unset="d_model / 64",
+        ),
+    ] = None
+    layout: Annotated[
+        Path | None,
+        Option(
+            path(),
+            "A file that names the parts and tensors of a model of your own. `--write-layout` drafts one.",
         ),
     ] = None
     format: Annotated[
@@ -134,6 +141,14 @@ class ExportOptions:
             "The language to translate to where none is named, by its code.",
             unset="the checkpoint's own, if it has one",
             flags=("--default-to",),
+        ),
+    ] = None
+    text_prefix: Annotated[
+        str | None,
+        Option(
+            text(),
+            'What stands before every text that is translated with this bundle, as in "translate English to German: ".',
+            unset="nothing",
         ),
     ] = None
     attention: Annotated[

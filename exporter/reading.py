@@ -22,15 +22,20 @@ from kvx.runtime.text.languages import expected_code
 from kvx.runtime.text.sources import load_tokenizer
 from kvx.runtime.text.tokenizers.sentencepiece import SentencePiece
 
-FILES = {"model": "model", "vocabulary": "vocabulary.json", "tokenizer": "tokenizer.json"}  # by role
-SHARED_FILES = {"model": "tokenizer.model", "vocabulary": "vocabulary.json", "tokenizer": "tokenizer.json"}
+FILES = {  # by role
+    "model": "model",
+    "vocabulary": "vocabulary.json",
+    "tokenizer": "tokenizer.json",
+    "codes": "bpe.codes",
+}
+SHARED_FILES = {**FILES, "model": "tokenizer.model"}
 
 
 def read_checkpoint(options: ExportOptions, progress: Progress) -> tuple[Checkpoint, Text]:
     """The checkpoint with the limit that the bundle shall have, and its texts' side. Raises CheckpointError,
     TokenizerError and OptionError.
     """
-    checkpoint = load_checkpoint(options.checkpoint, heads=options.heads)
+    checkpoint = load_checkpoint(options.checkpoint, heads=options.heads, layout=options.layout)
     heads = checkpoint.model.config.decoder_heads
     if options.heads not in (None, heads):
         raise OptionError(
@@ -44,6 +49,8 @@ def read_checkpoint(options: ExportOptions, progress: Progress) -> tuple[Checkpo
         progress.note(note)
     limit = checkpoint.max_new_tokens if options.max_new_tokens is None else options.max_new_tokens
     check_limit(limit, checkpoint.model.config.target_positions - len(text.framing.forced))
+    if options.text_prefix is not None:
+        text = replace(text, framing=replace(text.framing, text_prefix=options.text_prefix))
     return replace(checkpoint, max_new_tokens=limit), _with_default_languages(text, options)
 
 

@@ -34,6 +34,7 @@ from kvx.runtime.rules import (
     number,
     path,
     refuse,
+    text,
     wrong_value,
     wrong_values,
 )
@@ -84,6 +85,7 @@ class TranslateKeywords(TypedDict, total=False):
     seed: int | None
     source_language: str | Sequence[str | None] | None
     target_language: str | Sequence[str | None] | None
+    text_prefix: str | None
     max_new_tokens: int | None
     min_new_tokens: int | None
     prefix: Target | None
@@ -148,6 +150,15 @@ class TranslateOptions(_Remembered):
             "The language to translate to, by its code.",
             unset="the bundle's default",
             flags=("--to",),
+        ),
+    ] = None
+    text_prefix: Annotated[
+        str | None,
+        Option(
+            text(),
+            'Put this before every text, as in "translate English to German: ". Models of the T5 family are told so '
+            "what to do.",
+            unset="the bundle's own, if it has one",
         ),
     ] = None
     max_new_tokens: Annotated[

@@ -26,6 +26,7 @@ from kvx.runtime.errors import CheckpointError
 
 StateDict = Mapping[str, Tensor]
 
+SETTINGS = ("argparse.Namespace",)  # what may be in a file beside tensors and plain values
 NAMED_PROBLEMS = 10
 LONGEST_PROBLEM = 200  # characters: names in a file may be of any length
 
@@ -47,6 +48,12 @@ class Checkpoint:
     defaults: Mapping[str, Default] = field(default_factory=dict)
 
 
+class Settings:
+    """Stands for a settings object of another package: the values that it holds, and nothing that it could do."""
+
+    __module__ = "kvx.stand_in"
+
+
 def read_file(path: Path, *, mapped: bool = False) -> object:
     """What a file written by torch.save holds, its tensors `mapped` into memory where the format allows it. Raises
     CheckpointError for anything that could run code.
@@ -58,7 +65,8 @@ def read_file(path: Path, *, mapped: bool = False) -> object:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected pickle protocol", category=UserWarning)
             mapped = mapped and zipfile.is_zipfile(path)  # torch maps no older format
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            with torch.serialization.safe_globals([(Settings, name) for name in SETTINGS]):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # what an unpickler makes of a damaged file can be any exception
         code = re.search(r"(?:unsupported|Unsupported)[\w :]* (?:GLOBAL|class) ([\w.]+)", str(error))
         if code and not _ends_with(path, code[1].rpartition(".")[2]):

@@ -92,11 +92,15 @@ POSITIONS = 1024  # of a table that was not saved
 
 
 def read(content: object, path: Path, heads: int | None) -> Checkpoint | None:
-    """The reference model, or None for content that is no state dict. Without `heads` their number is assumed.
+    """The reference model, or None for content without one of its names. Without `heads` their number is assumed.
 
     Raises CheckpointError for tensors that are not those of the model.
     """
-    if not isinstance(content, dict) or not _is_state_dict(content):
+    if (
+        not isinstance(content, dict)
+        or not _is_state_dict(content)
+        or not any(reference_name(name) in content for name, _ in SIZES.values())
+    ):
         return None
     state: StateDict = content
     config, notes = _infer_config(state, path, heads)

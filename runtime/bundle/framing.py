@@ -11,6 +11,7 @@ Framed = int | Place  # an id, or the place of a language's id
 
 PLACES: tuple[Place, ...] = get_args(Place)
 MOST_FRAMED = 64  # ids on each side of a text
+MOST_PREFIX = 10_000  # characters of what stands before every text
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +34,9 @@ class LanguageIds(NamedTuple):
 class Framing:
     """The ids around a text.
 
-    A source is `prefix`, its pieces, `suffix`. A target begins with `start`, which is fed and never chosen, then with
-    the `forced` ids, which are not chosen either, and ends with `eos`. `pad` fills sources up. The ids of `never` do
-    not come in a target.
+    A source is `prefix`, the pieces of `text_prefix` and its text together, `suffix`. A target begins with `start`,
+    which is fed and never chosen, then with the `forced` ids, which are not chosen either, and ends with `eos`. `pad`
+    fills sources up. The ids of `never` do not come in a target.
     """
 
     prefix: tuple[Framed, ...]
@@ -45,6 +46,7 @@ class Framing:
     pad: int
     forced: tuple[Framed, ...] = ()
     never: tuple[int, ...] = ()
+    text_prefix: str = ""
 
     @classmethod
     def plain(cls, source: SpecialIds, target: SpecialIds) -> Self:
@@ -88,12 +90,15 @@ class Framing:
         ):
             if not all(_is_in(one, ids) for one in plain):
                 yield name
+        if not isinstance(self.text_prefix, str) or len(self.text_prefix) > MOST_PREFIX:
+            yield "text_prefix"
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Those that a manifest holds. Raises KeyError and TypeError."""
         lists = {name: tuple(values[name]) for name in ("prefix", "suffix", "forced", "never")}
-        return cls(start=values["start"], eos=values["eos"], pad=values["pad"], **lists)
+        text_prefix = values.get("text_prefix", "")  # which earlier releases do not write
+        return cls(start=values["start"], eos=values["eos"], pad=values["pad"], text_prefix=text_prefix, **lists)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

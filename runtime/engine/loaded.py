@@ -113,6 +113,7 @@ class LoadedModel:
                 options.on_long,
                 source_language=source,
                 target_language=target,
+                text_prefix=options.text_prefix,
                 with_pieces=options.with_attention,
                 empty=empty,
             )

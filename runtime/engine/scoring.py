@@ -21,7 +21,7 @@ from kvx.runtime.text.sources import refuse_string
 from kvx.runtime.text.targets import Target
 
 SEARCHED_BY: dict[type, str] = {BeamSearch: "beam_size", Sampling: "samples"}  # what asks for these searches
-SCORING_OPTIONS = ("on_long", "rows", "workers", "cache_bytes", "source_language", "target_language")
+SCORING_OPTIONS = ("on_long", "rows", "workers", "cache_bytes", "source_language", "target_language", "text_prefix")
 
 RankBy = Literal["sum", "per_token"]
 

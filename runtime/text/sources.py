@@ -56,16 +56,20 @@ class SourceReader:
         *,
         source_language: str | None = None,
         target_language: str | None = None,
+        text_prefix: str | None = None,
         with_pieces: bool = False,
         empty: bool = False,
     ) -> SourceText:
-        """The ids of the text with this number, none for a text without a piece, unless it may be `empty`. A text
-        longer than the model's positions, with what framing adds, is an InputError or is cut within the framing. Raises
-        InputError also for languages.
+        """The ids of the text with this number, none for a text without a piece, unless it may be `empty`. A
+        `text_prefix` takes the place of the bundle's. A text longer than the model's positions, with what framing adds,
+        is an InputError or is cut within the framing. Raises InputError also for languages.
         """
         refuse_other(text, number)
         ids, text = self._languages.read(text, source_language, target_language, number)
-        pieces, framing = encode_text(self._tokenizer, text, number), self._framing
+        framing, pieces = self._framing, list[int]()
+        if is_text(text):
+            text = (framing.text_prefix if text_prefix is None else text_prefix) + text
+            pieces = self._tokenizer.encode(text)
         room = self._positions - framing.around
         long = len(pieces) > room
         if long and on_long == "error":
@@ -101,7 +105,12 @@ def refuse_other(text: object, number: int) -> None:
 def encode_text(tokenizer: Tokenizer, text: str, number: int) -> list[int]:
     """The ids of a text's pieces; none where there is nothing to see. Raises InputError for anything but a text."""
     refuse_other(text, number)
-    return tokenizer.encode(text) if any(map(is_visible, text)) else []
+    return tokenizer.encode(text) if is_text(text) else []
+
+
+def is_text(text: str) -> bool:
+    """Whether there is something to see."""
+    return any(map(is_visible, text))
 
 
 def is_visible(character: str) -> bool:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import os
 import pickle
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -245,7 +245,7 @@ def test_a_bare_pickle_of_any_protocol_never_runs(path: Path, tmp_path: Path, pr
     assert not (tmp_path / "marker").exists()
 
 
-@pytest.mark.parametrize("content", [argparse.Namespace(lr=1), {"weight": np.ones(2)}], ids=["namespace", "numpy"])
+@pytest.mark.parametrize("content", [types.SimpleNamespace(lr=1), {"weight": np.ones(2)}], ids=["namespace", "numpy"])
 def test_objects_other_than_tensors_are_refused_by_their_class(path: Path, content: object) -> None:
     torch.save(content, path)
     error = refusal(path)

@@ -1,0 +1,293 @@
+"""State dicts of one's own models, by a file that names their parts and their tensors.
+
+[model]
+heads = 8                      # what no tensor tells: the fields of ModelConfig
+block = "post"
+
+[tensors]                      # ours = theirs; {} is the number of a layer
+"source_embedding.tokens.weight" = "src_embedding.weight"
+"encoder_layers.{}.self_attention.query.weight" = "encoder.layers.{}.self_attn.in_proj_weight, part 1 of 3"
+
+[ignored]
+tensors = ["encoder.layers.{}.mask"]
+
+[text]                         # where it is no pair of sentencepiece models with bos and eos
+source = "vocabulary.de"       # a piece a line, in the order of their ids
+target = "vocabulary.en"
+start = "<bos>"
+end = "<eos>"
+pad = "<pad>"
+unknown = "<unk>"
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, Self
+
+from torch import Tensor
+
+from kvx.models.config import ModelConfig
+from kvx.models.importers.checkpoint import NAMED_PROBLEMS, Checkpoint, build, describe, is_plain, is_same
+from kvx.models.importers.text import Text, TokenizerFiles
+from kvx.models.importers.tokenizer_settings import MOST_VOCABULARY, read_bounded, refuse_tokens
+from kvx.models.layers import SINUSOIDS
+from kvx.runtime.bundle.framing import Framing, Languages
+from kvx.runtime.bundle.vocabulary import Vocabulary
+from kvx.runtime.errors import CheckpointError, TokenizerError
+
+MOST_BYTES = 1 << 20
+MOST_PARTS = 64
+MOST_NEW_TOKENS = 256
+REFERENCE = re.compile(r"(?P<name>[^,]+)(?:, part (?P<part>\d+) of (?P<parts>\d+))?(?P<turned>, transposed)?")
+SIDES = {"encoder": "source", "decoder": "target"}
+TABLES = {side: f"{table}_embedding.tokens.weight" for side, table in SIDES.items()}
+POSITIONS = {side: f"{table}_embedding.positions" for side, table in SIDES.items()}
+HEAD = "head.weight"
+SPECIAL = ("start", "end", "pad", "unknown")
+TEXT_KEYS = {"source", "target", *SPECIAL}
+
+
+class Reference(NamedTuple):
+    """One tensor of a file, or a part of it along its first axis, counted from 1; perhaps to be transposed."""
+
+    name: str
+    part: int = 1
+    parts: int = 1
+    turned: bool = False
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """What of it is meant."""
+        size = tensor.shape[0] // self.parts
+        taken = tensor if self.parts == 1 else tensor[size * (self.part - 1) : size * self.part]
+        return taken.T if self.turned else taken
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What a layout file says: fields of the configuration, our names to references, patterns of tensors without a
+    meaning, and the vocabularies. Raises CheckpointError.
+    """
+
+    path: Path
+    model: Mapping[str, Any]
+    tensors: Mapping[str, Reference]
+    ignored: tuple[str, ...] = ()
+    text: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The layout in a file."""
+        try:
+            values = tomllib.loads(read_bounded(path, MOST_BYTES).decode())
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            _refuse(path, f"is no TOML ({error})", "a file as kvx export --write-layout drafts it")
+        unknown = values.keys() - {"model", "tensors", "ignored", "text"}
+        sections = [values.get(name, {}) for name in ("model", "tensors", "ignored", "text")]
+        if unknown or not all(isinstance(section, dict) for section in sections):
+            _refuse(
+                path,
+                f"has {', '.join(sorted(unknown)) or 'values'} at its top",
+                "[model], [tensors], [ignored], [text]",
+            )
+        model, tensors, ignored, text = sections
+        if ignored.keys() - {"tensors"} or text.keys() - TEXT_KEYS:
+            odd = sorted((ignored.keys() - {"tensors"}) | (text.keys() - TEXT_KEYS))
+            _refuse(
+                path, f"has {', '.join(odd)}", f"`tensors` in [ignored], and {', '.join(sorted(TEXT_KEYS))} in [text]"
+            )
+        if not all(
+            isinstance(value, str) for value in (*tensors.values(), *text.values(), *ignored.get("tensors", ()))
+        ):
+            _refuse(path, "has values that are no text", "names of tensors and files")
+        references = {ours: _reference(path, value) for ours, value in tensors.items()}
+        return cls(path, model, references, tuple(ignored.get("tensors", ())), text)
+
+
+def read(layout: Layout, content: object, path: Path) -> Checkpoint:
+    """The model of a state dict by a layout. Raises CheckpointError and TokenizerError."""
+    if not isinstance(content, Mapping) or not all(isinstance(one, Tensor) for one in content.values()):
+        _refuse(path, f"holds {describe(content)}", "a state dict: tensors by name", "Save model.state_dict().")
+    state, names = _named(layout, content, path)
+    _complete_tables(state)
+    config = _config(layout, state)
+    for side, name in POSITIONS.items():
+        _complete_positions(state, name, getattr(config, f"{SIDES[side]}_positions"), config)
+    model = build(config, state, path, names)
+    text = _read_text(layout, path.parent, config) if layout.text else None
+    limit = min(MOST_NEW_TOKENS, config.target_positions)
+    return Checkpoint(model, limit, (), family="layout", text=text)
+
+
+def _reference(path: Path, value: str) -> Reference:
+    match = REFERENCE.fullmatch(value)
+    part, parts = (int(match[name] or 1) if match else 0 for name in ("part", "parts"))
+    if match is None or not 1 <= part <= parts <= MOST_PARTS:
+        _refuse(path, f"refers to {value!r:.100}", "NAME, or NAME, part 1 of 3, or either with “, transposed” after it")
+    return Reference(match["name"].strip(), part, parts, match["turned"] is not None)
+
+
+def _named(layout: Layout, tensors: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The tensors by our names, and theirs for messages. Raises CheckpointError for patterns without tensors and for
+    tensors without a pattern.
+    """
+    found: dict[str, Any] = {}
+    names: dict[str, str] = {}
+    used: set[str] = set()
+    idle = []
+    for ours, reference in layout.tensors.items():
+        matched = dict(_matches(reference.name, tensors))
+        if not matched:
+            idle.append(reference.name)
+        for number, theirs in matched.items():
+            name = ours.replace("{}", number)
+            names[name] = theirs
+            used.add(theirs)
+            tensor = tensors[theirs]
+            cut = is_plain(tensor) and tensor.ndim > 0 and tensor.shape[0] % reference.parts == 0
+            found[name] = reference.of(tensor) if cut else tensor
+    for pattern in layout.ignored:
+        matched = dict(_matches(pattern, tensors))
+        if not matched:
+            idle.append(pattern)
+        used.update(matched.values())
+    left = [name for name in tensors if name not in used]
+    if idle or left:
+        _refuse_names(layout, path, idle, left)
+    return found, names
+
+
+def _matches(pattern: str, tensors: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The numbers of layers and the names of tensors that fit a pattern."""
+    wanted = re.compile(re.escape(pattern).replace(r"\{\}", r"(\d+)", 1).replace(r"\{\}", r"\1"))
+    for name in tensors:
+        if match := wanted.fullmatch(name):
+            yield (match[1] if wanted.groups else ""), name
+
+
+def _refuse_names(layout: Layout, path: Path, idle: list[str], left: list[str]) -> NoReturn:
+    problems = []
+    for what, names in (("patterns that fit no tensor", idle), ("tensors that fit no pattern", left)):
+        if names:
+            shown = ", ".join(names[:NAMED_PROBLEMS]) + (", …" if len(names) > NAMED_PROBLEMS else "")
+            problems.append(f"{len(names)} {what}: {shown}")
+    _refuse(
+        layout.path,
+        f"does not describe {path}: {'; '.join(problems)}",
+        "a pattern for each tensor, and a tensor for each pattern",
+        "Correct [tensors], and list under [ignored] what has no meaning for a translation.",
+    )
+
+
+def _complete_tables(state: dict[str, Any]) -> None:
+    """What is missing is tied, and what is equal is one."""
+    source, target = (state.get(name) for name in TABLES.values())
+    if target is None or is_same(source, target):
+        target = state[TABLES["decoder"]] = source
+    head = state.get(HEAD)
+    if head is None or is_same(head, target):
+        state[HEAD] = target
+
+
+def _complete_positions(state: dict[str, Any], name: str, rows: int, config: ModelConfig) -> None:
+    """Sinusoids that were not saved, and tables with an axis of one."""
+    table = state.get(name)
+    if table is None and config.positions in SINUSOIDS:
+        state[name] = SINUSOIDS[config.positions](rows, config.d_model)
+    elif isinstance(table, Tensor) and table.ndim == 3:
+        state[name] = table.squeeze(0) if table.shape[0] == 1 else table.squeeze(1)
+
+
+def _config(layout: Layout, state: Mapping[str, Any]) -> ModelConfig:
+    """What the tensors tell, and over it what the layout says."""
+    source, target = (state.get(name) for name in TABLES.values())
+    told: dict[str, object] = {
+        "source_vocab_size": _size(source, 0),
+        "target_vocab_size": _size(target, 0),
+        "d_model": _size(source, 1),
+        "attention_bias": "encoder_layers.0.self_attention.query.bias" in state,
+        "feed_forward_bias": "encoder_layers.0.feed_forward.up.bias" in state,
+        "gated": "encoder_layers.0.feed_forward.gate.weight" in state,
+        "embedding_norm": "source_embedding_norm.gamma" in state,
+        "final_norm": "decoder_norm.gamma" in state,
+        "head_bias": "head.bias" in state,
+        "shared_embeddings": source is target,
+        "tied_head": state.get(HEAD) is target,
+    }
+    for side, table in SIDES.items():
+        numbers = {match[1] for name in state if (match := re.match(rf"{side}_layers\.(\d+)\.", name))}
+        told[f"{side}_layers"] = max(1, len(numbers))
+        told[f"{side}_d_ff"] = _size(state.get(f"{side}_layers.0.feed_forward.up.weight"), 0)
+        positions = state.get(POSITIONS[side])
+        if isinstance(positions, Tensor):
+            told[f"{table}_positions"] = max(positions.shape[:-1], default=1)
+    said = dict(layout.model)
+    heads = said.pop("heads", None)
+    both = {} if heads is None else {f"{side}_heads": heads for side in SIDES}
+    return ModelConfig.from_dict({**told, **both, **said})
+
+
+def _size(tensor: object, axis: int) -> int:
+    """What is missing has one, for an error that names it."""
+    return tensor.shape[axis] if isinstance(tensor, Tensor) and tensor.ndim > axis and tensor.shape[axis] else 1
+
+
+def _read_text(layout: Layout, folder: Path, config: ModelConfig) -> Text:
+    """Vocabularies of words, a piece a line."""
+    missing = sorted(TEXT_KEYS - layout.text.keys())
+    if missing:
+        _refuse(layout.path, f"has no {', '.join(missing)} in [text]", f"{', '.join(sorted(TEXT_KEYS))}, or no [text]")
+    sizes = {"source": config.source_vocab_size, "target": config.target_vocab_size}
+    pieces = {side: _read_pieces(folder / layout.text[side], size) for side, size in sizes.items()}
+    special = [layout.text[name] for name in SPECIAL]
+    ids = {
+        side: {name: _id(folder / layout.text[side], held, layout.text[name]) for name in SPECIAL}
+        for side, held in pieces.items()
+    }
+    source, target = ids["source"], ids["target"]
+    if source["pad"] != target["pad"]:
+        source = {**source, "pad": source["end"]}
+    framing = Framing(
+        prefix=(source["start"],), suffix=(source["end"],), start=target["start"], eos=target["end"], pad=source["pad"]
+    )
+    files = [
+        TokenizerFiles(
+            "words",
+            {
+                "vocabulary": Vocabulary(
+                    tuple(held), frozenset(held.index(piece) for piece in special), held.index(special[-1])
+                ).to_bytes()
+            },
+        )
+        for held in pieces.values()
+    ]
+    return Text(files[0], files[1], framing, Languages(), ("texts are cut at white space, as the layout says",))
+
+
+def _read_pieces(path: Path, size: int) -> list[str]:
+    pieces = read_bounded(path, MOST_VOCABULARY).decode(errors="replace").removesuffix("\n").split("\n")
+    if len(pieces) != size:
+        raise TokenizerError(
+            f"{path} has {len(pieces)} lines",
+            expected=f"{size}, the rows of the model's embedding",
+            remedy="Write a piece a line, in the order of their ids.",
+        )
+    seen: set[str] = set()
+    twice = [piece for piece in pieces if piece in seen or seen.add(piece)]  # type: ignore[func-returns-value]
+    if twice:
+        refuse_tokens(path, "pieces that come twice", twice, "each piece once", "Write the vocabulary again.")
+    return pieces
+
+
+def _id(path: Path, pieces: list[str], piece: str) -> int:
+    if piece not in pieces:
+        refuse_tokens(path, "special pieces missing", [piece], "the pieces that [text] names", "Correct the layout.")
+    return pieces.index(piece)
+
+
+def _refuse(path: Path, got: str, expected: str, remedy: str = "Correct the layout.") -> NoReturn:
+    raise CheckpointError(f"{path} {got}", expected=expected, remedy=remedy)

@@ -1,0 +1,390 @@
+"""Folders of Eole, and files of its ancestor OpenNMT-py from version 3 on: transformers for translation.
+
+The facts are those of eole 0.6 (https://github.com/eole-nlp/eole, eole/models, eole/modules) and OpenNMT-py 3.5
+(https://github.com/OpenNMT/OpenNMT-py, onmt/modules).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from kvx.models.config import ModelConfig
+from kvx.models.importers.checkpoint import Checkpoint, Settings, build, is_same
+from kvx.models.importers.folder import read_tensors
+from kvx.models.importers.naming import named
+from kvx.models.importers.subwords import cutting
+from kvx.models.importers.text import Text
+from kvx.models.importers.tokenizer_settings import MOST_VOCABULARY, has, read_object
+from kvx.models.layers import SINUSOIDS
+from kvx.runtime.bundle.framing import Framing, Languages
+from kvx.runtime.errors import CheckpointError, TokenizerError
+
+CONFIG_FILE, VOCABULARY_FILE, WEIGHTS_FILE = "config.json", "vocab.json", "model.00.safetensors"
+MOST_NEW_TOKENS = 256
+POSITIONS = 5000  # of its sinusoids
+EOLE_EPSILON, OPENNMT_EPSILON = 1e-5, 1e-6
+UNKNOWN, PAD, START, END = "<unk>", "<blank>", "<s>", "</s>"
+
+ACTIVATIONS = {  # with whether they are gated
+    "relu": ("relu", False),
+    "gelu": ("gelu", False),
+    "gelu-tanh": ("gelu_tanh", False),
+    "silu": ("silu", False),
+    "gated-gelu": ("gelu", True),
+    "gated-gelu-tanh": ("gelu_tanh", True),
+    "gated-silu": ("silu", True),
+}
+TABLES = {"SinusoidalInterleaved": "interleaved", "SinusoidalConcat": "halves_inclusive", "Learned": "learned"}
+NORMS = {"standard": "layer", "standardFP32": "layer", "rms": "rms"}
+
+SIDES = {"encoder": "source", "decoder": "target"}
+PROJECTIONS = {"query": "linear_query", "key": "linear_keys", "value": "linear_values", "output": "final_linear"}
+ATTENTIONS = {"self_attention": "self_attn", "cross_attention": "context_attn"}
+NORM_PARAMETERS = {"gamma": "weight", "beta": "bias"}
+SCALAR = re.compile(r"decoder\.transformer_layers\.\d+\.layer_scalar")
+APART = re.compile(r".*\.pe(\.pe|\.weight)|generator\.(weight|bias)|(src|tgt)_emb\.embeddings\.weight")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Naming:
+    """How a format names what is in the layers of a side, and its tables."""
+
+    layers: Mapping[str, str]
+    norms: Mapping[str, Mapping[str, str]]
+    feed_forward: Mapping[str, str]
+    tables: Mapping[str, str]
+    positions: Mapping[str, tuple[str, ...]]
+    generator: str = "generator"
+
+
+EOLE = Naming(
+    layers={side: f"{side}.transformer_layers.{{}}" for side in SIDES},
+    norms={
+        "encoder": {"self_attention_norm": "input_layernorm", "feed_forward_norm": "post_attention_layernorm"},
+        "decoder": {
+            "self_attention_norm": "input_layernorm",
+            "cross_attention_norm": "precontext_layernorm",
+            "feed_forward_norm": "post_attention_layernorm",
+        },
+    },
+    feed_forward={"up": "mlp.gate_up_proj", "down": "mlp.down_proj", "gate": "mlp.up_proj"},
+    tables={"encoder": "src_emb.embeddings.weight", "decoder": "tgt_emb.embeddings.weight"},
+    positions={
+        "encoder": ("src_emb.pe.pe", "src_emb.pe.weight"),
+        "decoder": ("tgt_emb.pe.pe", "tgt_emb.pe.weight"),
+    },
+)
+OPENNMT = Naming(
+    layers={"encoder": "encoder.transformer.{}", "decoder": "decoder.transformer_layers.{}"},
+    norms={
+        "encoder": {"self_attention_norm": "layer_norm", "feed_forward_norm": "feed_forward.layer_norm"},
+        "decoder": {
+            "self_attention_norm": "layer_norm_1",
+            "cross_attention_norm": "layer_norm_2",
+            "feed_forward_norm": "feed_forward.layer_norm",
+        },
+    },
+    feed_forward={"up": "feed_forward.w_1", "down": "feed_forward.w_2", "gate": "feed_forward.w_3"},
+    tables={side: f"{side}.embeddings.make_embedding.emb_luts.0.weight" for side in SIDES},
+    positions={side: (f"{side}.embeddings.make_embedding.pe.pe",) for side in SIDES},
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Said:
+    """What a configuration says of a model, by the names of Eole."""
+
+    path: Path
+    heads: Mapping[str, Any]
+    positions: str | None
+    activation: str
+    norm: str
+    epsilon: float
+    refused: tuple[str, ...] = ()
+    vocabularies: Mapping[str, Any] = field(default_factory=dict)
+    listed: tuple[str, ...] = ()
+
+
+def reads(folder: Path) -> bool:
+    """Whether a folder is Eole's."""
+    return has(folder, WEIGHTS_FILE) and has(folder, VOCABULARY_FILE) and has(folder, CONFIG_FILE)
+
+
+def read_folder(folder: Path) -> Checkpoint:
+    """The model in a folder of Eole. Raises CheckpointError and TokenizerError."""
+    config = read_object(folder / CONFIG_FILE)
+    tensors = read_tensors(folder / WEIGHTS_FILE)
+    said = _said_by_eole(folder / CONFIG_FILE, config, read_object(folder / VOCABULARY_FILE, MOST_VOCABULARY))
+    return _read(folder, {name: one for name, one in tensors.items() if not _is_one(name, one)}, said, EOLE, "eole")
+
+
+def read(content: object, path: Path) -> Checkpoint | None:
+    """The model of a file of OpenNMT-py, or None for other content. Raises CheckpointError and TokenizerError."""
+    if not isinstance(content, Mapping) or not isinstance(content.get("opt"), Settings) or "vocab" not in content:
+        return None
+    tensors = dict(content.get("model") or {})
+    generator = content.get("generator") or {}
+    tensors |= {f"generator.{name.removeprefix('0.')}": one for name, one in generator.items()}
+    said = _said_by_opennmt(path, vars(content["opt"]), content["vocab"])
+    renamed = {_without_old_names(name): one for name, one in tensors.items()}
+    return _read(path.parent, renamed, said, OPENNMT, "opennmt-py")
+
+
+def _said_by_eole(path: Path, config: Mapping[str, Any], vocabularies: Mapping[str, Any]) -> Said:
+    model = config.get("model")
+    if not isinstance(model, dict):
+        _refuse(path, "has no model", "a configuration of Eole")
+    sides = {side: {**model, **(model.get(side) or {})} for side in SIDES}
+    embeddings = model.get("embeddings") or {}
+    kind = embeddings.get("position_encoding_type", "SinusoidalInterleaved")
+    same = ("mlp_activation_fn", "layer_norm", "norm_eps")
+    refused = [
+        f"{name} = {sides['encoder'].get(name)} and {sides['decoder'].get(name)}"
+        for name in same
+        if sides["encoder"].get(name) != sides["decoder"].get(name)
+    ]
+    refused += [
+        f"{side}_type = {sides[side].get(f'{side}_type')}"
+        for side in SIDES
+        if sides[side].get(f"{side}_type", "transformer") != "transformer"
+    ]
+    for name, harmless in (
+        ("heads_kv", (None,)),
+        ("sliding_window", (0, None)),
+        ("relative_positions_buckets", (0, None)),
+        ("parallel_residual", (False, None)),
+        ("ffn_layernorm", (False, None)),
+        ("query_norm", (False, None)),
+        ("key_norm", (False, None)),
+        ("q_gating", (False, None)),
+        ("attn_scaling", (None,)),
+        ("num_experts", (0, None)),
+        ("encoder_layer_style", ("standard", None)),
+    ):
+        refused += [f"{name} = {side.get(name)!r:.40}" for side in sides.values() if side.get(name) not in harmless][:1]
+    if embeddings.get("normalize") or embeddings.get("position_shift") or embeddings.get("embedding_layer_norm"):
+        refused.append("normalize, position_shift or embedding_layer_norm")
+    return Said(
+        path=path,
+        heads={side: values.get("heads", 8) for side, values in sides.items()},
+        positions=kind,
+        activation=str(sides["encoder"].get("mlp_activation_fn", "relu")),
+        norm=str(sides["encoder"].get("layer_norm", "standard")),
+        epsilon=sides["encoder"].get("norm_eps", EOLE_EPSILON),
+        refused=tuple(refused),
+        vocabularies=vocabularies,
+        listed=tuple(_subword_files(config)),
+    )
+
+
+def _said_by_opennmt(path: Path, opt: Mapping[str, Any], vocabularies: object) -> Said:
+    if not isinstance(vocabularies, Mapping) or not isinstance(vocabularies.get("src"), list):
+        _refuse(path, "has vocabularies of a version before 3", "lists of pieces", "Convert it with OpenNMT-py 3.")
+    relative = opt.get("max_relative_positions") or 0
+    refused = [f"max_relative_positions = {relative}"] if relative else []
+    for name, harmless in (
+        ("encoder_type", ("transformer", None)),
+        ("decoder_type", ("transformer", None)),
+        ("self_attn_type", ("scaled-dot", "scaled-dot-flash", None)),
+        ("copy_attn", (False, None)),
+        ("parallel_residual", (False, None)),
+        ("num_kv", (0, None)),
+        ("multiquery", (False, None)),
+    ):
+        if opt.get(name) not in harmless:
+            refused.append(f"{name} = {opt[name]!r:.40}")
+    kind = opt.get("position_encoding_type", "SinusoidalInterleaved") if opt.get("position_encoding") else None
+    return Said(
+        path=path,
+        heads={side: opt.get("heads", 8) for side in SIDES},
+        positions=kind,
+        activation=str(opt.get("pos_ffn_activation_fn", "relu")),
+        norm=str(opt.get("layer_norm", "standard")),
+        epsilon=opt.get("norm_eps", OPENNMT_EPSILON),
+        refused=tuple(refused),
+        vocabularies=vocabularies,
+        listed=tuple(Path(opt[name]).name for name in ("src_subword_model",) if isinstance(opt.get(name), str)),
+    )
+
+
+def _subword_files(config: Mapping[str, Any]) -> Iterator[str]:
+    """The names of the files that the transforms of a configuration cut texts with."""
+    for settings in (config.get("transforms_configs") or {}).values():
+        for name in ("src_subword_model", "tgt_subword_model") if isinstance(settings, dict) else ():
+            if isinstance(settings.get(name), str):
+                yield Path(settings[name]).name
+
+
+def _without_old_names(name: str) -> str:
+    """Parameters of norms were called otherwise before."""
+    return re.sub(r"\.b_2$", ".bias", re.sub(r"\.a_2$", ".weight", name))
+
+
+def _is_one(name: str, tensor: Tensor) -> bool:
+    """A factor that changes nothing."""
+    return bool(SCALAR.fullmatch(name)) and bool((tensor == 1).all())
+
+
+def _patterns(naming: Naming) -> Iterator[tuple[str, str]]:
+    """Our names and theirs."""
+    for side, table in SIDES.items():
+        ours, theirs = f"{side}_layers.{{}}", naming.layers[side]
+        for kind in ("weight", "bias"):
+            for attention, name in ATTENTIONS.items():
+                for part, projection in PROJECTIONS.items():
+                    yield f"{ours}.{attention}.{part}.{kind}", f"{theirs}.{name}.{projection}.{kind}"
+            for part, layer in naming.feed_forward.items():
+                yield f"{ours}.feed_forward.{part}.{kind}", f"{theirs}.{layer}.{kind}"
+        for parameter, kind in NORM_PARAMETERS.items():
+            for norm, name in naming.norms[side].items():
+                yield f"{ours}.{norm}.{parameter}", f"{theirs}.{name}.{kind}"
+            yield f"{side}_norm.{parameter}", f"{side}.layer_norm.{kind}"
+        yield f"{table}_embedding.tokens.weight", naming.tables[side]
+    yield "head.weight", f"{naming.generator}.weight"
+    yield "head.bias", f"{naming.generator}.bias"
+
+
+def _read(folder: Path, tensors: Mapping[str, Tensor], said: Said, naming: Naming, family: str) -> Checkpoint:
+    _check(said)
+    config, state, names = _convert(tensors, said, naming)
+    model = build(config, state, said.path, names)
+    text = _read_text(folder, said, config)
+    return Checkpoint(model, min(MOST_NEW_TOKENS, config.target_positions), text.notes, family=family, text=text)
+
+
+def _check(said: Said) -> None:
+    wrong = list(said.refused)
+    if said.positions not in TABLES:
+        wrong.append(f"position_encoding_type = {said.positions!r}")
+    if said.activation not in ACTIVATIONS:
+        wrong.append(f"the activation {said.activation!r:.40}")
+    if said.norm not in NORMS:
+        wrong.append(f"layer_norm = {said.norm!r:.40}")
+    if wrong:
+        _refuse(
+            said.path,
+            f"describes a model with {', '.join(wrong)}",
+            "a transformer encoder and decoder with tables of positions",
+            "This architecture is not supported. docs/models.md has the list.",
+        )
+
+
+def _convert(
+    tensors: Mapping[str, Tensor], said: Said, naming: Naming
+) -> tuple[ModelConfig, dict[str, Tensor], dict[str, str]]:
+    """The configuration that tensors and settings make together, the tensors by our names, and theirs."""
+    source, target = (tensors.get(naming.tables[side]) for side in SIDES)
+    target = source if target is None or is_same(source, target) else target
+    head = tensors.get(f"{naming.generator}.weight")
+    tied = head is None or is_same(head, target)
+    activation, gated = ACTIVATIONS[said.activation]
+    width = _size(source, 1)
+    positions = {side: _positions(tensors, naming.positions[side], str(said.positions), width) for side in SIDES}
+    sizes: dict[str, object] = {}
+    for side, table in SIDES.items():
+        first = naming.layers[side].format(0)
+        pattern = re.compile(re.escape(naming.layers[side]).replace(r"\{\}", r"(\d+)") + r"\.")
+        sizes[f"{side}_layers"] = max(1, len({match[1] for name in tensors if (match := pattern.match(name))}))
+        sizes[f"{side}_heads"] = said.heads[side]
+        sizes[f"{side}_d_ff"] = _size(tensors.get(f"{first}.{naming.feed_forward['up']}.weight"), 0)
+        sizes[f"{table}_positions"] = _size(positions[side], 0)
+    biased = any("linear_query.bias" in name or "final_linear.bias" in name for name in tensors)
+    parts: dict[str, object] = {
+        "source_vocab_size": _size(source, 0),
+        "target_vocab_size": _size(target, 0),
+        "d_model": width,
+        **sizes,
+        "block": "pre",
+        "final_norm": True,
+        "norm": NORMS[said.norm],
+        "norm_epsilon": said.epsilon,
+        "positions": TABLES[str(said.positions)],
+        "scaled_embedding": said.positions != "Learned",
+        "attention_bias": biased,
+        "activation": activation,
+        "gated": gated,
+        "feed_forward_bias": any(f"{naming.feed_forward['up']}.bias" in name for name in tensors),
+        "head_bias": f"{naming.generator}.bias" in tensors,
+        "shared_embeddings": source is target,
+        "tied_head": tied,
+    }
+    config = ModelConfig.from_dict(parts)
+    found = named(config, tensors, dict(_patterns(naming)), APART)
+    state = found.state
+    for side, table in SIDES.items():
+        if positions[side] is not None:
+            state[f"{table}_embedding.positions"] = positions[side]
+    if source is not None and target is not None:
+        state["target_embedding.tokens.weight"] = target
+        state["head.weight"] = target if tied or head is None else head
+    if biased:
+        _fill_biases(state, config)
+    return config, state, found.names
+
+
+def _fill_biases(state: dict[str, Tensor], config: ModelConfig) -> None:
+    """Zeros for the projections of attention that have no bias where others have one."""
+    for side, number in (("encoder", config.encoder_layers), ("decoder", config.decoder_layers)):
+        for attention in ("self_attention", "cross_attention") if side == "decoder" else ("self_attention",):
+            for layer in range(number):
+                for part in PROJECTIONS:
+                    name = f"{side}_layers.{layer}.{attention}.{part}"
+                    if f"{name}.weight" in state:
+                        state.setdefault(f"{name}.bias", torch.zeros(state[f"{name}.weight"].shape[0]))
+
+
+def _positions(tensors: Mapping[str, Tensor], names: tuple[str, ...], kind: str, width: int) -> Tensor | None:
+    """The table of a side as it was saved, [positions, E], or sinusoids."""
+    saved = next((tensors[name] for name in names if name in tensors), None)
+    if saved is not None:
+        return saved.squeeze(1) if saved.ndim == 3 else saved
+    return SINUSOIDS[TABLES[kind]](POSITIONS, width) if TABLES[kind] in SINUSOIDS else None
+
+
+def _size(tensor: object, axis: int) -> int:
+    """What is missing has one, for an error that names it."""
+    return tensor.shape[axis] if isinstance(tensor, Tensor) and tensor.ndim > axis and tensor.shape[axis] else 1
+
+
+def _read_text(folder: Path, said: Said, config: ModelConfig) -> Text:
+    """Vocabularies that list pieces by id. A source has nothing around it."""
+    sizes = {"src": config.source_vocab_size, "tgt": config.target_vocab_size}
+    pieces = {side: _pieces(said, side, size) for side, size in sizes.items()}
+    special = [PAD, START, END, UNKNOWN]
+    sides = [cutting(folder, held, special, side, listed=said.listed) for side, held in pieces.items()]
+    start = said.vocabularies.get("decoder_start_token", START)
+    ids = {piece: one for one, piece in enumerate(pieces["tgt"])}
+    missing = [piece for piece in (start, END) if piece not in ids]
+    if missing:
+        raise TokenizerError(
+            f"The target vocabulary of {said.path} has no {missing[0]!r:.40}",
+            expected="the tokens that a target begins and ends with",
+            remedy="Use the folder as it was saved.",
+        )
+    pad = ids.get(PAD, ids[END])
+    framing = Framing(prefix=(), suffix=(), start=ids[start], eos=ids[END], pad=pad if pad < sizes["src"] else 0)
+    notes = () if sides[0].kind == "vocabulary" else ("texts must be tokenised as those for training were",)
+    return Text(sides[0], sides[1], framing, Languages(), notes)
+
+
+def _pieces(said: Said, side: str, size: int) -> list[str | None]:
+    pieces = said.vocabularies.get(side)
+    if not isinstance(pieces, list) or len(pieces) > size or UNKNOWN not in pieces:
+        got = f"{len(pieces)} pieces" if isinstance(pieces, list) else "none"
+        raise TokenizerError(
+            f"The {side} vocabulary of {said.path} has {got}",
+            expected=f"at most {size}, the rows of the model's embedding, {UNKNOWN} among them",
+            remedy="Use the vocabulary that the model was trained with.",
+        )
+    return [*pieces]
+
+
+def _refuse(path: Path, got: str, expected: str, remedy: str = "Copy the whole folder again.") -> NoReturn:
+    raise CheckpointError(f"{path} {got}", expected=expected, remedy=remedy)
