@@ -44,7 +44,7 @@ def main() -> None:
     for name, config in CONFIGURATIONS.items():
         folder = arguments.work / name
         checkpoint = write_base_model(folder, max_new_tokens=arguments.tokens, config=config)
-        options = ExportOptions(
+        exported = ExportOptions(
             checkpoint=checkpoint,
             output=folder / "bundle",
             format="onnx",
@@ -52,7 +52,7 @@ def main() -> None:
             verify=False,
             force=True,
         )
-        export(options)
+        export(exported)
         translators[name] = Translator.load(folder / "bundle", threads=1)
     texts = (arguments.work / "table" / "sources.txt").read_text(encoding="utf-8").splitlines()
     table = []

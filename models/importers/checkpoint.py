@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeGuard
+from typing import NoReturn, TypeGuard
 
 import torch
 from torch import Tensor
@@ -164,7 +164,7 @@ def _as_float(tensor: Tensor) -> Tensor | None:
         return None
 
 
-def refuse_tensors(path: Path, problems: Sequence[str]) -> None:
+def refuse_tensors(path: Path, problems: Sequence[str]) -> NoReturn:
     """Raises CheckpointError that counts all problems and names the first."""
     named = (one if len(one) <= LONGEST_PROBLEM else f"{one[:LONGEST_PROBLEM]}…" for one in problems[:NAMED_PROBLEMS])
     shown = ", ".join(named) + (", …" if len(problems) > NAMED_PROBLEMS else "")

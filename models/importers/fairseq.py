@@ -198,9 +198,9 @@ def _convert(path: Path, tensors: dict[str, Any], settings: Mapping[str, Any]) -
     }
     config = ModelConfig.from_dict(parts)
     found = named(config, tensors, PATTERNS, APART)
-    found.state.update(positions)
-    found.state["target_embedding.tokens.weight"] = source if shared else target
-    found.state["head.weight"] = found.state["target_embedding.tokens.weight"] if tied else head
+    own: dict[str, Any] = {"target_embedding.tokens.weight": source if shared else target}
+    own["head.weight"] = own["target_embedding.tokens.weight"] if tied else head
+    found.state.update(positions | own)
     return config, found
 
 

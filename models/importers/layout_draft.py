@@ -131,16 +131,16 @@ def _part(rest: str, side: str) -> Iterator[tuple[str, str]]:
     attention = next((part for part in ("cross_attention", "self_attention") if set(before) & set(NAMES[part])), None)
     if attention:
         if last in NAMES["packed"]:
-            parts = enumerate(PACKED, 1)
-            yield from ((f"{attention}.{part}.{parameter}", f", part {one} of 3") for one, part in parts)
+            packed_parts = enumerate(PACKED, 1)
+            yield from ((f"{attention}.{part}.{parameter}", f", part {one} of 3") for one, part in packed_parts)
             return
-        parts = (*PACKED, "output")
-        listed = parts[int(last)] if last in ("0", "1", "2", "3") else None  # in a ModuleList of all four
-        yield from ((f"{attention}.{part}.{parameter}", "") for part in parts if last in NAMES[part] or part == listed)
+        four = (*PACKED, "output")
+        listed = four[int(last)] if last in ("0", "1", "2", "3") else None  # in a ModuleList of all four
+        yield from ((f"{attention}.{part}.{parameter}", "") for part in four if last in NAMES[part] or part == listed)
         return
     in_order = {"0": "up"}.get(last, "down") if last.isdecimal() and FEED_FORWARD.search(".".join(before)) else None
-    parts = ("up", "down")
-    yield from ((f"feed_forward.{part}.{parameter}", "") for part in parts if last in NAMES[part] or part == in_order)
+    both = ("up", "down")
+    yield from ((f"feed_forward.{part}.{parameter}", "") for part in both if last in NAMES[part] or part == in_order)
 
 
 def _norm(name: str, side: str) -> str | None:

@@ -318,9 +318,9 @@ def _convert(
     config = ModelConfig.from_dict(parts)
     found = named(config, tensors, dict(_patterns(naming)), APART)
     state = found.state
-    for side, table in SIDES.items():
-        if positions[side] is not None:
-            state[f"{table}_embedding.positions"] = positions[side]
+    for side, saved in positions.items():
+        if saved is not None:
+            state[f"{SIDES[side]}_embedding.positions"] = saved
     if source is not None and target is not None:
         state["target_embedding.tokens.weight"] = target
         state["head.weight"] = target if tied or head is None else head

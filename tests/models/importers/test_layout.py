@@ -57,7 +57,8 @@ class Tutorial(torch.nn.Module):  # type: ignore[misc, name-defined]  # torch is
 
 def saved(folder: Path, **options: Any) -> Tutorial:  # noqa: ANN401
     torch.manual_seed(3)
-    model = Tutorial(**options).eval()
+    model = Tutorial(**options)
+    model.eval()
     torch.save(model.state_dict(), folder / "model.pt")
     for side in ("source", "target"):
         (folder / f"vocabulary.{side}").write_text("\n".join(WORDS) + "\n")

@@ -86,7 +86,8 @@ def write(made: Made, folder: Path, settings: dict[str, Any] | None = None, *, o
     arrays |= {"Wemb": decoder} if one_table else {"encoder_Wemb": encoder, "decoder_Wemb": decoder}
     arrays["decoder_ff_logit_out_b"] = made.model.final_logits_bias.numpy()[:, :-1]
     text = yaml.safe_dump({**SETTINGS, "transformer-heads": 3, **(settings or {})}).encode() + b"\0\0\0"
-    np.savez(folder / "model.npz", **arrays, **{"special:model.yml": np.frombuffer(text, np.int8)})
+    arrays["special:model.yml"] = np.frombuffer(text, np.int8)
+    np.savez(folder / "model.npz", **arrays)
     for name in ("source.spm", "target.spm"):
         shutil.copyfile(made.folder / name, folder / name)
     for side, file in (("src", "vocab.json"), ("trg", "target_vocab.json")):
