@@ -9,11 +9,24 @@ from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 from kvx.exporter.proof.limits import ParityOptions
+from kvx.runtime.bundle.framing import MOST_PREFIX
 from kvx.runtime.bundle.graphs import FORMATS
 from kvx.runtime.bundle.precision import PRECISIONS, Arithmetic, Lowering, Precision
 from kvx.runtime.bundle.signature import StepFeatures
 from kvx.runtime.errors import OptionError
-from kvx.runtime.rules import Option, Problem, choice, count, described, flag, path, refuse, text, wrong_values
+from kvx.runtime.rules import (
+    Option,
+    Problem,
+    choice,
+    count,
+    described,
+    encodable,
+    flag,
+    path,
+    refuse,
+    text,
+    wrong_values,
+)
 
 Format = Literal["onnx", "torchscript", "both"]
 
@@ -146,7 +159,7 @@ class ExportOptions:
     text_prefix: Annotated[
         str | None,
         Option(
-            text(),
+            encodable(MOST_PREFIX),
             'What stands before every text that is translated with this bundle, as in "translate English to German: ".',
             unset="nothing",
         ),

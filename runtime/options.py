@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypedDict, Unpack, get_args
 
 import numpy as np
 
+from kvx.runtime.bundle.framing import MOST_PREFIX
 from kvx.runtime.bundle.manifest import DEFAULTABLE, Default
 from kvx.runtime.decoding.filters import (
     Ban,
@@ -30,11 +31,11 @@ from kvx.runtime.rules import (
     choice,
     count,
     described,
+    encodable,
     flag,
     number,
     path,
     refuse,
-    text,
     wrong_value,
     wrong_values,
 )
@@ -155,7 +156,7 @@ class TranslateOptions(_Remembered):
     text_prefix: Annotated[
         str | None,
         Option(
-            text(),
+            encodable(MOST_PREFIX),
             'Put this before every text, as in "translate English to German: ". Models of the T5 family are told so '
             "what to do.",
             unset="the bundle's own, if it has one",

@@ -74,7 +74,9 @@ def number(least: float, most: float, *, above: bool = False) -> Rule:
     """Numbers from `least`, or `above` it, to `most`."""
 
     def holds(value: object) -> bool:
-        if not isinstance(value, int | float | np.number) or isinstance(value, bool) or not math.isfinite(value):
+        if not isinstance(value, int | float | np.number) or isinstance(value, bool):
+            return False
+        if not isinstance(value, int) and not math.isfinite(value):
             return False
         return bool((least < value if above else least <= value) and value <= most)
 
@@ -96,6 +98,15 @@ def choice(names: Collection[str]) -> Rule:
 def text() -> Rule:
     """A text."""
     return Rule("a text", lambda value: isinstance(value, str))
+
+
+def encodable(most: int) -> Rule:
+    """A text of at most so many characters that UTF-8 can say."""
+
+    def holds(value: object) -> bool:
+        return isinstance(value, str) and len(value) <= most and not any("\ud800" <= one <= "\udfff" for one in value)
+
+    return Rule(f"a text of valid Unicode of at most {most} characters", holds)
 
 
 def path() -> Rule:

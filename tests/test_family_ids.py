@@ -67,3 +67,18 @@ def test_models_have_learnt_the_task(exported_family: Exported) -> None:
         found = exported_family.translator.translate(TEXTS, source_language=source, target_language=target, beam_size=1)
         right = [one.text == translation(text, target, made.kind) for one, text in zip(found, TEXTS, strict=True)]
         assert sum(right) > 0.5 * len(TEXTS)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("name", ["t5", "umt5"])
+def test_relative_positions_never_run_out(name: str, tmp_path: Path) -> None:
+    """Far beyond 512 tokens; since no two may come twice in the same order, the target is not one token repeated."""
+    made = make(name, tmp_path / "model", 1, steps=0)
+    export(ExportOptions(checkpoint=made.folder, output=tmp_path / "bundle", format="onnx"))
+    exported = Exported(made, Translator.load(tmp_path / "bundle", threads=1))
+    wanted = {"min_new_tokens": 600, "max_new_tokens": 600, "no_repeat_ngram_size": 2}
+    expected = [made.generate(text, None, **wanted) for text in TEXTS[:3]]
+    assert all(len(set(ids)) > 50 for ids in expected)
+    for rows in (1, 3):
+        ours = {"min_new_tokens": 600, "max_new_tokens": 600, "no_repeated_ngrams": 2}
+        assert exported.ids(TEXTS[:3], None, ours, rows=rows) == expected

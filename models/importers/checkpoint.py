@@ -26,7 +26,17 @@ from kvx.runtime.errors import CheckpointError
 
 StateDict = Mapping[str, Tensor]
 
-SETTINGS = ("argparse.Namespace",)  # what may be in a file beside tensors and plain values
+SETTINGS = (  # what may be in a file beside tensors and plain values: settings, and vocabularies of OpenNMT-py
+    "argparse.Namespace",
+    "functools.partial",
+    "onmt.inputters.text_dataset.TextMultiField",
+    "onmt.inputters.text_dataset._feature_tokenize",
+    *(
+        f"torchtext.{legacy}{name}"
+        for legacy in ("", "legacy.")
+        for name in ("data.field.Field", "data.field.RawField", "vocab.Vocab", "vocab._default_unk_index")
+    ),
+)
 NAMED_PROBLEMS = 10
 LONGEST_PROBLEM = 200  # characters: names in a file may be of any length
 
@@ -49,9 +59,28 @@ class Checkpoint:
 
 
 class Settings:
-    """Stands for a settings object of another package: the values that it holds, and nothing that it could do."""
+    """Stands for an object of another package, such as its settings: the values that it holds, and nothing that it
+    could do. What it is made with is dropped.
+    """
 
     __module__ = "kvx.stand_in"
+
+    def __new__(cls, *values: object, **named: object) -> Settings:
+        """An empty one."""
+        return super().__new__(cls)
+
+    def __init__(self, *values: object, **named: object) -> None:
+        """Nothing is kept."""
+
+    def __setstate__(self, state: object) -> None:
+        """Takes the values that have names."""
+        if isinstance(state, dict):
+            self.__dict__.update({name: value for name, value in state.items() if isinstance(name, str)})
+
+
+def _plain_dict(*values: object) -> dict[object, object]:
+    """What stands for a dict that would call something for what it lacks."""
+    return {}
 
 
 def read_file(path: Path, *, mapped: bool = False) -> object:
@@ -65,7 +94,8 @@ def read_file(path: Path, *, mapped: bool = False) -> object:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected pickle protocol", category=UserWarning)
             mapped = mapped and zipfile.is_zipfile(path)  # torch maps no older format
-            with torch.serialization.safe_globals([(Settings, name) for name in SETTINGS]):
+            known = [*((Settings, name) for name in SETTINGS), (_plain_dict, "collections.defaultdict")]
+            with torch.serialization.safe_globals(known):
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # what an unpickler makes of a damaged file can be any exception
         code = re.search(r"(?:unsupported|Unsupported)[\w :]* (?:GLOBAL|class) ([\w.]+)", str(error))
@@ -145,6 +175,12 @@ def is_same(one: object, other: object) -> bool:
     if not (is_plain(one) and is_plain(other)) or one.shape != other.shape or one.dtype != other.dtype:
         return False
     return one is other or one.data_ptr() == other.data_ptr() or torch.equal(one, other)
+
+
+def is_state_dict(content: object) -> TypeGuard[StateDict]:
+    """Whether these are tensors by name."""
+    named = isinstance(content, Mapping) and all(isinstance(name, str) for name in content)
+    return named and all(isinstance(one, Tensor) for one in content.values())  # type: ignore[attr-defined]
 
 
 def is_plain(value: object) -> TypeGuard[Tensor]:

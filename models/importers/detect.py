@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvx.models.importers import fairseq, marian, opennmt, own, reference
 from kvx.models.importers import layout as layouts
-from kvx.models.importers.checkpoint import NAMED_PROBLEMS, Checkpoint, describe, read_file
+from kvx.models.importers.checkpoint import NAMED_PROBLEMS, Checkpoint, describe, is_state_dict, read_file
 from kvx.models.importers.folder import read_tensors
 from kvx.models.importers.huggingface import read_folder as read_huggingface
 from kvx.models.importers.huggingface_config import CONFIG_FILE
@@ -59,7 +59,7 @@ def read_state_dict(path: Path) -> tuple[object, tuple[str, ...]]:
 def draft_of(path: Path) -> tuple[str, tuple[str, ...]]:
     """A first layout for the state dict in a file, and sentences about what it does not tell. Raises the same."""
     content, notes = read_state_dict(path)
-    if not isinstance(content, Mapping) or not all(isinstance(one, Tensor) for one in content.values()):
+    if not is_state_dict(content):
         raise CheckpointError(
             f"{path} holds {describe(content)}",
             expected="a state dict: tensors by name",
@@ -88,7 +88,7 @@ def _read_file(path: Path, heads: int | None) -> Checkpoint:
         checkpoint = read(content, path, heads)
         if checkpoint is not None:
             return replace(checkpoint, notes=(*notes, *checkpoint.notes))
-    if isinstance(content, Mapping) and content and all(isinstance(one, Tensor) for one in content.values()):
+    if is_state_dict(content) and content:
         raise _unknown(path, content)
     raise CheckpointError(
         f"{path} holds {describe(content)}",

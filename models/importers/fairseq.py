@@ -6,22 +6,25 @@ The facts are those of fairseq's sources (https://github.com/facebookresearch/fa
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvx.models.config import ModelConfig
+from kvx.models.config import LARGEST_SIZE, ModelConfig
+from kvx.models.importers import huggingface_bart
 from kvx.models.importers.checkpoint import Checkpoint, Settings, build, is_plain, is_same, refuse_tensors
 from kvx.models.importers.fairseq_text import read_text
-from kvx.models.importers.naming import Named, named
+from kvx.models.importers.huggingface_bart import SIDES
+from kvx.models.importers.naming import Named, count_layers, named, size
 from kvx.models.layers import SINUSOIDS
 from kvx.runtime.errors import CheckpointError
 
 EPSILON = 1e-5  # of torch.nn.LayerNorm
 MOST_POSITIONS = 1024  # unless a file says otherwise
+MOST_KEPT_POSITIONS = 2**16  # of a table of sinusoids
 OFFSET = 2  # of the first position: they are counted from the id of pad on
 MOST_NEW_TOKENS = 200  # max_len_b of its generator
 
@@ -32,6 +35,9 @@ ACTIVATIONS = {
     "gelu_accurate": "gelu_tanh",
     "swish": "silu",
 }
+ARCHITECTURES = re.compile(
+    r"transformer(_tiny|_iwslt_de_en|(_vaswani)?_wmt_en_(de|fr)(_big)?(_t2t)?(_align)?|_align|_\d+x(_v0)?)?"
+)
 UNSUPPORTED = {  # settings that change the model, with the values that do not
     "adaptive_softmax_cutoff": (None,),
     "adaptive_input": (False, None),
@@ -45,22 +51,13 @@ UNSUPPORTED = {  # settings that change the model, with the values that do not
     "encoder_recurrent_stacking": (None, 1),
 }
 
-SIDES = {"encoder": "source", "decoder": "target"}
-ATTENTIONS = {"self_attention": "self_attn", "cross_attention": "encoder_attn"}
-PROJECTIONS = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "out_proj"}
-NORMS = {
-    "self_attention_norm": "self_attn_layer_norm",
-    "cross_attention_norm": "encoder_attn_layer_norm",
-    "feed_forward_norm": "final_layer_norm",
-}
 OLD_NORMS = {  # by the numbers that they had before
     "encoder": ("self_attn_layer_norm", "final_layer_norm"),
     "decoder": ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"),
 }
-NORM_PARAMETERS = {"gamma": "weight", "beta": "bias"}
-FEED_FORWARD = {"up": "fc1", "down": "fc2"}
 TABLES = {side: f"{side}.embed_tokens.weight" for side in SIDES}
 HEADS = ("decoder.output_projection.weight", "decoder.embed_out")
+PATTERNS = {**huggingface_bart.PATTERNS, "head.weight": HEADS[0]}  # of layers as there, which came from here
 PACKED = re.compile(r"(.*_attn)\.in_proj_(weight|bias)")
 OLD_NORM = re.compile(r"((encoder|decoder)\.layers\.\d+)\.layer_norms\.(\d)\.(weight|bias)")
 APART = re.compile(
@@ -76,13 +73,16 @@ def read(content: object, path: Path) -> Checkpoint | None:
     if not isinstance(content, Mapping) or "model" not in content or not {"args", "cfg"} & content.keys():
         return None
     settings = _settings(content)
-    if settings is None or not isinstance(content["model"], Mapping):
+    tensors = content["model"]
+    if settings is None or not isinstance(tensors, Mapping) or not (TABLES["encoder"] in tensors or "arch" in settings):
         return None
+    if not all(isinstance(name, str) and isinstance(one, Tensor) for name, one in tensors.items()):
+        refuse_tensors(path, ["names or values that are none"])
     _check_settings(path, settings)
-    config, found = _convert(path, _renewed(content["model"]), settings)
+    config, found = _convert(path, _renewed(tensors), settings)
     model = build(config, found.state, path, found.names)
     text = read_text(path.parent, settings, config.source_vocab_size, config.target_vocab_size)
-    limit = min(MOST_NEW_TOKENS, config.target_positions)
+    limit = min(MOST_NEW_TOKENS, config.target_positions - len(text.framing.forced))
     return Checkpoint(model, limit, text.notes, family="fairseq", text=text)
 
 
@@ -94,6 +94,9 @@ def _settings(content: Mapping[str, Any]) -> dict[str, Any] | None:
     if not isinstance(cfg, Mapping):
         return None
     found: dict[str, Any] = {}
+    for name, kind in (("bpe", "bpe"), ("tokenizer", "tokenizer")):
+        held = cfg.get(name)
+        found[kind] = held.get("_name") if isinstance(held, Mapping) else getattr(held, "_name", None)
     for name, kind in (("task", "task"), ("model", "arch")):
         held = cfg.get(name)
         values = vars(held) if isinstance(held, Settings) else dict(held) if isinstance(held, Mapping) else {}
@@ -104,7 +107,7 @@ def _settings(content: Mapping[str, Any]) -> dict[str, Any] | None:
 def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
     """Raises CheckpointError for what is another model, or is not supported."""
     arch = str(settings.get("arch") or "transformer")
-    problems = [] if re.fullmatch(r"transformer(_(?!lm|pointer|monotonic|from)\w+)?", arch) else [f"arch = {arch}"]
+    problems = [] if ARCHITECTURES.fullmatch(arch) else [f"arch = {arch:.60}"]
     problems += [
         f"{name} = {settings[name]!r:.40}"
         for name, harmless in UNSUPPORTED.items()
@@ -137,29 +140,6 @@ def _renewed(tensors: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _patterns() -> Iterator[tuple[str, str]]:
-    """Our names and theirs."""
-    for side, table in SIDES.items():
-        ours, theirs = f"{side}_layers.{{}}", f"{side}.layers.{{}}"
-        for parameter in ("weight", "bias"):
-            for attention, theirs_of in ATTENTIONS.items():
-                for part, projection in PROJECTIONS.items():
-                    yield f"{ours}.{attention}.{part}.{parameter}", f"{theirs}.{theirs_of}.{projection}.{parameter}"
-            for part, layer in FEED_FORWARD.items():
-                yield f"{ours}.feed_forward.{part}.{parameter}", f"{theirs}.{layer}.{parameter}"
-        for parameter, their_parameter in NORM_PARAMETERS.items():
-            for norm, their_norm in NORMS.items():
-                yield f"{ours}.{norm}.{parameter}", f"{theirs}.{their_norm}.{their_parameter}"
-            yield f"{side}_norm.{parameter}", f"{side}.layer_norm.{their_parameter}"
-            yield f"{table}_embedding_norm.{parameter}", f"{side}.layernorm_embedding.{their_parameter}"
-        yield f"{table}_embedding.tokens.weight", TABLES[side]
-        yield f"{table}_embedding.positions", f"{side}.embed_positions.weight"
-    yield "head.weight", HEADS[0]
-
-
-PATTERNS = dict(_patterns())
-
-
 def _convert(path: Path, tensors: dict[str, Any], settings: Mapping[str, Any]) -> tuple[ModelConfig, Named]:
     """The configuration that the tensors of a file and its settings make together, and the tensors by our names."""
     head = next((tensors[name] for name in HEADS if name in tensors), None)
@@ -168,22 +148,22 @@ def _convert(path: Path, tensors: dict[str, Any], settings: Mapping[str, Any]) -
     if missing:
         refuse_tensors(path, missing)
     shared, tied = is_same(source, target), head is None or is_same(head, target)
-    positions = _positions(tensors, settings, source)
+    positions = _positions(path, tensors, settings, source)
     before = bool(settings.get("encoder_normalize_before", False))
     activation = settings.get("activation_fn") or "relu"
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise CheckpointError(
             f"{path} has the activation_fn {activation!r:.60}",
             expected=f"one of {', '.join(ACTIVATIONS)}",
             remedy="This activation is not supported.",
         )
     parts: dict[str, object] = {
-        **{f"{table}_vocab_size": _size(tensors.get(TABLES[side]), 0) for side, table in SIDES.items()},
-        "d_model": _size(source, 1),
-        **{f"{table}_positions": _size(positions[f"{table}_embedding.positions"], 0) for table in SIDES.values()},
-        **{f"{side}_layers": _layers(tensors, side) for side in SIDES},
+        **{f"{table}_vocab_size": size(tensors.get(TABLES[side]), 0) for side, table in SIDES.items()},
+        "d_model": size(source, 1),
+        **{f"{table}_positions": size(positions.get(f"{table}_embedding.positions"), 0) for table in SIDES.values()},
+        **{f"{side}_layers": count_layers(tensors, f"{side}.layers.{{}}") for side in SIDES},
         **{f"{side}_heads": _heads(path, settings, side) for side in SIDES},
-        **{f"{side}_d_ff": _size(tensors.get(f"{side}.layers.0.fc1.weight"), 0) for side in SIDES},
+        **{f"{side}_d_ff": size(tensors.get(f"{side}.layers.0.fc1.weight"), 0) for side in SIDES},
         "block": "pre" if before else "post",
         "final_norm": before and not settings.get("no_decoder_final_norm"),
         "norm": "layer",
@@ -204,40 +184,40 @@ def _convert(path: Path, tensors: dict[str, Any], settings: Mapping[str, Any]) -
     return config, found
 
 
-def _positions(tensors: Mapping[str, Any], settings: Mapping[str, Any], table: Any) -> dict[str, Tensor]:  # noqa: ANN401
-    """The tables of positions of both sides, cut off before the first position; sinusoids where none was learnt, and
+def _positions(
+    path: Path,
+    tensors: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    table: Any,  # noqa: ANN401
+) -> dict[str, Tensor]:
+    """The tables of positions of both sides, cut off before the first position; sinusoids where none is learnt, and
     zeros where there are none.
     """
-    found, width = {}, _size(table, 1)
+    found, width = {}, size(table, 1)
     for side, ours in SIDES.items():
-        most = settings.get(f"max_{ours}_positions") or MOST_POSITIONS
-        learnt = tensors.get(f"{side}.embed_positions.weight")
+        name, learnt = f"{ours}_embedding.positions", tensors.get(f"{side}.embed_positions.weight")
+        most = _whole(path, settings, f"max_{ours}_positions", MOST_POSITIONS, MOST_KEPT_POSITIONS)
         if settings.get("no_token_positional_embeddings"):
-            made = torch.zeros(most, width)
+            found[name] = torch.zeros(most, width)
         elif learnt is not None:
-            made = learnt[OFFSET:].clone()
-        else:
-            made = SINUSOIDS["halves_inclusive"](most + OFFSET, width)[OFFSET:].clone()
-        found[f"{ours}_embedding.positions"] = made
+            found[name] = learnt[OFFSET:].clone() if is_plain(learnt) and learnt.ndim == 2 else learnt
+        elif not settings.get(f"{side}_learned_pos"):
+            found[name] = SINUSOIDS["halves_inclusive"](most + OFFSET, width)[OFFSET:].clone()
     return found
 
 
 def _heads(path: Path, settings: Mapping[str, Any], side: str) -> int:
-    heads = settings.get(f"{side}_attention_heads")
-    if type(heads) is not int:
+    return _whole(path, settings, f"{side}_attention_heads", None, LARGEST_SIZE)
+
+
+def _whole(path: Path, settings: Mapping[str, Any], name: str, otherwise: int | None, most: int) -> int:
+    """A setting that is a whole number. Raises CheckpointError."""
+    value = settings.get(name)
+    value = otherwise if value is None else value
+    if type(value) is not int or not 1 <= value <= most:
         raise CheckpointError(
-            f"{path} does not say how many heads the {side} has",
-            expected=f"{side}_attention_heads among its settings",
+            f"{path} has {name} = {value!r:.40} among its settings",
+            expected=f"a whole number from 1 to {most}",
             remedy="Use a checkpoint as fairseq-train wrote it.",
         )
-    return heads
-
-
-def _layers(tensors: Mapping[str, Any], side: str) -> int:
-    numbers = {match[1] for name in tensors if (match := re.match(rf"{side}\.layers\.(\d+)\.", name))}
-    return max(1, len(numbers))
-
-
-def _size(tensor: object, axis: int) -> int:
-    """What is missing has one, for an error that names it."""
-    return tensor.shape[axis] if isinstance(tensor, Tensor) and tensor.ndim > axis and tensor.shape[axis] else 1
+    return value

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kvx.models.config import LARGEST_SIZE, ModelConfig
+from kvx.models.importers.checkpoint import is_plain
 from kvx.models.importers.huggingface_config import CONFIG_FILE, read_activation, read_sizes
 from kvx.models.importers.huggingface_tables import HEAD, SHARED, TABLES, read_tables
 from kvx.models.importers.naming import NUMBER, Named, named
@@ -163,13 +164,17 @@ def _spread_buckets(state: dict[str, Tensor], buckets: int, farthest: int) -> No
     }
     for name, tensor in state.items():
         side, _, rest = name.partition("_")
-        if rest.startswith("biases.") and tensor.ndim and len(tensor) == buckets:
+        if rest.startswith("biases.") and is_plain(tensor) and tensor.ndim and len(tensor) == buckets:
             state[name] = tensor[rows[side]]
 
 
 def _scale_queries(state: dict[str, Tensor], config: ModelConfig) -> None:
     """Undoes the division of scores by √D, which these models do not have."""
     for name, tensor in state.items():
-        if name.endswith("attention.query.weight") and NUMBER.search(name) and tensor.is_floating_point():
+        if name.endswith("attention.query.weight") and NUMBER.search(name) and _is_float(tensor):
             width = config.encoder_head_width if name.startswith("encoder") else config.decoder_head_width
             state[name] = tensor.float() * width**0.5
+
+
+def _is_float(tensor: Tensor) -> bool:
+    return is_plain(tensor) and tensor.is_floating_point()

@@ -351,7 +351,7 @@ def _t5(model: _Model) -> Text:
     """Pieces by their own ids, or bytes. What a text is for stands in it, as in "translate English to German: "."""
     settings = model.settings
     if (settings.text("tokenizer_class") or "").startswith("ByT5"):
-        side = make_bytes(model.folder, model.joint_size)
+        side = make_bytes(settings, model.joint_size)
     elif has(model.folder, JSON_FILE):
         side = read_tokenizer_json(settings, model.joint_size).side
     else:

@@ -32,9 +32,19 @@ from typing import Any, NamedTuple, NoReturn, Self
 from torch import Tensor
 
 from kvx.models.config import ModelConfig
-from kvx.models.importers.checkpoint import NAMED_PROBLEMS, Checkpoint, build, describe, is_plain, is_same
+from kvx.models.importers.checkpoint import (
+    NAMED_PROBLEMS,
+    Checkpoint,
+    build,
+    describe,
+    is_plain,
+    is_same,
+    is_state_dict,
+)
+from kvx.models.importers.naming import count_layers, size
+from kvx.models.importers.subwords import read_lines
 from kvx.models.importers.text import Text, TokenizerFiles
-from kvx.models.importers.tokenizer_settings import MOST_VOCABULARY, read_bounded, refuse_tokens
+from kvx.models.importers.tokenizer_settings import read_bounded, refuse_tokens
 from kvx.models.layers import SINUSOIDS
 from kvx.runtime.bundle.framing import Framing, Languages
 from kvx.runtime.bundle.vocabulary import Vocabulary
@@ -43,11 +53,14 @@ from kvx.runtime.errors import CheckpointError, TokenizerError
 MOST_BYTES = 1 << 20
 MOST_PARTS = 64
 MOST_NEW_TOKENS = 256
-REFERENCE = re.compile(r"(?P<name>[^,]+)(?:, part (?P<part>\d+) of (?P<parts>\d+))?(?P<turned>, transposed)?")
+REFERENCE = re.compile(
+    r"(?P<name>[^,]+)(?:, part (?P<part>\d{1,3}) of (?P<parts>\d{1,3}))?(?P<transposed>, transposed)?"
+)
 SIDES = {"encoder": "source", "decoder": "target"}
 TABLES = {side: f"{table}_embedding.tokens.weight" for side, table in SIDES.items()}
 POSITIONS = {side: f"{table}_embedding.positions" for side, table in SIDES.items()}
 HEAD = "head.weight"
+TOLD = ("block", "norm", "norm_epsilon", "positions", "scaled_embedding", "activation")
 SPECIAL = ("start", "end", "pad", "unknown")
 TEXT_KEYS = {"source", "target", *SPECIAL}
 
@@ -58,13 +71,13 @@ class Reference(NamedTuple):
     name: str
     part: int = 1
     parts: int = 1
-    turned: bool = False
+    transposed: bool = False
 
     def of(self, tensor: Tensor) -> Tensor:
         """What of it is meant."""
         size = tensor.shape[0] // self.parts
         taken = tensor if self.parts == 1 else tensor[size * (self.part - 1) : size * self.part]
-        return taken.T if self.turned else taken
+        return taken.T if self.transposed else taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +97,8 @@ class Layout:
         """The layout in a file."""
         try:
             values = tomllib.loads(read_bounded(path, MOST_BYTES).decode())
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            _refuse(path, f"is no TOML ({error})", "a file as kvx export --write-layout drafts it")
+        except (ValueError, RecursionError) as error:  # of TOML, of Unicode, of numbers of too many digits
+            _refuse(path, f"is no TOML ({str(error)[:120]})", "a file as kvx export --write-layout drafts it")
         unknown = values.keys() - {"model", "tensors", "ignored", "text"}
         sections = [values.get(name, {}) for name in ("model", "tensors", "ignored", "text")]
         if unknown or not all(isinstance(section, dict) for section in sections):
@@ -100,21 +113,22 @@ class Layout:
             _refuse(
                 path, f"has {', '.join(odd)}", f"`tensors` in [ignored], and {', '.join(sorted(TEXT_KEYS))} in [text]"
             )
-        if not all(
-            isinstance(value, str) for value in (*tensors.values(), *text.values(), *ignored.get("tensors", ()))
-        ):
+        apart = ignored.get("tensors", [])
+        named = (*tensors.values(), *text.values(), *(apart if isinstance(apart, list) else [apart]))
+        if not isinstance(apart, list) or not all(isinstance(value, str) for value in named):
             _refuse(path, "has values that are no text", "names of tensors and files")
-        references = {ours: _reference(path, value) for ours, value in tensors.items()}
-        return cls(path, model, references, tuple(ignored.get("tensors", ())), text)
+        references = {ours: _reference(path, ours, value) for ours, value in tensors.items()}
+        _check_parts(path, references)
+        return cls(path, _checked(path, model), references, tuple(apart), text)
 
 
 def read(layout: Layout, content: object, path: Path) -> Checkpoint:
     """The model of a state dict by a layout. Raises CheckpointError and TokenizerError."""
-    if not isinstance(content, Mapping) or not all(isinstance(one, Tensor) for one in content.values()):
+    if not is_state_dict(content):
         _refuse(path, f"holds {describe(content)}", "a state dict: tensors by name", "Save model.state_dict().")
     state, names = _named(layout, content, path)
     _complete_tables(state)
-    config = _config(layout, state)
+    config = _config(layout, path, state)
     for side, name in POSITIONS.items():
         _complete_positions(state, name, getattr(config, f"{SIDES[side]}_positions"), config)
     model = build(config, state, path, names)
@@ -123,12 +137,36 @@ def read(layout: Layout, content: object, path: Path) -> Checkpoint:
     return Checkpoint(model, limit, (), family="layout", text=text)
 
 
-def _reference(path: Path, value: str) -> Reference:
+def _checked(path: Path, model: Mapping[str, Any]) -> Mapping[str, Any]:
+    """[model], which must say all that no tensor tells. Raises CheckpointError."""
+    missing = [name for name in TOLD if name not in model]
+    if not {"encoder_heads", "decoder_heads"} <= model.keys() and "heads" not in model:
+        missing.insert(0, "heads")
+    if missing:
+        _refuse(path, f"has no {', '.join(missing)} in [model]", "all that no tensor tells")
+    return model
+
+
+def _reference(path: Path, ours: str, value: str) -> Reference:
     match = REFERENCE.fullmatch(value)
     part, parts = (int(match[name] or 1) if match else 0 for name in ("part", "parts"))
     if match is None or not 1 <= part <= parts <= MOST_PARTS:
         _refuse(path, f"refers to {value!r:.100}", "NAME, or NAME, part 1 of 3, or either with “, transposed” after it")
-    return Reference(match["name"].strip(), part, parts, match["turned"] is not None)
+    name = match["name"].strip()
+    if ours.count("{}") != min(1, name.count("{}")):
+        _refuse(path, f"maps {ours!r:.80} to {name!r:.80}", "{} once in both, or in neither")
+    return Reference(name, part, parts, match["transposed"] is not None)
+
+
+def _check_parts(path: Path, references: Mapping[str, Reference]) -> None:
+    """Every part of a tensor that is taken in parts has one place. Raises CheckpointError."""
+    taken: dict[str, list[tuple[int, int]]] = {}
+    for one in references.values():
+        taken.setdefault(one.name, []).append((one.part, one.parts))
+    for name, parts in taken.items():
+        number = parts[0][1]
+        if number > 1 and sorted(parts) != [(part, number) for part in range(1, number + 1)]:
+            _refuse(path, f"does not take every part of {name!r:.80} once", f"parts 1 to {number}, each once")
 
 
 def _named(layout: Layout, tensors: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -202,13 +240,13 @@ def _complete_positions(state: dict[str, Any], name: str, rows: int, config: Mod
         state[name] = table.squeeze(0) if table.shape[0] == 1 else table.squeeze(1)
 
 
-def _config(layout: Layout, state: Mapping[str, Any]) -> ModelConfig:
+def _config(layout: Layout, path: Path, state: Mapping[str, Any]) -> ModelConfig:
     """What the tensors tell, and over it what the layout says."""
     source, target = (state.get(name) for name in TABLES.values())
     told: dict[str, object] = {
-        "source_vocab_size": _size(source, 0),
-        "target_vocab_size": _size(target, 0),
-        "d_model": _size(source, 1),
+        "source_vocab_size": size(source, 0),
+        "target_vocab_size": size(target, 0),
+        "d_model": size(source, 1),
         "attention_bias": "encoder_layers.0.self_attention.query.bias" in state,
         "feed_forward_bias": "encoder_layers.0.feed_forward.up.bias" in state,
         "gated": "encoder_layers.0.feed_forward.gate.weight" in state,
@@ -219,21 +257,19 @@ def _config(layout: Layout, state: Mapping[str, Any]) -> ModelConfig:
         "tied_head": state.get(HEAD) is target,
     }
     for side, table in SIDES.items():
-        numbers = {match[1] for name in state if (match := re.match(rf"{side}_layers\.(\d+)\.", name))}
-        told[f"{side}_layers"] = max(1, len(numbers))
-        told[f"{side}_d_ff"] = _size(state.get(f"{side}_layers.0.feed_forward.up.weight"), 0)
+        told[f"{side}_layers"] = count_layers(state, f"{side}_layers.{{}}")
+        told[f"{side}_d_ff"] = size(state.get(f"{side}_layers.0.feed_forward.up.weight"), 0)
         positions = state.get(POSITIONS[side])
         if isinstance(positions, Tensor):
             told[f"{table}_positions"] = max(positions.shape[:-1], default=1)
     said = dict(layout.model)
     heads = said.pop("heads", None)
     both = {} if heads is None else {f"{side}_heads": heads for side in SIDES}
-    return ModelConfig.from_dict({**told, **both, **said})
-
-
-def _size(tensor: object, axis: int) -> int:
-    """What is missing has one, for an error that names it."""
-    return tensor.shape[axis] if isinstance(tensor, Tensor) and tensor.ndim > axis and tensor.shape[axis] else 1
+    values = {**told, **both, **said}
+    unsaid = [name for name in ("source_positions", "target_positions") if name not in values]
+    if unsaid:
+        _refuse(layout.path, f"has no {' and no '.join(unsaid)}, and {path} has no such tables", "them in [model]")
+    return ModelConfig.from_dict(values)
 
 
 def _read_text(layout: Layout, folder: Path, config: ModelConfig) -> Text:
@@ -269,7 +305,7 @@ def _read_text(layout: Layout, folder: Path, config: ModelConfig) -> Text:
 
 
 def _read_pieces(path: Path, size: int) -> list[str]:
-    pieces = read_bounded(path, MOST_VOCABULARY).decode(errors="replace").removesuffix("\n").split("\n")
+    pieces = read_lines(path)
     if len(pieces) != size:
         raise TokenizerError(
             f"{path} has {len(pieces)} lines",

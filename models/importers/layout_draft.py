@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
+
+from kvx.models.importers.naming import size
 
 HEAD_WIDTH = 64  # of the guessed number of heads
 UNSAVED_POSITIONS = 1024
@@ -60,7 +63,7 @@ def draft(tensors: Mapping[str, Tensor]) -> tuple[str, tuple[str, ...]]:
         if not named:
             found.unknown.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "{}", name, count=1), tuple(tensor.shape))
     table = next((tensors[theirs] for ours, theirs in found.tensors.items() if ours.endswith("tokens.weight")), None)
-    width = table.shape[1] if table is not None else HEAD_WIDTH
+    width = size(table, 1) if table is not None else HEAD_WIDTH
     learnt = any(ours.endswith(".positions") for ours in found.tensors)
     heads = max(1, width // HEAD_WIDTH)
     positions = [] if learnt else [f"source_positions = {UNSAVED_POSITIONS}", f"target_positions = {UNSAVED_POSITIONS}"]
@@ -77,7 +80,7 @@ def draft(tensors: Mapping[str, Tensor]) -> tuple[str, tuple[str, ...]]:
         'activation = "relu"  # or "gelu", "gelu_tanh", "quick_gelu", "silu"',
         "",
         "[tensors]  # ours = theirs",
-        *(f'"{ours}" = "{theirs}"' for ours, theirs in sorted(found.tensors.items())),
+        *(f'"{ours}" = {json.dumps(theirs, ensure_ascii=False)}' for ours, theirs in sorted(found.tensors.items())),
     ]
     if found.unknown:
         lines += [
@@ -85,7 +88,8 @@ def draft(tensors: Mapping[str, Tensor]) -> tuple[str, tuple[str, ...]]:
             "# Nothing is known about these. Move them up, or leave them here where they mean nothing.",
             "[ignored]",
         ]
-        lines += ["tensors = [", *(f'    "{name}",  # {list(shape)}' for name, shape in found.unknown.items()), "]"]
+        listed = ((json.dumps(name, ensure_ascii=False), list(shape)) for name, shape in found.unknown.items())
+        lines += ["tensors = [", *(f"    {name},  # {shape}" for name, shape in listed), "]"]
     notes = ["heads, block, norm, activation and the scale of embeddings are guesses: no tensor tells them"]
     if found.unknown:
         notes.append(f"{len(found.unknown)} names fit no part, such as {next(iter(found.unknown))}")

@@ -18,14 +18,15 @@ from torch import Tensor
 
 from kvx.models.config import ModelConfig
 from kvx.models.importers.checkpoint import Checkpoint, build, refuse_tensors
-from kvx.models.importers.naming import Named, named
+from kvx.models.importers.naming import Named, count_layers, named, size
+from kvx.models.importers.subwords import TOKENISED, cutting
 from kvx.models.importers.text import Text, TokenizerFiles
-from kvx.models.importers.tokenizer_settings import MOST_SETTINGS, MOST_VOCABULARY, TokenizerSettings, read_bounded
-from kvx.models.importers.tokenizer_vocabularies import Pieces, by_id, make_side, read_sentencepiece
+from kvx.models.importers.tokenizer_settings import MOST_SETTINGS, MOST_VOCABULARY, read_bounded
+from kvx.models.importers.tokenizer_vocabularies import Pieces, by_id, read_sentencepiece
 from kvx.models.layers import SINUSOIDS
 from kvx.runtime.bundle.framing import Framing, Languages
 from kvx.runtime.bundle.manifest import Default
-from kvx.runtime.bundle.vocabulary import MOST_PIECES, Vocabulary
+from kvx.runtime.bundle.vocabulary import MOST_PIECES
 from kvx.runtime.errors import CheckpointError, TokenizerError
 
 CONFIG = "special:model.yml"
@@ -34,12 +35,18 @@ EPSILON = 1e-6
 POSITIONS = 1024  # of a table that has no end
 MOST_NEW_TOKENS = 256
 END, UNKNOWN = "</s>", "<unk>"
-MOST_BEAMS = 64
+MOST_DIGITS = 10
+COPY = "Copy the vocabularies that the model was trained with."
+MOST_BEAMS, MOST_PENALTY = 64, 50
 
-ACTIVATIONS = {"relu": "relu", "swish": "silu", "gelu": "quick_gelu"}  # its gelu is x·σ(1.702x)
-BLOCKS = {("", "dan"): "post", ("n", "da"): "pre"}  # by what stands before a part and after it, d being dropout
+ACTIVATIONS = {"relu": "relu", "swish": "silu", "gelu": "quick_gelu"}
+GELU_NOTE = "took gelu as x·σ(1.702x), which it is up to version 1.12 of Marian"
+NEVER = -1e4  # the logit of the token that never comes: no share of any sum
 EXPECTED: Mapping[str, tuple[Any, ...]] = {  # what is read, with the values of settings that a file lacks
     "type": ("transformer",),
+    "transformer-preprocess": ("", None),  # before 1.12.0 keys and values took no part in norms that stand before
+    "transformer-postprocess": ("dan", None),
+    "transformer-postprocess-top": ("", None),
     "transformer-decoder-autoreg": ("self-attention", None),
     "transformer-ffn-depth": (2, None),
     "transformer-decoder-ffn-depth": (0, 2, None),
@@ -75,16 +82,26 @@ def read(path: Path) -> Checkpoint:
     model = build(config, found.state, path, found.names)
     decoder = _read_decoder(path.parent)
     text = _read_text(path.parent, decoder, config)
+    notes = text.notes if settings.get("transformer-ffn-activation") != "gelu" else (*text.notes, GELU_NOTE)
     limit = min(MOST_NEW_TOKENS, config.target_positions)
-    return Checkpoint(model, limit, text.notes, family="marian-npz", text=text, defaults=_defaults(decoder, config))
+    return Checkpoint(model, limit, notes, family="marian-npz", text=text, defaults=_defaults(decoder, config))
 
 
 def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, EOFError, AttributeError, KeyError) as error:
+            found = {name: arrays[name] for name in arrays.files}
+    except Exception as error:  # zip, zlib and numpy have errors of their own for what is damaged
         _refuse(path, f"is truncated, damaged or no file of arrays ({str(error)[:120]})", "a model.npz of Marian")
+    odd = [name for name, array in found.items() if name != CONFIG and not _is_matrix(array)]
+    if odd:
+        refuse_tensors(path, [f"{name} of {found[name].dtype} {list(found[name].shape)}" for name in odd])
+    return {name: array.astype(np.float32) if name != CONFIG else array for name, array in found.items()}
+
+
+def _is_matrix(array: NDArray[Any]) -> bool:
+    """All of Marian's weights have two axes, biases and norms too."""
+    return array.ndim == 2 and 0 not in array.shape and array.dtype.kind == "f"
 
 
 def _read_settings(path: Path, arrays: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
@@ -103,8 +120,8 @@ def _yaml(path: Path, content: bytes, *, plain: bool = False) -> dict[str, Any]:
     loader = getattr(yaml, "CBaseLoader" if plain else "CSafeLoader", yaml.BaseLoader if plain else yaml.SafeLoader)
     try:
         values = yaml.load(content, loader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        _refuse(path, f"holds no YAML ({str(error).splitlines()[0][:120]})", "names and values")
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError of dates and numbers
+        _refuse(path, f"holds no YAML ({f'{error} '.splitlines()[0][:120]})", "names and values")
     if not isinstance(values, dict):
         _refuse(path, f"holds a {type(values).__name__}", "names and values")
     return values
@@ -112,27 +129,23 @@ def _yaml(path: Path, content: bytes, *, plain: bool = False) -> dict[str, Any]:
 
 def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
     wrong = [
-        f"{name} = {settings.get(name)!r:.60}" for name, known in EXPECTED.items() if settings.get(name) not in known
+        f"{name} = {settings.get(name)!r:.60}"
+        for name, known in EXPECTED.items()
+        if not any(type(settings.get(name)) is type(one) and settings.get(name) == one for one in known)
     ]
-    around = settings.get("transformer-preprocess", ""), settings.get("transformer-postprocess", "dan")
-    if around not in BLOCKS:
-        wrong.append(f"transformer-preprocess = {around[0]!r}, transformer-postprocess = {around[1]!r}")
-    if settings.get("transformer-postprocess-top", "") not in ("", "n"):
-        wrong.append(f"transformer-postprocess-top = {settings['transformer-postprocess-top']!r}")
-    if settings.get("transformer-ffn-activation", "relu") not in ACTIVATIONS:
+    if str(settings.get("transformer-ffn-activation", "relu")) not in ACTIVATIONS:
         wrong.append(f"transformer-ffn-activation = {settings['transformer-ffn-activation']!r:.40}")
     if wrong:
         _refuse(
             path,
             f"is of Marian, with {', '.join(wrong)}",
-            "a transformer with self-attention in its decoder (students with SSRU are not read)",
+            "a post-norm transformer with self-attention in its decoder (students with SSRU are not read)",
             "This architecture is not supported. docs/models.md has the list.",
         )
 
 
-def _patterns(*, before: bool) -> Iterator[tuple[str, str]]:
+def _patterns() -> Iterator[tuple[str, str]]:
     """Our names and theirs, with the layers counted from 0."""
-    ending = "_pre" if before else ""
     for side in SIDES:
         ours, theirs = f"{side}_layers.{{}}", f"{side}.{{}}"
         for attention, name in ATTENTIONS.items():
@@ -144,9 +157,8 @@ def _patterns(*, before: bool) -> Iterator[tuple[str, str]]:
             yield f"{ours}.feed_forward.{part}.bias", f"{theirs}.ffn_b{number}"
         for parameter, kind in NORM_PARAMETERS.items():
             for attention, name in ATTENTIONS.items():
-                yield f"{ours}.{attention}_norm.{parameter}", f"{theirs}.{name}_Wo_ln_{kind}{ending}"
-            yield f"{ours}.feed_forward_norm.{parameter}", f"{theirs}.ffn_ffn_ln_{kind}{ending}"
-            yield f"{side}_norm.{parameter}", f"{side}_top_ln_{kind}"
+                yield f"{ours}.{attention}_norm.{parameter}", f"{theirs}.{name}_Wo_ln_{kind}"
+            yield f"{ours}.feed_forward_norm.{parameter}", f"{theirs}.ffn_ffn_ln_{kind}"
 
 
 def _convert(path: Path, arrays: Mapping[str, NDArray[Any]], settings: Mapping[str, Any]) -> tuple[ModelConfig, Named]:
@@ -162,8 +174,6 @@ def _convert(path: Path, arrays: Mapping[str, NDArray[Any]], settings: Mapping[s
     positions = SINUSOIDS["halves_inclusive"](POSITIONS, source.shape[1])
     padded = _with_zeros(source)
     padded_target = padded if target is source else _with_zeros(target)
-    block = BLOCKS[settings.get("transformer-preprocess", ""), settings.get("transformer-postprocess", "dan")]
-    layers = {side: sum(name.startswith(f"{side}.") and name.endswith(".ffn_W1") for name in tensors) for side in SIDES}
     first = {side: tensors.get(f"{side}.0.ffn_W1") for side in SIDES}
     parts: dict[str, object] = {
         "source_vocab_size": len(padded),
@@ -171,22 +181,22 @@ def _convert(path: Path, arrays: Mapping[str, NDArray[Any]], settings: Mapping[s
         "d_model": source.shape[1],
         "source_positions": POSITIONS,
         "target_positions": POSITIONS,
-        **{f"{side}_layers": max(1, number) for side, number in layers.items()},
+        **{f"{side}_layers": count_layers(tensors, f"{side}.{{}}") for side in SIDES},
         **{f"{side}_heads": settings.get("transformer-heads", 8) for side in SIDES},
-        **{f"{side}_d_ff": len(weight) if weight is not None else 1 for side, weight in first.items()},
-        "block": block,
-        "final_norm": settings.get("transformer-postprocess-top", "") == "n",
+        **{f"{side}_d_ff": size(weight, 0) for side, weight in first.items()},
+        "block": "post",
+        "final_norm": False,
         "norm": "layer",
         "norm_epsilon": EPSILON,
         "positions": "halves_inclusive",
         "attention_bias": True,
         "activation": ACTIVATIONS[settings.get("transformer-ffn-activation", "relu")],
-        "head_bias": bias is not None,
+        "head_bias": True,
         "shared_embeddings": padded_target is padded,
         "tied_head": head is None,
     }
     config = ModelConfig.from_dict(parts)
-    found = named(config, tensors, dict(_patterns(before=block == "pre")), APART)
+    found = named(config, tensors, dict(_patterns()), APART)
     found.state.update(
         {
             "source_embedding.positions": positions,
@@ -196,8 +206,8 @@ def _convert(path: Path, arrays: Mapping[str, NDArray[Any]], settings: Mapping[s
             "head.weight": padded_target if head is None else _with_zeros(head),
         }
     )
-    if bias is not None:
-        found.state["head.bias"] = torch.cat([bias.flatten(), bias.new_zeros(1)])
+    known = torch.zeros(len(padded_target) - 1) if bias is None else bias.flatten().float()
+    found.state["head.bias"] = torch.cat([known, torch.full((1,), NEVER)])
     return config, found
 
 
@@ -231,7 +241,8 @@ def _defaults(decoder: Mapping[str, Any], config: ModelConfig) -> dict[str, Defa
     beams, normalize = decoder.get("beam-size"), decoder.get("normalize")
     if type(beams) is not int or not 1 < beams <= min(MOST_BEAMS, config.target_vocab_size - 2):
         return {}
-    penalty = float(normalize) if isinstance(normalize, int | float) else 0.0  # true is 1
+    known = isinstance(normalize, int | float) and 0 <= normalize <= MOST_PENALTY  # true is 1
+    penalty = float(normalize) if known and normalize is not None else 0.0
     return {"beam_size": Default(beams, DECODER_FILES[0]), "length_penalty": Default(penalty, DECODER_FILES[0])}
 
 
@@ -247,68 +258,66 @@ def _read_text(folder: Path, decoder: Mapping[str, Any], config: ModelConfig) ->
     framing = Framing(
         prefix=(), suffix=(source_ids[END],), start=sizes["target"] - 1, eos=end, pad=source_ids[END], never=never
     )
-    return Text(source, target, framing, Languages(), ())
+    return Text(source, target, framing, Languages(), () if source.kind == "vocabulary" else (TOKENISED,))
 
 
-def _side(folder: Path, side: str, listed: object, size: int) -> tuple[TokenizerFiles, dict[str, int]]:
-    """The tokenizer of a side and its ids, `size` with the token of zeros."""
-    vocabulary = _vocabulary_file(folder, side, listed)
-    spm = vocabulary if vocabulary.suffix == ".spm" else folder / f"{side}.spm"
-    if vocabulary.suffix == ".spm":
-        pieces: Pieces = list(read_sentencepiece(vocabulary))
-        ids = {piece: one for one, piece in enumerate(pieces) if piece is not None}
-    else:
-        ids = _read_ids(vocabulary)
-        pieces = by_id(ids)
-    missing = [piece for piece in (END, UNKNOWN) if piece not in ids]
-    if missing or len(pieces) != size - 1:
+def _side(folder: Path, side: str, listed: object, rows: int) -> tuple[TokenizerFiles, dict[str, int]]:
+    """The tokenizer of a side and its ids, of which the model has `rows` with the token of zeros."""
+    path = _vocabulary_file(folder, side, listed)
+    pieces = _read_pieces(path)
+    missing = [piece for piece in (END, UNKNOWN) if piece not in pieces]
+    if missing or len(pieces) != rows - 1:
         raise TokenizerError(
-            f"{vocabulary} has {len(pieces)} pieces{f' and no {missing[0]}' if missing else ''}",
-            expected=f"{size - 1}, the rows of the model's embedding, {END} and {UNKNOWN} among them",
+            f"{path} has {len(pieces)} pieces{f' and no {missing[0]}' if missing else ''}",
+            expected=f"{rows - 1}, the rows of the model's embedding, {END} and {UNKNOWN} among them",
             remedy="Copy the vocabularies that the model was trained with.",
         )
-    if spm.is_file():
-        settings = TokenizerSettings(folder)
-        side_files = make_side(spm, pieces, special=(END, UNKNOWN), unknown=UNKNOWN, size=size, settings=settings)
-        return side_files.files, ids
-    held = Vocabulary(tuple(pieces), frozenset({ids[END], ids[UNKNOWN]}), ids[UNKNOWN])
-    return TokenizerFiles("words", {"vocabulary": held.to_bytes()}), ids
+    own = [path.name] if path.suffix == ".spm" else [f"{side}.spm", f"{side}.bpe"]
+    files = cutting(folder, pieces, (END, UNKNOWN), side, listed=own)
+    return files, {piece: one for one, piece in enumerate(pieces) if piece is not None}
 
 
 def _vocabulary_file(folder: Path, side: str, listed: object) -> Path:
-    """The file that decoder.yml lists, by its name alone, or the only ones that are usual."""
-    short = "src" if side == "source" else "trg"
+    """The file that decoder.yml lists, by its name alone, or else the only one of a usual name."""
+    if isinstance(listed, str):
+        path = folder / Path(listed).name
+        if path.is_file():
+            return path
+        raise TokenizerError(f"{folder} has no {path.name}", expected="what decoder.yml lists", remedy=COPY)
+    short, other = ("src", "trg") if side == "source" else ("trg", "src")
     usual = (
         f"*{short}.vocab.yml",
         f"*vocab.{short}.yml",
         "*vocab.yml",
         f"vocab.{short}.spm",
+        "*vocab.spm",
         f"{side}.spm",
-        "vocab.spm",
-        "*.spm",
     )
-    if isinstance(listed, str) and (folder / Path(listed).name).is_file():
-        return folder / Path(listed).name
+    theirs = {path for pattern in (f"*{other}.vocab.yml", f"*vocab.{other}.yml") for path in folder.glob(pattern)}
     for pattern in usual:
-        if len(found := sorted(folder.glob(pattern))) == 1:
+        found = sorted(set(folder.glob(pattern)) - theirs)
+        if len(found) == 1:
             return found[0]
     raise TokenizerError(
         f"{folder} has no vocabulary of the {side}",
         expected=f"the one that decoder.yml lists, or one of {', '.join(usual)}",
-        remedy="Copy the vocabularies beside the model.",
+        remedy=COPY,
     )
 
 
-def _read_ids(path: Path) -> dict[str, int]:
-    """A vocabulary of pieces and their ids. Raises CheckpointError and TokenizerError."""
-    ids = {}
+def _read_pieces(path: Path) -> Pieces:
+    """The pieces of a vocabulary by id. Raises CheckpointError and TokenizerError."""
+    if path.suffix == ".spm":
+        return list(read_sentencepiece(path))
+    ids: dict[str, int] = {}
     for piece, one in _yaml(path, read_bounded(path, MOST_VOCABULARY), plain=True).items():
-        if not isinstance(piece, str) or not isinstance(one, str) or not one.isdecimal() or int(one) >= MOST_PIECES:
-            raise TokenizerError(
-                f"{path} has {piece!r:.40}: {one!r:.40}", expected="pieces and their ids", remedy="Copy it again."
-            )
+        plain = isinstance(piece, str) and isinstance(one, str) and one.isdecimal() and len(one) < MOST_DIGITS
+        if not plain or int(one) >= MOST_PIECES:
+            raise TokenizerError(f"{path} has {piece!r:.40}: {one!r:.40}", expected="pieces and their ids", remedy=COPY)
         ids[piece] = int(one)
-    return ids
+    if not ids or len(set(ids.values())) < len(ids):
+        raise TokenizerError(f"{path} has no pieces, or two with one id", expected="an id for each piece", remedy=COPY)
+    return by_id(ids)
 
 
 def _refuse(path: Path, got: str, expected: str, remedy: str = "Copy the whole folder again.") -> NoReturn:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from torch import Tensor
@@ -41,3 +41,14 @@ def _theirs(ours: str, patterns: Mapping[str, str]) -> str:
     number = NUMBER.search(ours)
     pattern = patterns.get(NUMBER.sub("{}", ours), ours)
     return pattern.format(number[0]) if number else pattern
+
+
+def size(tensor: object, axis: int) -> int:
+    """The size of an axis; what is missing has one, for an error that names it."""
+    return tensor.shape[axis] if isinstance(tensor, Tensor) and tensor.ndim > axis and tensor.shape[axis] else 1
+
+
+def count_layers(names: Iterable[str], prefix: str) -> int:
+    """How many numbers of layers stand for {} in a prefix of names, one at the least."""
+    pattern = re.compile(re.escape(prefix).replace(r"\{\}", r"(\d+)") + r"\.")
+    return max(1, len({match[1] for name in names if (match := pattern.match(name))}))

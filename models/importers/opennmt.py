@@ -1,4 +1,4 @@
-"""Folders of Eole, and files of its ancestor OpenNMT-py from version 3 on: transformers for translation.
+"""Folders of Eole, and files of its ancestor OpenNMT-py: transformers for translation.
 
 The facts are those of eole 0.6 (https://github.com/eole-nlp/eole, eole/models, eole/modules) and OpenNMT-py 3.5
 (https://github.com/OpenNMT/OpenNMT-py, onmt/modules).
@@ -7,7 +7,7 @@ The facts are those of eole 0.6 (https://github.com/eole-nlp/eole, eole/models, 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from kvx.models.config import ModelConfig
-from kvx.models.importers.checkpoint import Checkpoint, Settings, build, is_same
+from kvx.models.importers.checkpoint import Checkpoint, Settings, build, describe, is_same
 from kvx.models.importers.folder import read_tensors
-from kvx.models.importers.naming import named
-from kvx.models.importers.subwords import cutting
+from kvx.models.importers.naming import count_layers, named, size
+from kvx.models.importers.subwords import TOKENISED, cutting
 from kvx.models.importers.text import Text
 from kvx.models.importers.tokenizer_settings import MOST_VOCABULARY, has, read_object
 from kvx.models.layers import SINUSOIDS
@@ -30,7 +30,13 @@ CONFIG_FILE, VOCABULARY_FILE, WEIGHTS_FILE = "config.json", "vocab.json", "model
 MOST_NEW_TOKENS = 256
 POSITIONS = 5000  # of its sinusoids
 EOLE_EPSILON, OPENNMT_EPSILON = 1e-5, 1e-6
-UNKNOWN, PAD, START, END = "<unk>", "<blank>", "<s>", "</s>"
+SPECIAL = {
+    "unk_token": "<unk>",
+    "pad_token": "<blank>",
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+}  # unless it says others
+CHANGING = ("prefix", "suffix", "uppercase", "normalize")  # transforms that put into a text what kvx does not
 
 ACTIVATIONS = {  # with whether they are gated
     "relu": ("relu", False),
@@ -49,7 +55,10 @@ PROJECTIONS = {"query": "linear_query", "key": "linear_keys", "value": "linear_v
 ATTENTIONS = {"self_attention": "self_attn", "cross_attention": "context_attn"}
 NORM_PARAMETERS = {"gamma": "weight", "beta": "bias"}
 SCALAR = re.compile(r"decoder\.transformer_layers\.\d+\.layer_scalar")
-APART = re.compile(r".*\.pe(\.pe|\.weight)|generator\.(weight|bias)|(src|tgt)_emb\.embeddings\.weight")
+APART = re.compile(
+    r".*\.pe(\.pe|\.weight)|decoder\.transformer_layers\.\d+\.mask"
+    r"|generator\.(weight|bias)|(src|tgt)_emb\.embeddings\.weight"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +70,6 @@ class Naming:
     feed_forward: Mapping[str, str]
     tables: Mapping[str, str]
     positions: Mapping[str, tuple[str, ...]]
-    generator: str = "generator"
 
 
 EOLE = Naming(
@@ -109,7 +117,7 @@ class Said:
     epsilon: float
     refused: tuple[str, ...] = ()
     vocabularies: Mapping[str, Any] = field(default_factory=dict)
-    listed: tuple[str, ...] = ()
+    subwords: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # names of files, by side
 
 
 def reads(folder: Path) -> bool:
@@ -122,27 +130,37 @@ def read_folder(folder: Path) -> Checkpoint:
     config = read_object(folder / CONFIG_FILE)
     tensors = read_tensors(folder / WEIGHTS_FILE)
     said = _said_by_eole(folder / CONFIG_FILE, config, read_object(folder / VOCABULARY_FILE, MOST_VOCABULARY))
-    return _read(folder, {name: one for name, one in tensors.items() if not _is_one(name, one)}, said, EOLE, "eole")
+    return _read(
+        folder / WEIGHTS_FILE,
+        {name: one for name, one in tensors.items() if not _is_one(name, one)},
+        said,
+        EOLE,
+        "eole",
+    )
 
 
 def read(content: object, path: Path) -> Checkpoint | None:
     """The model of a file of OpenNMT-py, or None for other content. Raises CheckpointError and TokenizerError."""
     if not isinstance(content, Mapping) or not isinstance(content.get("opt"), Settings) or "vocab" not in content:
         return None
-    tensors = dict(content.get("model") or {})
-    generator = content.get("generator") or {}
-    tensors |= {f"generator.{name.removeprefix('0.')}": one for name, one in generator.items()}
+    tensors, generator = (content.get(name) or {} for name in ("model", "generator"))
+    if not all(isinstance(held, Mapping) and all(map(_is_named, held.items())) for held in (tensors, generator)):
+        _refuse(path, f"holds {describe(content)}", "tensors by name under model and generator")
+    tensors = {**tensors, **{f"generator.{name.removeprefix('0.')}": one for name, one in generator.items()}}
     said = _said_by_opennmt(path, vars(content["opt"]), content["vocab"])
     renamed = {_without_old_names(name): one for name, one in tensors.items()}
-    return _read(path.parent, renamed, said, OPENNMT, "opennmt-py")
+    return _read(path, renamed, said, OPENNMT, "opennmt-py")
+
+
+def _is_named(item: tuple[object, object]) -> bool:
+    return isinstance(item[0], str) and isinstance(item[1], Tensor)
 
 
 def _said_by_eole(path: Path, config: Mapping[str, Any], vocabularies: Mapping[str, Any]) -> Said:
-    model = config.get("model")
-    if not isinstance(model, dict):
-        _refuse(path, "has no model", "a configuration of Eole")
-    sides = {side: {**model, **(model.get(side) or {})} for side in SIDES}
-    embeddings = model.get("embeddings") or {}
+    model = _section(path, config, "model")
+    sides = {side: {**model, **_section(path, model, side)} for side in SIDES}
+    embeddings = _section(path, model, "embeddings")
+    transforms = _section(path, config, "transforms_configs")
     kind = embeddings.get("position_encoding_type", "SinusoidalInterleaved")
     same = ("mlp_activation_fn", "layer_norm", "norm_eps")
     refused = [
@@ -163,30 +181,32 @@ def _said_by_eole(path: Path, config: Mapping[str, Any], vocabularies: Mapping[s
         ("ffn_layernorm", (False, None)),
         ("query_norm", (False, None)),
         ("key_norm", (False, None)),
+        ("value_norm", (False, None)),
         ("q_gating", (False, None)),
         ("attn_scaling", (None,)),
         ("num_experts", (0, None)),
         ("encoder_layer_style", ("standard", None)),
     ):
         refused += [f"{name} = {side.get(name)!r:.40}" for side in sides.values() if side.get(name) not in harmless][:1]
+    refused += [f"the transform {name}" for name in config.get("transforms") or () if name in CHANGING]
     if embeddings.get("normalize") or embeddings.get("position_shift") or embeddings.get("embedding_layer_norm"):
         refused.append("normalize, position_shift or embedding_layer_norm")
     return Said(
         path=path,
         heads={side: values.get("heads", 8) for side, values in sides.items()},
-        positions=kind,
+        positions=str(kind),
         activation=str(sides["encoder"].get("mlp_activation_fn", "relu")),
         norm=str(sides["encoder"].get("layer_norm", "standard")),
         epsilon=sides["encoder"].get("norm_eps", EOLE_EPSILON),
         refused=tuple(refused),
         vocabularies=vocabularies,
-        listed=tuple(_subword_files(config)),
+        subwords=_subword_files(transforms.values()),
     )
 
 
 def _said_by_opennmt(path: Path, opt: Mapping[str, Any], vocabularies: object) -> Said:
-    if not isinstance(vocabularies, Mapping) or not isinstance(vocabularies.get("src"), list):
-        _refuse(path, "has vocabularies of a version before 3", "lists of pieces", "Convert it with OpenNMT-py 3.")
+    listed = dict(vocabularies) if isinstance(vocabularies, Mapping) else dict(_pairs(vocabularies))
+    listed |= {side: _listed(listed.get(side)) for side in ("src", "tgt")}
     relative = opt.get("max_relative_positions") or 0
     refused = [f"max_relative_positions = {relative}"] if relative else []
     for name, harmless in (
@@ -209,17 +229,45 @@ def _said_by_opennmt(path: Path, opt: Mapping[str, Any], vocabularies: object) -
         norm=str(opt.get("layer_norm", "standard")),
         epsilon=opt.get("norm_eps", OPENNMT_EPSILON),
         refused=tuple(refused),
-        vocabularies=vocabularies,
-        listed=tuple(Path(opt[name]).name for name in ("src_subword_model",) if isinstance(opt.get(name), str)),
+        vocabularies=listed,
+        subwords=_subword_files([opt]),
     )
 
 
-def _subword_files(config: Mapping[str, Any]) -> Iterator[str]:
-    """The names of the files that the transforms of a configuration cut texts with."""
-    for settings in (config.get("transforms_configs") or {}).values():
-        for name in ("src_subword_model", "tgt_subword_model") if isinstance(settings, dict) else ():
-            if isinstance(settings.get(name), str):
-                yield Path(settings[name]).name
+def _pairs(vocabularies: object) -> Iterator[tuple[str, object]]:
+    """Those of version 1 are a list of names and vocabularies."""
+    for pair in vocabularies if isinstance(vocabularies, list) else ():
+        if isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str):
+            yield pair
+
+
+def _listed(vocabulary: object) -> object:
+    """The pieces by id: a list, or what the objects of torchtext hold before version 3."""
+    if not isinstance(vocabulary, Settings):
+        return vocabulary
+    held = vars(vocabulary)
+    if isinstance(held.get("fields"), list) and held["fields"]:
+        first = held["fields"][0]
+        return _listed(first[1]) if isinstance(first, tuple) and len(first) == 2 else None
+    return _listed(held["vocab"]) if "vocab" in held else held.get("itos")
+
+
+def _section(path: Path, values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The values under a name, none where it is missing. Raises CheckpointError."""
+    section = values.get(name) or {}
+    if not isinstance(section, dict):
+        _refuse(path, f"has {name} = {section!r:.40}", "names and values")
+    return section
+
+
+def _subword_files(sections: Iterable[object]) -> dict[str, tuple[str, ...]]:
+    """The names of the files that settings say texts are cut with, by side."""
+    found: dict[str, list[str]] = {"src": [], "tgt": []}
+    for settings in sections:
+        for side in found if isinstance(settings, Mapping) else ():
+            value = settings.get(f"{side}_subword_model")
+            found[side] += [Path(value).name] if isinstance(value, str) else []
+    return {side: tuple(names) for side, names in found.items()}
 
 
 def _without_old_names(name: str) -> str:
@@ -247,15 +295,15 @@ def _patterns(naming: Naming) -> Iterator[tuple[str, str]]:
                 yield f"{ours}.{norm}.{parameter}", f"{theirs}.{name}.{kind}"
             yield f"{side}_norm.{parameter}", f"{side}.layer_norm.{kind}"
         yield f"{table}_embedding.tokens.weight", naming.tables[side]
-    yield "head.weight", f"{naming.generator}.weight"
-    yield "head.bias", f"{naming.generator}.bias"
+    yield "head.weight", "generator.weight"
+    yield "head.bias", "generator.bias"
 
 
-def _read(folder: Path, tensors: Mapping[str, Tensor], said: Said, naming: Naming, family: str) -> Checkpoint:
+def _read(path: Path, tensors: Mapping[str, Tensor], said: Said, naming: Naming, family: str) -> Checkpoint:
     _check(said)
     config, state, names = _convert(tensors, said, naming)
-    model = build(config, state, said.path, names)
-    text = _read_text(folder, said, config)
+    model = build(config, state, path, names)
+    text = _read_text(path.parent, said, config)
     return Checkpoint(model, min(MOST_NEW_TOKENS, config.target_positions), text.notes, family=family, text=text)
 
 
@@ -282,23 +330,27 @@ def _convert(
     """The configuration that tensors and settings make together, the tensors by our names, and theirs."""
     source, target = (tensors.get(naming.tables[side]) for side in SIDES)
     target = source if target is None or is_same(source, target) else target
-    head = tensors.get(f"{naming.generator}.weight")
+    head = tensors.get("generator.weight")
     tied = head is None or is_same(head, target)
     activation, gated = ACTIVATIONS[said.activation]
-    width = _size(source, 1)
+    width = size(source, 1)
     positions = {side: _positions(tensors, naming.positions[side], str(said.positions), width) for side in SIDES}
     sizes: dict[str, object] = {}
     for side, table in SIDES.items():
         first = naming.layers[side].format(0)
-        pattern = re.compile(re.escape(naming.layers[side]).replace(r"\{\}", r"(\d+)") + r"\.")
-        sizes[f"{side}_layers"] = max(1, len({match[1] for name in tensors if (match := pattern.match(name))}))
-        sizes[f"{side}_heads"] = said.heads[side]
-        sizes[f"{side}_d_ff"] = _size(tensors.get(f"{first}.{naming.feed_forward['up']}.weight"), 0)
-        sizes[f"{table}_positions"] = _size(positions[side], 0)
+        sizes[f"{side}_layers"] = count_layers(tensors, naming.layers[side])
+        heads = said.heads[side]
+        queries = size(tensors.get(f"{first}.self_attn.linear_query.weight"), 0)
+        sizes[f"{side}_heads"] = heads
+        sizes[f"{side}_head_width"] = (
+            queries // heads if type(heads) is int and heads > 0 and not queries % heads else 0
+        )
+        sizes[f"{side}_d_ff"] = size(tensors.get(f"{first}.{naming.feed_forward['up']}.weight"), 0)
+        sizes[f"{table}_positions"] = size(positions[side], 0)
     biased = any("linear_query.bias" in name or "final_linear.bias" in name for name in tensors)
     parts: dict[str, object] = {
-        "source_vocab_size": _size(source, 0),
-        "target_vocab_size": _size(target, 0),
+        "source_vocab_size": size(source, 0),
+        "target_vocab_size": size(target, 0),
         "d_model": width,
         **sizes,
         "block": "pre",
@@ -311,7 +363,7 @@ def _convert(
         "activation": activation,
         "gated": gated,
         "feed_forward_bias": any(f"{naming.feed_forward['up']}.bias" in name for name in tensors),
-        "head_bias": f"{naming.generator}.bias" in tensors,
+        "head_bias": "generator.bias" in tensors,
         "shared_embeddings": source is target,
         "tied_head": tied,
     }
@@ -342,45 +394,46 @@ def _fill_biases(state: dict[str, Tensor], config: ModelConfig) -> None:
 
 def _positions(tensors: Mapping[str, Tensor], names: tuple[str, ...], kind: str, width: int) -> Tensor | None:
     """The table of a side as it was saved, [positions, E], or sinusoids."""
-    saved = next((tensors[name] for name in names if name in tensors), None)
+    saved = next((tensors[name] for name in names if isinstance(tensors.get(name), Tensor)), None)
     if saved is not None:
         return saved.squeeze(1) if saved.ndim == 3 else saved
     return SINUSOIDS[TABLES[kind]](POSITIONS, width) if TABLES[kind] in SINUSOIDS else None
 
 
-def _size(tensor: object, axis: int) -> int:
-    """What is missing has one, for an error that names it."""
-    return tensor.shape[axis] if isinstance(tensor, Tensor) and tensor.ndim > axis and tensor.shape[axis] else 1
-
-
 def _read_text(folder: Path, said: Said, config: ModelConfig) -> Text:
     """Vocabularies that list pieces by id. A source has nothing around it."""
-    sizes = {"src": config.source_vocab_size, "tgt": config.target_vocab_size}
-    pieces = {side: _pieces(said, side, size) for side, size in sizes.items()}
-    special = [PAD, START, END, UNKNOWN]
-    sides = [cutting(folder, held, special, side, listed=said.listed) for side, held in pieces.items()]
-    start = said.vocabularies.get("decoder_start_token", START)
+    special = _special(said.vocabularies.get("specials"))
+    rows = {"src": config.source_vocab_size, "tgt": config.target_vocab_size}
+    pieces = {side: _pieces(said, side, size, special["unk_token"]) for side, size in rows.items()}
+    order = [special[name] for name in ("pad_token", "bos_token", "eos_token", "unk_token")]
+    sides = [cutting(folder, held, order, side, listed=said.subwords.get(side, ())) for side, held in pieces.items()]
+    start, end = said.vocabularies.get("decoder_start_token", special["bos_token"]), special["eos_token"]
     ids = {piece: one for one, piece in enumerate(pieces["tgt"])}
-    missing = [piece for piece in (start, END) if piece not in ids]
+    missing = [piece for piece in (start, end) if piece not in ids]
     if missing:
         raise TokenizerError(
             f"The target vocabulary of {said.path} has no {missing[0]!r:.40}",
             expected="the tokens that a target begins and ends with",
             remedy="Use the folder as it was saved.",
         )
-    pad = ids.get(PAD, ids[END])
-    framing = Framing(prefix=(), suffix=(), start=ids[start], eos=ids[END], pad=pad if pad < sizes["src"] else 0)
-    notes = () if sides[0].kind == "vocabulary" else ("texts must be tokenised as those for training were",)
-    return Text(sides[0], sides[1], framing, Languages(), notes)
+    pad = ids.get(special["pad_token"], ids[end])
+    framing = Framing(prefix=(), suffix=(), start=ids[start], eos=ids[end], pad=pad if pad < rows["src"] else 0)
+    return Text(sides[0], sides[1], framing, Languages(), () if sides[0].kind == "vocabulary" else (TOKENISED,))
 
 
-def _pieces(said: Said, side: str, size: int) -> list[str | None]:
+def _special(named: object) -> dict[str, str]:
+    """The special pieces by what they are for, which a vocabulary may spell otherwise."""
+    given = named if isinstance(named, Mapping) else {}
+    return {name: value if isinstance(value := given.get(name), str) else usual for name, usual in SPECIAL.items()}
+
+
+def _pieces(said: Said, side: str, rows: int, unknown: str) -> list[str | None]:
     pieces = said.vocabularies.get(side)
-    if not isinstance(pieces, list) or len(pieces) > size or UNKNOWN not in pieces:
+    if not isinstance(pieces, list) or len(pieces) > rows or unknown not in pieces:
         got = f"{len(pieces)} pieces" if isinstance(pieces, list) else "none"
         raise TokenizerError(
             f"The {side} vocabulary of {said.path} has {got}",
-            expected=f"at most {size}, the rows of the model's embedding, {UNKNOWN} among them",
+            expected=f"at most {rows}, the rows of the model's embedding, {unknown} among them",
             remedy="Use the vocabulary that the model was trained with.",
         )
     return [*pieces]

@@ -8,10 +8,8 @@ from pathlib import Path
 from kvx.models.importers.text import TokenizerFiles
 from kvx.models.importers.tokenizer_settings import MOST_VOCABULARY, TokenizerSettings, read_bounded, refuse_tokens
 from kvx.models.importers.tokenizer_vocabularies import Pieces, make_side
-from kvx.runtime.bundle.vocabulary import Vocabulary
+from kvx.runtime.bundle.vocabulary import CONTINUED, WORD_START, Vocabulary
 from kvx.runtime.errors import TokenizerError
-from kvx.runtime.text.tokenizers.vocabulary import WORD_START
-from kvx.runtime.text.tokenizers.words import CONTINUED
 
 SENTENCEPIECE = (  # names of files, in which {} is the language or side
     *("sentencepiece.bpe.model", "sentencepiece.model", "spm.model", "spm.{}.model", "{}.spm.model", "{}.model"),
@@ -19,6 +17,8 @@ SENTENCEPIECE = (  # names of files, in which {} is the language or side
 CODES = ("bpecodes", "bpe.codes", "codes", "code", "bpe.{}.codes", "{}.codes")
 OTHER_MARK = "\N{HALFWIDTH BLACK SQUARE}"  # of joined pieces in pyonmttok
 VERSION = "#version: 0.2\n"
+VERSIONS = ("0.1", "0.2")
+TOKENISED = "texts must be tokenised as those for training were"
 REMEDY = "Copy the folder that the model was trained with."
 
 
@@ -36,13 +36,12 @@ def cutting(
     known. Raises CheckpointError and TokenizerError.
     """
     unknown, size = special[-1], len(pieces)
-    spm = _beside(folder, [*listed, *SENTENCEPIECE], language) if kind in (None, "sentencepiece") else None
-    codes = _beside(folder, [*listed, *CODES], language) if kind in (None, "bpe") else None
+    spm = _beside(folder, listed, SENTENCEPIECE, language) if kind in (None, "sentencepiece") else None
+    codes = _beside(folder, listed, CODES, language) if kind in (None, "bpe") else None
     if spm is not None and (kind or _any(pieces, special, WORD_START)):
         settings = TokenizerSettings(folder)
         return make_side(spm, pieces, special=special, unknown=unknown, size=size, settings=settings).files
-    ids = {piece: one for one, piece in enumerate(pieces) if piece is not None}
-    held = Vocabulary(tuple(pieces), frozenset(ids[piece] for piece in special if piece in ids), ids[unknown])
+    held = _vocabulary(folder, pieces, special, language)
     if codes is not None and (kind or _any(pieces, special, CONTINUED)):
         return TokenizerFiles("bpe", {"codes": _read_codes(codes), "vocabulary": held.to_bytes()})
     if kind is not None or any(_any(pieces, special, mark) for mark in (WORD_START, CONTINUED, OTHER_MARK)):
@@ -71,8 +70,24 @@ def _any(pieces: Pieces, special: Collection[str], mark: str) -> bool:
     return any(piece and piece not in special and (piece.startswith(mark) or piece.endswith(mark)) for piece in pieces)
 
 
-def _beside(folder: Path, names: Sequence[str], language: str) -> Path | None:
-    paths = (folder / name.format(language) for name in names)
+def _vocabulary(folder: Path, pieces: Pieces, special: Sequence[str], language: str) -> Vocabulary:
+    """The pieces by id, the last of the special ones being what is unknown. Raises TokenizerError."""
+    ids = {piece: one for one, piece in enumerate(pieces) if isinstance(piece, str)}
+    try:
+        known = frozenset(ids[piece] for piece in special if piece in ids)
+        return Vocabulary(tuple(pieces), known, ids.get(special[-1], -1))
+    except ValueError as error:
+        raise TokenizerError(
+            f"The vocabulary for {language} in {folder} cannot be used: {error}",
+            expected=f"each piece once, and {special[-1]}",
+            remedy=REMEDY,
+        ) from None
+
+
+def _beside(folder: Path, listed: Sequence[str], usual: Sequence[str], language: str) -> Path | None:
+    """The first of these files that is there. Those of the two kinds are told apart by the ends of their names."""
+    own = [name for name in listed if name.endswith((".model", ".spm")) is (usual is SENTENCEPIECE)]
+    paths = (folder / name for name in (*own, *(name.format(language) for name in usual)))
     return next((path for path in paths if path.is_file()), None)
 
 
@@ -80,6 +95,8 @@ def _read_codes(path: Path) -> bytes:
     """The merges of subword-nmt, or those of fastBPE with counts. Raises CheckpointError and TokenizerError."""
     lines = read_lines(path)
     versioned = bool(lines) and lines[0].startswith("#version:")
+    if versioned and lines[0].split()[-1] not in VERSIONS:
+        refuse_tokens(path, "versions that are not known", lines[:1], " or ".join(VERSIONS), REMEDY)
     merges = [line.split(" ") for line in lines[versioned:]]
     counted = not versioned and all(len(merge) == 3 and merge[2].isdecimal() for merge in merges)
     wrong = [" ".join(merge) for merge in merges if len(merge) != 2 + counted]

@@ -17,11 +17,10 @@ from kvx.models.importers.tokenizer_settings import (
     refuse_tokens,
 )
 from kvx.models.importers.tokenizer_vocabularies import SAVED_WITH, Side, check_beyond, read_ids
-from kvx.runtime.bundle.vocabulary import MOST_PIECES, TIDIED
+from kvx.runtime.bundle.vocabulary import MOST_PIECES, TIDIED, WORD_START
 from kvx.runtime.errors import TokenizerError
 
 FILE = "tokenizer.json"
-WORD_START = "▁"
 
 Processor = Mapping[str, Any] | None
 Around = tuple[tuple[int, ...], tuple[int, ...]]

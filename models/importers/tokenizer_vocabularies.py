@@ -118,8 +118,12 @@ def make_side(
     return Side(TokenizerFiles("vocabulary", {"model": model, "vocabulary": held.to_bytes()}), model, ids, notes)
 
 
-def make_bytes(folder: Path, size: int) -> Side:
+def make_bytes(settings: TokenizerSettings, size: int) -> Side:
     """The tokenizer of ByT5, which needs no file. Raises TokenizerError."""
+    folder, added = settings.folder, settings.added.values()
+    plain = [token.piece for token in added if not token.special and token.piece not in BYTES]
+    if plain:
+        _refuse_added(settings, "added tokens that are no bytes", plain)
     if size < len(BYTES):
         raise TokenizerError(
             f"The model in {folder} has {size} ids, and its tokenizer reads bytes",

@@ -13,6 +13,8 @@ KEYS = frozenset({"format", "pieces", "special", "unknown", "tidy"})
 FORMAT = "kvx-vocabulary-1"
 # What Hugging Face takes spaces from after decoding where `clean_up_tokenization_spaces` is set.
 TIDIED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
+WORD_START = "▁"  # before a piece that begins a word, in sentencepiece
+CONTINUED = "@@"  # after a piece that does not end its word, in byte-pair encoding
 # The pieces by id where these are bytes.
 BYTES = ("<pad>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)))
 

@@ -9,9 +9,8 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 
 from kvx.runtime.arrays import FloatArray
+from kvx.runtime.bundle.vocabulary import WORD_START
 from kvx.runtime.errors import InputError
-
-WORD_START = "▁"  # how sentencepiece marks a piece that begins a word
 
 
 def align(attention: FloatArray, before: int = 1, after: int = 1) -> tuple[int, ...]:

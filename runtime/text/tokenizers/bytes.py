@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from kvx.runtime.bundle.vocabulary import BYTES
+from kvx.runtime.bundle.vocabulary import BYTES, WORD_START
 
 FIRST = len(BYTES) - 256  # the id of the byte 0
-WORD_START = "▁"
 
 
 class ByteTokenizer:

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from kvx.runtime.bundle.vocabulary import WORD_START
 from kvx.runtime.errors import TokenizerError
 from kvx.runtime.text.tokenizers.reading import read_content
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
-WORD_START = "▁"
 BYTE_LEVEL_SPACE = "Ġ"  # how a byte-level alphabet spells a space
 UNKNOWN = "<unk>"
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvx.runtime.bundle.vocabulary import MOST_BYTES, TIDIED, Vocabulary
+from kvx.runtime.bundle.vocabulary import MOST_BYTES, TIDIED, WORD_START, Vocabulary
 from kvx.runtime.errors import TokenizerError
 from kvx.runtime.text.tokenizers.reading import Reading, load_processor, read_content
-
-WORD_START = "▁"
 
 
 class SentencePieceVocabulary:

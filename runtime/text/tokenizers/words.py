@@ -9,12 +9,11 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+from kvx.runtime.bundle.vocabulary import CONTINUED, WORD_START
 from kvx.runtime.errors import TokenizerError
 from kvx.runtime.text.tokenizers.reading import read_content
 from kvx.runtime.text.tokenizers.vocabulary import read_vocabulary
 
-WORD_START = "▁"
-CONTINUED = "@@"
 MOST_KEPT = 100_000  # words whose pieces are remembered
 
 

@@ -214,6 +214,79 @@ def test_sentencepiece_is_read_by_the_ids_of_the_dictionary(tmp_path: Path) -> N
     assert source.decode(source.encode("eins sein")) == "eins sein"
 
 
+def many_languages(folder: Path, **settings: Any) -> Path:  # noqa: ANN401
+    """A dictionary of all but five words, to which three languages are appended, and two rows without a piece."""
+    folder = write(folder, original("pre"), **KINDS["pre"], task="translation_multi_simple_epoch", **settings)
+    (folder / "dict.de.txt").unlink()
+    (folder / "dict.fr.txt").write_text("".join(f"{word} 1\n" for word in WORDS[:3]))
+    return folder
+
+
+def test_languages_stand_before_the_source_and_first_in_the_target(tmp_path: Path) -> None:
+    told = {"langs": ["fr", "de", "nl"], "encoder_langtok": "src", "decoder_langtok": True}
+    folder = many_languages(tmp_path / "many", **told, fixed_dictionary="/training/dict.fr.txt")
+    export(ExportOptions(checkpoint=folder, output=tmp_path / "bundle", format="onnx"))
+    translator = Translator.load(tmp_path / "bundle", threads=1)
+    assert translator.manifest.languages.target == {"fr": 7, "de": 8, "nl": 9}
+    [found] = translator.translate(["zwei eins"], source_language="de", target_language="nl", max_new_tokens=5)
+    source, ids = torch.tensor([[8, 5, 4, 2]]), [2, 9]
+    model = original("pre")
+    with torch.inference_mode():
+        while len(ids) == 2 or (len(ids) < 7 and ids[-1] != 2):
+            logits = model(input_ids=source, decoder_input_ids=torch.tensor([ids])).logits[0, -1]
+            logits[1] = -torch.inf
+            ids.append(int(logits.argmax()))
+    assert list(found.ids) == ids[2:]
+
+
+@pytest.mark.parametrize(
+    ("told", "prefix", "forced"),
+    [
+        ({"encoder_langtok": "tgt"}, ("target_language",), ()),
+        ({"decoder_langtok": True}, (), ("target_language",)),
+        ({"encoder_langtok": "src", "lang_tok_style": "mbart"}, ("source_language",), ()),
+    ],
+)
+def test_the_settings_say_where_languages_stand(
+    tmp_path: Path, told: dict[str, Any], prefix: tuple[str, ...], forced: tuple[str, ...]
+) -> None:
+    text = load_checkpoint(many_languages(tmp_path / "many", **told, lang_pairs="fr-nl,nl-de")).text
+    assert text is not None
+    assert (text.framing.prefix, text.framing.forced) == (prefix, forced)
+    assert dict(text.languages.source or text.languages.target) == {"de": 7, "fr": 8, "nl": 9}
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({"langs": None}, "does not list its languages"),
+        ({"langs": "fr,de", "encoder_langtok": "both"}, "encoder_langtok = 'both'"),
+        ({"langs": "xx"}, "has no dict.xx.txt"),
+    ],
+)
+def test_languages_that_cannot_be_placed_are_refused(tmp_path: Path, told: dict[str, Any], said: str) -> None:
+    with pytest.raises(CheckpointError, match=said):
+        load_checkpoint(many_languages(tmp_path / "many", **told))
+
+
+def test_a_piece_that_is_overwritten_has_the_later_id(tmp_path: Path) -> None:
+    folder = write(tmp_path / "fairseq", original("pre"), **KINDS["pre"])
+    lines = ["eins 1", "<s> 4 #fairseq:overwrite", *(f"w{one} 1" for one in range(6))]
+    for language in ("de", "en"):
+        (folder / f"dict.{language}.txt").write_text("\n".join(lines))
+    export(ExportOptions(checkpoint=folder, output=tmp_path / "bundle", format="onnx", verify=False))
+    source = load_tokenizer(Bundle.open(tmp_path / "bundle"), "source")
+    assert source.encode("eins w0") == [4, 6]
+    assert source.piece_id("<s>") == 5
+
+
+def test_a_training_state_of_another_model_is_not_taken_for_one(tmp_path: Path) -> None:
+    content = {"model": {"a.weight": torch.ones(2, 2)}, "args": argparse.Namespace(lr=1)}
+    torch.save(content, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match=r"a model that kvx does not know: a.weight"):
+        load_checkpoint(tmp_path / "model.pt")
+
+
 def test_an_object_with_code_is_refused_by_its_class(tmp_path: Path) -> None:
     folder = write(tmp_path / "fairseq", original("pre"), **KINDS["pre"])
     content = torch.load(folder / "checkpoint_best.pt", weights_only=False)
@@ -229,10 +302,15 @@ def test_an_object_with_code_is_refused_by_its_class(tmp_path: Path) -> None:
         ({"arch": "transformer_lm"}, "arch = transformer_lm"),
         ({"adaptive_softmax_cutoff": "100,200"}, "adaptive_softmax_cutoff"),
         ({"encoder_normalize_before": True, "decoder_normalize_before": False}, "decoder_normalize_before = False"),
-        ({"encoder_attention_heads": None}, "how many heads the encoder has"),
+        ({"encoder_attention_heads": None}, "encoder_attention_heads = None"),
         ({"task": "multilingual_translation"}, "multilingual_translation"),
         ({"source_lang": None}, "source_lang"),
         ({"activation_fn": "linear"}, "activation_fn 'linear'"),
+        ({"activation_fn": ["relu"]}, "activation_fn"),
+        ({"arch": "transformer_unidirectional_iwslt_de_en"}, "arch = transformer_unidirectional"),
+        ({"encoder_learned_pos": True, "decoder_learned_pos": True}, "missing encoder.embed_positions.weight"),
+        ({"max_source_positions": "1024"}, "max_source_positions = '1024'"),
+        ({"max_source_positions": 10**13}, "max_source_positions = 10000000000000"),
     ],
 )
 def test_other_models_are_refused_by_name(tmp_path: Path, settings: dict[str, Any], said: str) -> None:

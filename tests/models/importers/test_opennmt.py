@@ -5,8 +5,12 @@ positions that these have. Where eole is installed, its own model is compared to
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
+import sys
+import types
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,7 @@ from kvx.models.layers import inclusive_positions, interleaved_positions  # noqa
 from kvx.runtime.bundle.folder import Bundle  # noqa: E402
 from kvx.runtime.errors import CheckpointError, TokenizerError  # noqa: E402
 from kvx.runtime.text.sources import load_tokenizer  # noqa: E402
+from kvx.tests.families import train_sentencepiece  # noqa: E402
 
 WORDS = ["<unk>", "<blank>", "<s>", "</s>", *"abcdefghijklmn"]
 WIDTH, POSITIONS = 24, 30
@@ -195,21 +200,106 @@ def test_logits_of_opennmt_are_those_of_the_same_weights(tmp_path: Path) -> None
     assert load_checkpoint(path).family == "opennmt-py"
 
 
-def test_logits_are_those_of_eole_itself(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"add_qkvbias": True, "add_ffnbias": True},
+        {"layer_norm": "rms", "mlp_activation_fn": "gated-silu", "norm_eps": 1e-6},
+        {"mlp_activation_fn": "gelu", "head_dim": 10, "position_encoding_type": "Learned", "n_positions": POSITIONS},
+        {"share_decoder_embeddings": True, "share_embeddings": True, "position_encoding_type": "SinusoidalConcat"},
+    ],
+    ids=["biases", "gated", "learnt", "shared"],
+)
+def test_logits_are_those_of_eole_itself(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Where it is installed, which asks for an older torch: pip install --no-deps eole==0.6.0, and what it imports."""
     pytest.importorskip("eole")
-    from eole.config.run import PredictConfig
+    from eole.config.models import build_model_config
+    from eole.inputters.inputter import dict_to_vocabs
     from eole.models.model import get_model_class
 
-    folder = eole_folder(tmp_path / "eole", original())
-    config = PredictConfig(model_path=[str(folder)], src="none", gpu_ranks=[])
-    model, _, _ = get_model_class(config.model).for_inference(config)
-    checkpoint = load_checkpoint(folder)
+    positions = {name: changes[name] for name in ("position_encoding_type", "n_positions") if name in changes}
+    shared = {name: changes[name] for name in changes if name.startswith("share_")}
+    stack = {"layers": 2, "heads": 4, "hidden_size": WIDTH, "transformer_ff": 30}
+    stack |= {name: value for name, value in changes.items() if name not in shared}
+    config = {
+        "architecture": "transformer",
+        **shared,
+        "embeddings": {"word_vec_size": WIDTH, "src_word_vec_size": WIDTH, "tgt_word_vec_size": WIDTH, **positions},
+        "encoder": {"encoder_type": "transformer", **stack},
+        "decoder": {"decoder_type": "transformer", **stack},
+    }
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<blank>", "unk_token": "<unk>"}
+    vocabularies = {"src": WORDS, "tgt": WORDS, "decoder_start_token": "<s>", "specials": special}
+    made = build_model_config(config)
+    model = get_model_class(made).build(made, dict_to_vocabs(vocabularies), None).eval()
+    torch.manual_seed(8)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    folder = tmp_path / "eole"
+    folder.mkdir()
+    save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, folder / "model.00.safetensors")
+    (folder / "config.json").write_text(json.dumps({"model": json.loads(made.model_dump_json())}))
+    (folder / "vocab.json").write_text(json.dumps(vocabularies))
     source, target = torch.tensor([[5, 6, 7, 8, 9]]), torch.tensor([[2, 4, 9, 7]])
+    unmasked = [torch.zeros(1, 1, length, dtype=torch.bool) for length in (5, 4)]
     with torch.inference_mode():
-        hidden = model(source, target, torch.tensor([5]))[0]
-        expected = model.generator(hidden)
-        got = checkpoint.model(source, torch.tensor([5]), target)[:, : expected.shape[1]]
+        encoded = model.encoder(model.src_emb(source), pad_mask=unmasked[0])
+        encoded = encoded[0] if isinstance(encoded, tuple) else encoded
+        masks = {"src_pad_mask": unmasked[0], "tgt_pad_mask": unmasked[1]}
+        decoded = model.decoder(model.tgt_emb(target), enc_out=encoded, **masks)[0]
+        expected = model.generator(decoded)[..., : len(WORDS)]
+        got = load_checkpoint(folder).model(source, torch.tensor([5]), target)[..., : len(WORDS)]
     assert (got - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max()))
+
+
+def torchtext(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Classes by the names that files of OpenNMT-py 2 have, which are pickled with them."""
+    made: dict[str, Any] = {}
+    for name in ("torchtext.data.field.Field", "torchtext.vocab.Vocab", "onmt.inputters.text_dataset.TextMultiField"):
+        module, _, short = name.rpartition(".")
+        for one in (module.rsplit(".", number)[0] for number in range(module.count(".") + 1)):
+            monkeypatch.setitem(sys.modules, one, types.ModuleType(one))
+        made[short] = type(short, (), {"__module__": module})
+        setattr(sys.modules[module], short, made[short])
+    for name in ("onmt.inputters.text_dataset._feature_tokenize", "torchtext.vocab._default_unk_index"):
+        module, _, short = name.rpartition(".")
+        exec(f"def {short}(*values): return 0", vars(sys.modules[module]))
+        made[short] = getattr(sys.modules[module], short)
+        made[short].__module__ = module
+    return made
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_vocabularies_before_version_3_are_read_and_nothing_of_them_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int
+) -> None:
+    model = original(epsilon=1e-6)
+    path = opennmt_file(tmp_path / "opennmt", model)
+    content = torch.load(path, weights_only=False)
+    with monkeypatch.context() as patched:
+        classes = torchtext(patched)
+
+        def vocabulary() -> Any:  # noqa: ANN401
+            held = classes["Vocab"]()
+            held.itos, held.freqs, held.stoi = (
+                WORDS,
+                Counter(WORDS),
+                defaultdict(classes["_default_unk_index"], dict.fromkeys(WORDS, 1)),
+            )
+            return held
+
+        def field() -> Any:  # noqa: ANN401
+            inner, outer = classes["Field"](), classes["TextMultiField"]()
+            inner.vocab, inner.tokenize = vocabulary(), functools.partial(classes["_feature_tokenize"], layer=0)
+            outer.fields = [("src", inner)]
+            return outer
+
+        sides = ("src", "tgt")
+        content["vocab"] = (
+            [(side, vocabulary()) for side in sides] if version == 1 else {side: field() for side in sides}
+        )
+        torch.save(content, path)
+    assert_same_logits(path, model, 0.0)
 
 
 def test_a_source_has_nothing_around_it(tmp_path: Path) -> None:
@@ -260,6 +350,41 @@ def test_vocabularies_that_are_not_the_models_are_refused(tmp_path: Path) -> Non
     (folder / "vocab.json").write_text(json.dumps({"src": WORDS, "tgt": WORDS, "decoder_start_token": "<go>"}))
     with pytest.raises(TokenizerError, match="has no '<go>'"):
         load_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"transforms": ["prefix", "sentencepiece"]}, "the transform prefix"),
+        ({"model": {"encoder": "transformer"}}, "has encoder = 'transformer'"),
+        ({"transforms_configs": ["x"]}, "transforms_configs"),
+    ],
+)
+def test_a_configuration_of_other_kinds_is_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    folder = eole_folder(tmp_path / "eole", original())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(CheckpointError, match=said):
+        load_checkpoint(folder)
+
+
+def test_each_side_is_cut_by_its_own_model(tmp_path: Path) -> None:
+    folder = eole_folder(tmp_path / "eole", original())
+    models = {side: folder / f"{side}.spm.model" for side in ("src", "tgt")}
+    pieces = {
+        side: train_sentencepiece(models[side], [text] * 50, {}, vocab_size=14)[3:17]
+        for side, text in (("src", "ab ba abba"), ("tgt", "cd dc cddc"))
+    }
+    padded = {side: [*WORDS[:4], *own, *(f"x{one}" for one in range(14 - len(own)))] for side, own in pieces.items()}
+    (folder / "vocab.json").write_text(json.dumps(padded))
+    config = json.loads((folder / "config.json").read_text())
+    named = {f"{side}_subword_model": f"/training/{path.name}" for side, path in models.items()}
+    config["transforms_configs"] = {"sentencepiece": named}
+    (folder / "config.json").write_text(json.dumps(config))
+    text = load_checkpoint(folder).text
+    assert text is not None
+    assert text.source.files["model"] == models["src"]
+    assert text.target.files["model"] == models["tgt"]
 
 
 def test_pieces_need_what_cuts_texts_into_them(tmp_path: Path) -> None:

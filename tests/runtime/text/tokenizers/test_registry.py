@@ -29,14 +29,25 @@ def test_an_unknown_kind_names_those_that_are_known(kind: Any, tmp_path: Path) -
     assert len(str(caught.value)) < 400
 
 
-@pytest.mark.parametrize("kind", KINDS)
+WITH_FILES = [kind for kind in KINDS if KINDS[kind].roles]
+
+
+@pytest.mark.parametrize("kind", WITH_FILES)
 @pytest.mark.parametrize("roles", [(), ("other",), ("model", "vocabulary", "tokenizer")])
 def test_files_have_the_roles_of_the_kind(kind: str, roles: tuple[str, ...], tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=", ".join(KINDS[kind].roles)):
         open_tokenizer(kind, dict.fromkeys(roles, tmp_path))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def test_bytes_need_no_files(tmp_path: Path) -> None:
+    tokenizer = open_tokenizer("bytes", {})
+    assert tokenizer.decode(tokenizer.encode("Straße 🐸")) == "Straße 🐸"
+    assert tokenizer.surfaces("a ß") == ("a", "▁", "ß", "")
+    with pytest.raises(BundleError, match="no files"):
+        open_tokenizer("bytes", {"model": tmp_path})
+
+
+@pytest.mark.parametrize("kind", WITH_FILES)
 def test_files_that_are_missing_are_errors_of_tokenizers(kind: str, tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match="nothing"):
         open_tokenizer(kind, dict.fromkeys(KINDS[kind].roles, tmp_path / "nothing"))
