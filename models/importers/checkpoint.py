@@ -10,10 +10,10 @@ import re
 import stat
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn, TypeGuard
+from typing import Any, NoReturn, TypeGuard
 
 import torch
 from torch import Tensor
@@ -83,6 +83,12 @@ def _plain_dict(*values: object) -> dict[object, object]:
     return {}
 
 
+STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    *((Settings, name) for name in SETTINGS),
+    (_plain_dict, "collections.defaultdict"),
+]
+
+
 def read_file(path: Path, *, mapped: bool = False) -> object:
     """What a file written by torch.save holds, its tensors `mapped` into memory where the format allows it. Raises
     CheckpointError for anything that could run code.
@@ -94,8 +100,7 @@ def read_file(path: Path, *, mapped: bool = False) -> object:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected pickle protocol", category=UserWarning)
             mapped = mapped and zipfile.is_zipfile(path)  # torch maps no older format
-            known = [*((Settings, name) for name in SETTINGS), (_plain_dict, "collections.defaultdict")]
-            with torch.serialization.safe_globals(known):
+            with torch.serialization.safe_globals(STAND_INS):
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # what an unpickler makes of a damaged file can be any exception
         code = re.search(r"(?:unsupported|Unsupported)[\w :]* (?:GLOBAL|class) ([\w.]+)", str(error))

@@ -264,8 +264,9 @@ def _subword_files(sections: Iterable[object]) -> dict[str, tuple[str, ...]]:
     """The names of the files that settings say texts are cut with, by side."""
     found: dict[str, list[str]] = {"src": [], "tgt": []}
     for settings in sections:
-        for side in found if isinstance(settings, Mapping) else ():
-            value = settings.get(f"{side}_subword_model")
+        held = settings if isinstance(settings, Mapping) else {}
+        for side in found:
+            value = held.get(f"{side}_subword_model")
             found[side] += [Path(value).name] if isinstance(value, str) else []
     return {side: tuple(names) for side, names in found.items()}
 

@@ -217,11 +217,12 @@ def test_logits_are_those_of_eole_itself(tmp_path: Path, changes: dict[str, Any]
     from eole.inputters.inputter import dict_to_vocabs
     from eole.models.model import get_model_class
 
-    positions = {name: changes[name] for name in ("position_encoding_type", "n_positions") if name in changes}
+    of_positions = ("position_encoding_type", "n_positions")
+    positions: dict[str, Any] = {name: changes[name] for name in of_positions if name in changes}
     shared = {name: changes[name] for name in changes if name.startswith("share_")}
     stack = {"layers": 2, "heads": 4, "hidden_size": WIDTH, "transformer_ff": 30}
     stack |= {name: value for name, value in changes.items() if name not in shared}
-    config = {
+    config: dict[str, Any] = {
         "architecture": "transformer",
         **shared,
         "embeddings": {"word_vec_size": WIDTH, "src_word_vec_size": WIDTH, "tgt_word_vec_size": WIDTH, **positions},
