@@ -57,8 +57,9 @@ class ExportOptions:
         Path,
         Option(
             path(),
-            "The trained model: a folder of Hugging Face transformers (Marian, M2M100, NLLB, BART, mBART, Pegasus, "
-            "T5, mT5, UMT5, ByT5), a state dict of the reference architecture, or a model.pt in kvx's own format.",
+            "The trained model: a folder of Hugging Face transformers (Marian, M2M100, NLLB, BART, mBART, Pegasus, T5, "
+            "mT5, UMT5, ByT5) or of Eole, a checkpoint of fairseq, OpenNMT-py or Marian, a state dict, or a model.pt "
+            "in kvx's own format.",
         ),
     ]
     output: Annotated[

@@ -6,7 +6,9 @@ fairseq itself does not run on the torch that kvx needs, so the checkpoints are 
 from __future__ import annotations
 
 import argparse
+import json
 import re
+import shutil
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,12 @@ pytest.importorskip("subword_nmt")
 
 from kvx.exporter.export import export  # noqa: E402
 from kvx.exporter.options import ExportOptions  # noqa: E402
+from kvx.models.importers import languages as known  # noqa: E402
 from kvx.models.importers import load_checkpoint  # noqa: E402
 from kvx.runtime.bundle.folder import Bundle  # noqa: E402
 from kvx.runtime.errors import CheckpointError, TokenizerError  # noqa: E402
 from kvx.runtime.text.sources import load_tokenizer  # noqa: E402
-from kvx.tests.families import train_sentencepiece  # noqa: E402
+from kvx.tests.families import BEAMS, Exported, make, sentences, train_sentencepiece  # noqa: E402
 
 WORDS = ["eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht"]
 SIZE = 4 + len(WORDS)
@@ -180,6 +183,32 @@ def test_words_are_translated(tmp_path: Path) -> None:
             logits[1] = -torch.inf  # pad, which its generator never gives either
             ids.append(int(logits.argmax()))
     assert list(found.ids) == ids[1:]
+
+
+@pytest.mark.proof
+def test_ids_are_those_of_a_trained_model_of_many_languages(tmp_path: Path) -> None:
+    """M2M100 of the families, with its weights, pieces and languages as fairseq has them."""
+    made = make("m2m100", tmp_path / "model", 0)
+    folder, config = tmp_path / "fairseq", made.model.config
+    folder.mkdir()
+    told = {f"{side}_attention_heads": getattr(config, f"{side}_attention_heads") for side in ("encoder", "decoder")}
+    told |= {f"max_{side}_positions": config.max_position_embeddings for side in ("source", "target")}
+    told |= {"langs": known.M2M100, "encoder_langtok": "src", "decoder_langtok": True, **KINDS["pre"]}
+    settings = argparse.Namespace(arch="transformer_wmt_en_de_big", task="translation_multi_simple_epoch", **told)
+    torch.save({"model": tensors_of(made.model), "args": settings}, folder / "checkpoint_best.pt")
+    shutil.copyfile(made.folder / "sentencepiece.bpe.model", folder / "sentencepiece.bpe.model")
+    ids = json.loads((made.folder / "vocab.json").read_text(encoding="utf-8"))
+    lines = [f"{piece} 1\n" for piece in sorted(ids, key=lambda piece: ids[piece])[4:]]
+    (folder / f"dict.{known.M2M100[0]}.txt").write_text("".join(lines), encoding="utf-8")
+    export(ExportOptions(checkpoint=folder, output=tmp_path / "bundle", format="onnx"))
+    exported = Exported(made, Translator.load(tmp_path / "bundle", threads=1))
+    texts, banned = sentences(64, 77), {"bad_words_ids": [[1]], "max_length": 24}
+    for target in made.languages:
+        for beams, ours in ((1, {"beam_size": 1}), (4, {**BEAMS, "length_penalty": 1.0})):
+            expected = [made.generate(text, target, num_beams=beams, **banned) for text in texts]
+            assert len({tuple(one) for one in expected}) > len(set(texts)) / 2
+            for rows in (4, 64) if beams > 1 else (1, 3, 64):
+                assert exported.ids(texts, target, {**ours, "max_new_tokens": 23}, rows=rows) == expected, rows
 
 
 @pytest.mark.parametrize("counted", [False, True], ids=["subword-nmt", "fastBPE"])
