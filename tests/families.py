@@ -396,7 +396,8 @@ def _of_pegasus(tokenizer: Any) -> dict[str, Any]:  # noqa: ANN401
 
 
 def _of_t5(tokenizer: Any, **values: Any) -> dict[str, Any]:  # noqa: ANN401
-    return {"vocab_size": len(tokenizer) + 3, "decoder_start_token_id": 0, **values}
+    ids = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+    return {"vocab_size": len(tokenizer) + 3, **ids, **values}
 
 
 KINDS = {
