@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 
 from kvx import Translator
+from kvx.runtime.text.tokenizers.protocol import Tokenizer
+from kvx.runtime.text.tokenizers.registry import open_tokenizer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch = pytest.importorskip("torch")
@@ -302,6 +304,16 @@ def train_sentencepiece(path: Path, corpus: Sequence[str], ids: Mapping[str, int
 def _write(path: Path, values: object) -> str:
     path.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
     return str(path)
+
+
+def opened(files: Any, folder: Path) -> Tokenizer:  # noqa: ANN401
+    """A tokenizer that an importer found, as a bundle has it."""
+    folder.mkdir(exist_ok=True)
+    paths = {}
+    for role, content in files.files.items():
+        paths[role] = folder / f"{files.kind}-{role}"
+        paths[role].write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+    return open_tokenizer(files.kind, paths)
 
 
 def numbered(*pieces: str) -> dict[str, int]:

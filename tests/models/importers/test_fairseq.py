@@ -25,10 +25,9 @@ from kvx.exporter.export import export  # noqa: E402
 from kvx.exporter.options import ExportOptions  # noqa: E402
 from kvx.models.importers import languages as known  # noqa: E402
 from kvx.models.importers import load_checkpoint  # noqa: E402
-from kvx.runtime.bundle.folder import Bundle  # noqa: E402
 from kvx.runtime.errors import CheckpointError, TokenizerError  # noqa: E402
-from kvx.runtime.text.sources import load_tokenizer  # noqa: E402
-from kvx.tests.families import BEAMS, Exported, make, sentences, train_sentencepiece  # noqa: E402
+from kvx.runtime.text.tokenizers.protocol import Tokenizer  # noqa: E402
+from kvx.tests.families import BEAMS, Exported, make, opened, sentences, train_sentencepiece  # noqa: E402
 
 WORDS = ["eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht"]
 SIZE = 4 + len(WORDS)
@@ -211,6 +210,12 @@ def test_ids_are_those_of_a_trained_model_of_many_languages(tmp_path: Path) -> N
                 assert exported.ids(texts, target, {**ours, "max_new_tokens": 23}, rows=rows) == expected, rows
 
 
+def source_tokenizer(path: Path, folder: Path) -> Tokenizer:
+    text = load_checkpoint(path).text
+    assert text is not None
+    return opened(text.source, folder)
+
+
 @pytest.mark.parametrize("counted", [False, True], ids=["subword-nmt", "fastBPE"])
 def test_words_are_cut_by_byte_pair_encoding(tmp_path: Path, counted: bool) -> None:
     model = original("pre")
@@ -221,8 +226,7 @@ def test_words_are_cut_by_byte_pair_encoding(tmp_path: Path, counted: bool) -> N
     merges = ["e i", "n s</w>", "d r", "e i</w>"]
     content = "".join(f"{merge} 9\n" for merge in merges) if counted else "#version: 0.2\n" + "\n".join(merges) + "\n"
     (folder / "bpecodes").write_text(content)
-    export(ExportOptions(checkpoint=folder, output=tmp_path / "bundle", format="onnx", verify=False))
-    source = load_tokenizer(Bundle.open(tmp_path / "bundle"), "source")
+    source = source_tokenizer(folder, tmp_path / "opened")
     assert source.pieces(source.encode("eins drei")) == ("ei@@", "ns", "dr@@", "ei")
     assert source.surfaces("eins drei") == ("▁ei", "ns", "▁dr", "ei")
     assert source.decode(source.encode("eins drei")) == "eins drei"
@@ -237,8 +241,7 @@ def test_sentencepiece_is_read_by_the_ids_of_the_dictionary(tmp_path: Path) -> N
     for language in ("de", "en"):
         dictionary = [*own[::-1], *(f"madeupword{one}" for one in range(len(WORDS) - len(own)))]
         (folder / f"dict.{language}.txt").write_text("".join(f"{piece} 1\n" for piece in dictionary), encoding="utf-8")
-    export(ExportOptions(checkpoint=folder, output=tmp_path / "bundle", format="onnx", verify=False))
-    source = load_tokenizer(Bundle.open(tmp_path / "bundle"), "source")
+    source = source_tokenizer(folder, tmp_path / "opened")
     assert source.pieces([4]) == (own[-1],)
     assert source.decode(source.encode("eins sein")) == "eins sein"
 
@@ -303,8 +306,7 @@ def test_a_piece_that_is_overwritten_has_the_later_id(tmp_path: Path) -> None:
     lines = ["eins 1", "<s> 4 #fairseq:overwrite", *(f"w{one} 1" for one in range(6))]
     for language in ("de", "en"):
         (folder / f"dict.{language}.txt").write_text("\n".join(lines))
-    export(ExportOptions(checkpoint=folder, output=tmp_path / "bundle", format="onnx", verify=False))
-    source = load_tokenizer(Bundle.open(tmp_path / "bundle"), "source")
+    source = source_tokenizer(folder, tmp_path / "opened")
     assert source.encode("eins w0") == [4, 6]
     assert source.piece_id("<s>") == 5
 

@@ -23,11 +23,10 @@ tokenizers = pytest.importorskip("tokenizers")
 
 from kvx.models.importers import languages as known  # noqa: E402
 from kvx.models.importers.huggingface_text import DEFAULTS, read_text  # noqa: E402
-from kvx.models.importers.text import Text, TokenizerFiles  # noqa: E402
+from kvx.models.importers.text import Text  # noqa: E402
 from kvx.runtime.errors import CheckpointError, KvxError, TokenizerError  # noqa: E402
 from kvx.runtime.text.tokenizers.protocol import Tokenizer  # noqa: E402
-from kvx.runtime.text.tokenizers.registry import open_tokenizer  # noqa: E402
-from kvx.tests.families import numbered, train_sentencepiece  # noqa: E402
+from kvx.tests.families import numbered, opened, train_sentencepiece  # noqa: E402
 
 SCRIPTS = {
     "latin": "the little frog jumps over a green pond while it rains Straße für naïve café coração Łódź žluťoučký",
@@ -122,15 +121,6 @@ class Case:
             return [text.languages.source[str(self.source)] if isinstance(one, str) else one for one in framed]
 
         return [*ids(text.framing.prefix), *tokenizer.encode(content), *ids(text.framing.suffix)]
-
-
-def opened(files: TokenizerFiles, folder: Path) -> Tokenizer:
-    """A tokenizer as a bundle has it."""
-    paths = {}
-    for role, content in files.files.items():
-        paths[role] = folder / f"{files.kind}-{role}"
-        paths[role].write_bytes(content if isinstance(content, bytes) else content.read_bytes())
-    return open_tokenizer(files.kind, paths)
 
 
 @pytest.fixture(scope="module")
