@@ -1,6 +1,5 @@
-"""Checkpoints in fairseq's form against Hugging Face models that compute the same: BART, M2M100 and FSMT.
-
-fairseq itself does not run on the torch that kvx needs, so the checkpoints are written here, in its format.
+"""Checkpoints in fairseq's form against Hugging Face models that compute the same (BART, M2M100 and FSMT), and where
+fairseq is installed, which needs a compiler, against its own models (scripts/test_oracles.sh).
 """
 
 from __future__ import annotations
@@ -150,6 +149,43 @@ def assert_same_logits(path: Path, model: Any) -> None:  # noqa: ANN401
 def test_logits_are_those_of_the_same_weights_elsewhere(kind: str, cfg: bool, tmp_path: Path) -> None:
     model = original(kind)
     assert_same_logits(write(tmp_path / "fairseq", model, cfg=cfg, **KINDS[kind]), model)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"encoder_normalize_before": True, "decoder_normalize_before": True, "share_all_embeddings": True},
+        {**KINDS["learnt"], "share_decoder_input_output_embed": True},
+        {"no_scale_embedding": True, "activation_fn": "gelu_accurate", "no_token_positional_embeddings": True},
+    ],
+    ids=["post", "pre", "learnt", "others"],
+)
+def test_logits_are_those_of_fairseq_itself(tmp_path: Path, options: dict[str, Any]) -> None:
+    pytest.importorskip("fairseq")
+    from fairseq.data import Dictionary
+    from fairseq.models.transformer.transformer_legacy import TransformerModel
+
+    words = Dictionary()
+    for word in WORDS:
+        words.add_symbol(word, n=7)
+    sizes = {"encoder_layers": 2, "decoder_layers": 1, "encoder_ffn_embed_dim": 30, "decoder_ffn_embed_dim": 40}
+    sizes |= {"encoder_embed_dim": 24, "decoder_embed_dim": 24}
+    told = argparse.Namespace(arch="transformer", **SETTINGS, **sizes, **options)
+    torch.manual_seed(6)
+    task = argparse.Namespace(source_dictionary=words, target_dictionary=words)
+    model = TransformerModel.build_model(told, task).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    torch.save({"model": model.state_dict(), "args": told}, tmp_path / "checkpoint_best.pt")
+    for language in ("de", "en"):
+        words.save(str(tmp_path / f"dict.{language}.txt"))
+    source, target = torch.tensor([[5, 6, 7, 4, 9, 2]]), torch.tensor([[2, 4, 9, 7, 5]])
+    with torch.inference_mode():
+        expected = model(source, torch.tensor([6]), target)[0]
+        got = load_checkpoint(tmp_path).model(source, torch.tensor([6]), target)
+    assert (got - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max()))
 
 
 def test_names_of_old_files_are_read(tmp_path: Path) -> None:
