@@ -13,7 +13,7 @@ if [[ ! -e $environment/.installed ]]; then
     "$environment/bin/pip" install --quiet --no-deps eole==0.6.0 pyonmttok==1.38.1 configargparse six rapidfuzz \
         pyahocorasick pydantic pydantic-core annotated-types typing-inspection typing-extensions
     "$environment/bin/pip" install --quiet --no-deps wheel cython omegaconf==2.3.0 hydra-core==1.3.2 \
-        antlr4-python3-runtime==4.9.3 bitarray scipy scikit-learn joblib threadpoolctl cloudpickle
+        antlr4-python3-runtime==4.9.3 bitarray scipy scikit-learn joblib threadpoolctl cloudpickle narwhals
     "$environment/bin/pip" install --quiet --no-deps --no-build-isolation fairseq-fixed==0.12.3.1
     touch "$environment/.installed"
 fi
