@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from sentencepiece import sentencepiece_model_pb2
 
-from kvx.models.importers.huggingface_bart import SIDES
+from kvx.models.importers.naming import SIDES
 
 LAYERS, D_MODEL, HEADS, D_FF, VOCABULARY, POSITIONS = 6, 512, 8, 2048, 58_101, 512
 EOS, UNKNOWN, PAD = 0, 1, VOCABULARY - 1

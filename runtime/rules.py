@@ -104,9 +104,14 @@ def encodable(most: int) -> Rule:
     """A text of at most so many characters that UTF-8 can say."""
 
     def holds(value: object) -> bool:
-        return isinstance(value, str) and len(value) <= most and not any("\ud800" <= one <= "\udfff" for one in value)
+        return isinstance(value, str) and len(value) <= most and is_encodable(value)
 
     return Rule(f"a text of valid Unicode of at most {most} characters", holds)
+
+
+def is_encodable(value: str) -> bool:
+    """Whether UTF-8 can say it: a str, as JSON has it too, can hold half a character."""
+    return value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def path() -> Rule:

@@ -38,6 +38,7 @@ SETTINGS = (  # what may be in a file beside tensors and plain values: settings,
     ),
 )
 NAMED_PROBLEMS = 10
+MOST_UNASKED = 256  # tokens of a translation, where a checkpoint has no limit of its own
 LONGEST_PROBLEM = 200  # characters: names in a file may be of any length
 
 
@@ -203,6 +204,11 @@ def _as_float(tensor: Tensor) -> Tensor | None:
         return tensor.float()
     except RuntimeError:
         return None
+
+
+def refuse_file(path: Path, got: str, expected: str, remedy: str = "Copy the whole folder again.") -> NoReturn:
+    """Raises CheckpointError about what a file is or holds."""
+    raise CheckpointError(f"{path} {got}", expected=expected, remedy=remedy)
 
 
 def refuse_tensors(path: Path, problems: Sequence[str]) -> NoReturn:

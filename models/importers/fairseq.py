@@ -17,8 +17,7 @@ from kvx.models.config import LARGEST_SIZE, ModelConfig
 from kvx.models.importers import huggingface_bart
 from kvx.models.importers.checkpoint import Checkpoint, Settings, build, is_plain, is_same, refuse_tensors
 from kvx.models.importers.fairseq_text import read_text
-from kvx.models.importers.huggingface_bart import SIDES
-from kvx.models.importers.naming import Named, count_layers, named, size
+from kvx.models.importers.naming import SIDES, Named, count_layers, named, size
 from kvx.models.layers import SINUSOIDS
 from kvx.runtime.errors import CheckpointError
 
@@ -162,7 +161,7 @@ def _convert(path: Path, tensors: dict[str, Any], settings: Mapping[str, Any]) -
         "d_model": size(source, 1),
         **{f"{table}_positions": size(positions.get(f"{table}_embedding.positions"), 0) for table in SIDES.values()},
         **{f"{side}_layers": count_layers(tensors, f"{side}.layers.{{}}") for side in SIDES},
-        **{f"{side}_heads": _heads(path, settings, side) for side in SIDES},
+        **{f"{side}_heads": _whole(path, settings, f"{side}_attention_heads", None, LARGEST_SIZE) for side in SIDES},
         **{f"{side}_d_ff": size(tensors.get(f"{side}.layers.0.fc1.weight"), 0) for side in SIDES},
         "block": "pre" if before else "post",
         "final_norm": before and not settings.get("no_decoder_final_norm"),
@@ -204,10 +203,6 @@ def _positions(
         elif not settings.get(f"{side}_learned_pos"):
             found[name] = SINUSOIDS["halves_inclusive"](most + OFFSET, width)[OFFSET:].clone()
     return found
-
-
-def _heads(path: Path, settings: Mapping[str, Any], side: str) -> int:
-    return _whole(path, settings, f"{side}_attention_heads", None, LARGEST_SIZE)
 
 
 def _whole(path: Path, settings: Mapping[str, Any], name: str, otherwise: int | None, most: int) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 from kvx.models.config import Block, ModelConfig, Positions
 from kvx.models.importers.huggingface_config import CONFIG_FILE, read_activation, read_sizes
 from kvx.models.importers.huggingface_tables import HEAD, SHARED, TABLES, read_tables, rows
-from kvx.models.importers.naming import Named, named
+from kvx.models.importers.naming import NORM_PARAMETERS, SIDES, Named, layer_patterns, named
 from kvx.models.layers import SINUSOIDS
 
 EPSILON = 1e-5  # of torch.nn.LayerNorm
@@ -88,7 +88,6 @@ FAMILIES = {
     ),
 }
 
-SIDES = {"encoder": "source", "decoder": "target"}
 ATTENTIONS = {"self_attention": "self_attn", "cross_attention": "encoder_attn"}
 PROJECTIONS = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "out_proj"}
 NORMS = {
@@ -96,7 +95,6 @@ NORMS = {
     "cross_attention_norm": "encoder_attn_layer_norm",
     "feed_forward_norm": "final_layer_norm",
 }
-NORM_PARAMETERS = {"gamma": "weight", "beta": "bias"}
 FEED_FORWARD = {"up": "fc1", "down": "fc2"}
 
 POSITIONS = re.compile(r"(encoder|decoder)\.embed_positions\.weights?")
@@ -109,16 +107,15 @@ APART = re.compile(
 def _patterns() -> Iterator[tuple[str, str]]:
     """Our names and theirs."""
     for side, table in SIDES.items():
-        ours, theirs = f"{side}_layers.{{}}", f"{side}.layers.{{}}"
-        for parameter in ("weight", "bias"):
-            for attention, theirs_of in ATTENTIONS.items():
-                for part, projection in PROJECTIONS.items():
-                    yield f"{ours}.{attention}.{part}.{parameter}", f"{theirs}.{theirs_of}.{projection}.{parameter}"
-            for part, layer in FEED_FORWARD.items():
-                yield f"{ours}.feed_forward.{part}.{parameter}", f"{theirs}.{layer}.{parameter}"
+        yield from layer_patterns(
+            side,
+            f"{side}.layers.{{}}",
+            attentions=ATTENTIONS,
+            projections=PROJECTIONS,
+            feed_forward=FEED_FORWARD,
+            norms=NORMS,
+        )
         for parameter, their_parameter in NORM_PARAMETERS.items():
-            for norm, their_norm in NORMS.items():
-                yield f"{ours}.{norm}.{parameter}", f"{theirs}.{their_norm}.{their_parameter}"
             yield f"{side}_norm.{parameter}", f"{side}.layer_norm.{their_parameter}"
             yield f"{table}_embedding_norm.{parameter}", f"{side}.layernorm_embedding.{their_parameter}"
         yield f"{table}_embedding.tokens.weight", TABLES[side]

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from kvx.models.importers.checkpoint import MOST_UNASKED
 from kvx.runtime.bundle.framing import Framing
 from kvx.runtime.bundle.manifest import Default
 
 MOST_PENALTY = 50
-MOST_UNASKED = 256  # tokens of a translation, where a checkpoint has no limit of its own
 ENDING = "forced_eos_token_id"
 
 # What changes a search and has no equal here, with the values that change nothing.

@@ -1,8 +1,15 @@
 """State dicts of one's own models, by a file that names their parts and their tensors.
 
-[model]
-heads = 8                      # what no tensor tells: the fields of ModelConfig
+[model]                        # fields of ModelConfig: all that no tensor tells
+heads = 8
 block = "post"
+norm = "layer"
+norm_epsilon = 1e-5
+positions = "interleaved"
+source_positions = 1024        # and target_positions, where the tables of positions are not in the file
+target_positions = 1024
+scaled_embedding = true
+activation = "relu"
 
 [tensors]                      # ours = theirs; {} is the number of a layer
 "source_embedding.tokens.weight" = "src_embedding.weight"
@@ -33,6 +40,7 @@ from torch import Tensor
 
 from kvx.models.config import ModelConfig
 from kvx.models.importers.checkpoint import (
+    MOST_UNASKED,
     NAMED_PROBLEMS,
     Checkpoint,
     build,
@@ -40,23 +48,22 @@ from kvx.models.importers.checkpoint import (
     is_plain,
     is_same,
     is_state_dict,
+    refuse_file,
 )
-from kvx.models.importers.naming import count_layers, size
+from kvx.models.importers.naming import SIDES, count_layers, size
 from kvx.models.importers.subwords import read_lines
 from kvx.models.importers.text import Text, TokenizerFiles
 from kvx.models.importers.tokenizer_settings import read_bounded, refuse_tokens
 from kvx.models.layers import SINUSOIDS
 from kvx.runtime.bundle.framing import Framing, Languages
 from kvx.runtime.bundle.vocabulary import Vocabulary
-from kvx.runtime.errors import CheckpointError, TokenizerError
+from kvx.runtime.errors import TokenizerError
 
 MOST_BYTES = 1 << 20
 MOST_PARTS = 64
-MOST_NEW_TOKENS = 256
 REFERENCE = re.compile(
     r"(?P<name>[^,]+)(?:, part (?P<part>\d{1,3}) of (?P<parts>\d{1,3}))?(?P<transposed>, transposed)?"
 )
-SIDES = {"encoder": "source", "decoder": "target"}
 TABLES = {side: f"{table}_embedding.tokens.weight" for side, table in SIDES.items()}
 POSITIONS = {side: f"{table}_embedding.positions" for side, table in SIDES.items()}
 HEAD = "head.weight"
@@ -133,7 +140,7 @@ def read(layout: Layout, content: object, path: Path) -> Checkpoint:
         _complete_positions(state, name, getattr(config, f"{SIDES[side]}_positions"), config)
     model = build(config, state, path, names)
     text = _read_text(layout, path.parent, config) if layout.text else None
-    limit = min(MOST_NEW_TOKENS, config.target_positions)
+    limit = min(MOST_UNASKED, config.target_positions)
     return Checkpoint(model, limit, (), family="layout", text=text)
 
 
@@ -279,7 +286,6 @@ def _read_text(layout: Layout, folder: Path, config: ModelConfig) -> Text:
         _refuse(layout.path, f"has no {', '.join(missing)} in [text]", f"{', '.join(sorted(TEXT_KEYS))}, or no [text]")
     sizes = {"source": config.source_vocab_size, "target": config.target_vocab_size}
     pieces = {side: _read_pieces(folder / layout.text[side], size) for side, size in sizes.items()}
-    special = [layout.text[name] for name in SPECIAL]
     ids = {
         side: {name: _id(folder / layout.text[side], held, layout.text[name]) for name in SPECIAL}
         for side, held in pieces.items()
@@ -290,17 +296,11 @@ def _read_text(layout: Layout, folder: Path, config: ModelConfig) -> Text:
     framing = Framing(
         prefix=(source["start"],), suffix=(source["end"],), start=target["start"], eos=target["end"], pad=source["pad"]
     )
-    files = [
-        TokenizerFiles(
-            "words",
-            {
-                "vocabulary": Vocabulary(
-                    tuple(held), frozenset(held.index(piece) for piece in special), held.index(special[-1])
-                ).to_bytes()
-            },
-        )
-        for held in pieces.values()
-    ]
+    vocabularies = {
+        side: Vocabulary(tuple(held), frozenset(ids[side].values()), ids[side]["unknown"])
+        for side, held in pieces.items()
+    }
+    files = [TokenizerFiles("words", {"vocabulary": held.to_bytes()}) for held in vocabularies.values()]
     return Text(files[0], files[1], framing, Languages(), ("texts are cut at white space, as the layout says",))
 
 
@@ -326,4 +326,4 @@ def _id(path: Path, pieces: list[str], piece: str) -> int:
 
 
 def _refuse(path: Path, got: str, expected: str, remedy: str = "Correct the layout.") -> NoReturn:
-    raise CheckpointError(f"{path} {got}", expected=expected, remedy=remedy)
+    refuse_file(path, got, expected, remedy)

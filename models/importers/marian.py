@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvx.models.config import ModelConfig
-from kvx.models.importers.checkpoint import Checkpoint, build, refuse_tensors
-from kvx.models.importers.naming import Named, count_layers, named, size
+from kvx.models.importers.checkpoint import MOST_UNASKED, Checkpoint, build, refuse_file, refuse_tensors
+from kvx.models.importers.naming import SIDES, Named, count_layers, named, size
 from kvx.models.importers.subwords import TOKENISED, cutting
 from kvx.models.importers.text import Text, TokenizerFiles
 from kvx.models.importers.tokenizer_settings import MOST_SETTINGS, MOST_VOCABULARY, read_bounded
@@ -27,13 +27,12 @@ from kvx.models.layers import SINUSOIDS
 from kvx.runtime.bundle.framing import Framing, Languages
 from kvx.runtime.bundle.manifest import Default
 from kvx.runtime.bundle.vocabulary import MOST_PIECES
-from kvx.runtime.errors import CheckpointError, TokenizerError
+from kvx.runtime.errors import TokenizerError
 
 CONFIG = "special:model.yml"
 DECODER_FILES = ("decoder.yml", "model.npz.decoder.yml")
 EPSILON = 1e-6
 POSITIONS = 1024  # of a table that has no end
-MOST_NEW_TOKENS = 256
 END, UNKNOWN = "</s>", "<unk>"
 MOST_DIGITS = 10
 COPY = "Copy the vocabularies that the model was trained with."
@@ -61,7 +60,6 @@ EXPECTED: Mapping[str, tuple[Any, ...]] = {  # what is read, with the values of 
     "right-left": (False, None),
 }
 
-SIDES = {"encoder": "source", "decoder": "target"}
 ATTENTIONS = {"self_attention": "self", "cross_attention": "context"}
 PROJECTIONS = {"query": "q", "key": "k", "value": "v", "output": "o"}
 FEED_FORWARD = {"up": "1", "down": "2"}
@@ -83,7 +81,7 @@ def read(path: Path) -> Checkpoint:
     decoder = _read_decoder(path.parent)
     text = _read_text(path.parent, decoder, config)
     notes = text.notes if settings.get("transformer-ffn-activation") != "gelu" else (*text.notes, GELU_NOTE)
-    limit = min(MOST_NEW_TOKENS, config.target_positions)
+    limit = min(MOST_UNASKED, config.target_positions)
     return Checkpoint(model, limit, notes, family="marian-npz", text=text, defaults=_defaults(decoder, config))
 
 
@@ -92,7 +90,7 @@ def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
         with np.load(path, allow_pickle=False) as arrays:
             found = {name: arrays[name] for name in arrays.files}
     except Exception as error:  # zip, zlib and numpy have errors of their own for what is damaged
-        _refuse(path, f"is truncated, damaged or no file of arrays ({str(error)[:120]})", "a model.npz of Marian")
+        refuse_file(path, f"is truncated, damaged or no file of arrays ({str(error)[:120]})", "a model.npz of Marian")
     odd = [name for name, array in found.items() if name != CONFIG and not _is_matrix(array)]
     if odd:
         refuse_tensors(path, [f"{name} of {found[name].dtype} {list(found[name].shape)}" for name in odd])
@@ -107,7 +105,7 @@ def _is_matrix(array: NDArray[Any]) -> bool:
 def _read_settings(path: Path, arrays: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
     """The configuration that stands in the file, which zeros end."""
     if CONFIG not in arrays:
-        _refuse(path, f"has no {CONFIG}", "a model.npz of Marian with its configuration")
+        refuse_file(path, f"has no {CONFIG}", "a model.npz of Marian with its configuration")
     return _yaml(path, arrays[CONFIG].tobytes().rstrip(b"\0"))
 
 
@@ -116,14 +114,14 @@ def _yaml(path: Path, content: bytes, *, plain: bool = False) -> dict[str, Any]:
     try:
         import yaml
     except ImportError:
-        _refuse(path, "needs the package PyYAML", "the packages that an export needs", "pip install 'kvx[export]'")
+        refuse_file(path, "needs the package PyYAML", "the packages that an export needs", "pip install 'kvx[export]'")
     loader = getattr(yaml, "CBaseLoader" if plain else "CSafeLoader", yaml.BaseLoader if plain else yaml.SafeLoader)
     try:
         values = yaml.load(content, loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError of dates and numbers
-        _refuse(path, f"holds no YAML ({f'{error} '.splitlines()[0][:120]})", "names and values")
+        refuse_file(path, f"holds no YAML ({f'{error} '.splitlines()[0][:120]})", "names and values")
     if not isinstance(values, dict):
-        _refuse(path, f"holds a {type(values).__name__}", "names and values")
+        refuse_file(path, f"holds a {type(values).__name__}", "names and values")
     return values
 
 
@@ -136,7 +134,7 @@ def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
     if str(settings.get("transformer-ffn-activation", "relu")) not in ACTIVATIONS:
         wrong.append(f"transformer-ffn-activation = {settings['transformer-ffn-activation']!r:.40}")
     if wrong:
-        _refuse(
+        refuse_file(
             path,
             f"is of Marian, with {', '.join(wrong)}",
             "a post-norm transformer with self-attention in its decoder (students with SSRU are not read)",
@@ -318,7 +316,3 @@ def _read_pieces(path: Path) -> Pieces:
     if not ids or len(set(ids.values())) < len(ids):
         raise TokenizerError(f"{path} has no pieces, or two with one id", expected="an id for each piece", remedy=COPY)
     return by_id(ids)
-
-
-def _refuse(path: Path, got: str, expected: str, remedy: str = "Copy the whole folder again.") -> NoReturn:
-    raise CheckpointError(f"{path} {got}", expected=expected, remedy=remedy)

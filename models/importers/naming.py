@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from torch import Tensor
@@ -11,6 +11,8 @@ from torch import Tensor
 from kvx.models.config import ModelConfig
 from kvx.models.importers.checkpoint import expected_shapes
 
+SIDES = {"encoder": "source", "decoder": "target"}
+NORM_PARAMETERS = {"gamma": "weight", "beta": "bias"}  # as torch calls them
 NUMBER = re.compile(r"(?<=_layers\.|_biases\.)\d+(?=\.)")
 
 
@@ -34,6 +36,30 @@ def named(
     used = set(names.values())
     left = {name: tensor for name, tensor in tensors.items() if name not in used and not apart.fullmatch(name)}
     return Named(state | left, names)
+
+
+def layer_patterns(
+    side: str,
+    theirs: str,
+    *,
+    attentions: Mapping[str, str],
+    projections: Mapping[str, str],
+    feed_forward: Mapping[str, str],
+    norms: Mapping[str, str],
+) -> Iterator[tuple[str, str]]:
+    """Our names of what is in the layers of a side, and those of a file whose layers begin with `theirs`; the mappings
+    say how it calls each part.
+    """
+    ours = f"{side}_layers.{{}}"
+    for kind in ("weight", "bias"):
+        for attention, called in attentions.items():
+            for part, projection in projections.items():
+                yield f"{ours}.{attention}.{part}.{kind}", f"{theirs}.{called}.{projection}.{kind}"
+        for part, layer in feed_forward.items():
+            yield f"{ours}.feed_forward.{part}.{kind}", f"{theirs}.{layer}.{kind}"
+    for norm, called in norms.items():
+        for parameter, kind in NORM_PARAMETERS.items():
+            yield f"{ours}.{norm}.{parameter}", f"{theirs}.{called}.{kind}"
 
 
 def _theirs(ours: str, patterns: Mapping[str, str]) -> str:

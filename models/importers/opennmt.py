@@ -10,24 +10,23 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvx.models.config import ModelConfig
-from kvx.models.importers.checkpoint import Checkpoint, Settings, build, describe, is_same
+from kvx.models.importers.checkpoint import MOST_UNASKED, Checkpoint, Settings, build, describe, is_same, refuse_file
 from kvx.models.importers.folder import read_tensors
-from kvx.models.importers.naming import count_layers, named, size
+from kvx.models.importers.naming import NORM_PARAMETERS, SIDES, count_layers, layer_patterns, named, size
 from kvx.models.importers.subwords import TOKENISED, cutting
 from kvx.models.importers.text import Text
 from kvx.models.importers.tokenizer_settings import MOST_VOCABULARY, has, read_object
 from kvx.models.layers import SINUSOIDS
 from kvx.runtime.bundle.framing import Framing, Languages
-from kvx.runtime.errors import CheckpointError, TokenizerError
+from kvx.runtime.errors import TokenizerError
 
 CONFIG_FILE, VOCABULARY_FILE, WEIGHTS_FILE = "config.json", "vocab.json", "model.00.safetensors"
-MOST_NEW_TOKENS = 256
 POSITIONS = 5000  # of its sinusoids
 EOLE_EPSILON, OPENNMT_EPSILON = 1e-5, 1e-6
 SPECIAL = {
@@ -50,10 +49,8 @@ ACTIVATIONS = {  # with whether they are gated
 TABLES = {"SinusoidalInterleaved": "interleaved", "SinusoidalConcat": "halves_inclusive", "Learned": "learned"}
 NORMS = {"standard": "layer", "standardFP32": "layer", "rms": "rms"}
 
-SIDES = {"encoder": "source", "decoder": "target"}
 PROJECTIONS = {"query": "linear_query", "key": "linear_keys", "value": "linear_values", "output": "final_linear"}
 ATTENTIONS = {"self_attention": "self_attn", "cross_attention": "context_attn"}
-NORM_PARAMETERS = {"gamma": "weight", "beta": "bias"}
 SCALAR = re.compile(r"decoder\.transformer_layers\.\d+\.layer_scalar")
 APART = re.compile(
     r".*\.pe(\.pe|\.weight)|decoder\.transformer_layers\.\d+\.mask"
@@ -145,7 +142,7 @@ def read(content: object, path: Path) -> Checkpoint | None:
         return None
     tensors, generator = (content.get(name) or {} for name in ("model", "generator"))
     if not all(isinstance(held, Mapping) and all(map(_is_named, held.items())) for held in (tensors, generator)):
-        _refuse(path, f"holds {describe(content)}", "tensors by name under model and generator")
+        refuse_file(path, f"holds {describe(content)}", "tensors by name under model and generator")
     tensors = {**tensors, **{f"generator.{name.removeprefix('0.')}": one for name, one in generator.items()}}
     said = _said_by_opennmt(path, vars(content["opt"]), content["vocab"])
     renamed = {_without_old_names(name): one for name, one in tensors.items()}
@@ -256,7 +253,7 @@ def _section(path: Path, values: Mapping[str, Any], name: str) -> Mapping[str, A
     """The values under a name, none where it is missing. Raises CheckpointError."""
     section = values.get(name) or {}
     if not isinstance(section, dict):
-        _refuse(path, f"has {name} = {section!r:.40}", "names and values")
+        refuse_file(path, f"has {name} = {section!r:.40}", "names and values")
     return section
 
 
@@ -284,16 +281,15 @@ def _is_one(name: str, tensor: Tensor) -> bool:
 def _patterns(naming: Naming) -> Iterator[tuple[str, str]]:
     """Our names and theirs."""
     for side, table in SIDES.items():
-        ours, theirs = f"{side}_layers.{{}}", naming.layers[side]
-        for kind in ("weight", "bias"):
-            for attention, name in ATTENTIONS.items():
-                for part, projection in PROJECTIONS.items():
-                    yield f"{ours}.{attention}.{part}.{kind}", f"{theirs}.{name}.{projection}.{kind}"
-            for part, layer in naming.feed_forward.items():
-                yield f"{ours}.feed_forward.{part}.{kind}", f"{theirs}.{layer}.{kind}"
+        yield from layer_patterns(
+            side,
+            naming.layers[side],
+            attentions=ATTENTIONS,
+            projections=PROJECTIONS,
+            feed_forward=naming.feed_forward,
+            norms=naming.norms[side],
+        )
         for parameter, kind in NORM_PARAMETERS.items():
-            for norm, name in naming.norms[side].items():
-                yield f"{ours}.{norm}.{parameter}", f"{theirs}.{name}.{kind}"
             yield f"{side}_norm.{parameter}", f"{side}.layer_norm.{kind}"
         yield f"{table}_embedding.tokens.weight", naming.tables[side]
     yield "head.weight", "generator.weight"
@@ -305,7 +301,7 @@ def _read(path: Path, tensors: Mapping[str, Tensor], said: Said, naming: Naming,
     config, state, names = _convert(tensors, said, naming)
     model = build(config, state, path, names)
     text = _read_text(path.parent, said, config)
-    return Checkpoint(model, min(MOST_NEW_TOKENS, config.target_positions), text.notes, family=family, text=text)
+    return Checkpoint(model, min(MOST_UNASKED, config.target_positions), text.notes, family=family, text=text)
 
 
 def _check(said: Said) -> None:
@@ -317,7 +313,7 @@ def _check(said: Said) -> None:
     if said.norm not in NORMS:
         wrong.append(f"layer_norm = {said.norm!r:.40}")
     if wrong:
-        _refuse(
+        refuse_file(
             said.path,
             f"describes a model with {', '.join(wrong)}",
             "a transformer encoder and decoder with tables of positions",
@@ -438,7 +434,3 @@ def _pieces(said: Said, side: str, rows: int, unknown: str) -> list[str | None]:
             remedy="Use the vocabulary that the model was trained with.",
         )
     return [*pieces]
-
-
-def _refuse(path: Path, got: str, expected: str, remedy: str = "Copy the whole folder again.") -> NoReturn:
-    raise CheckpointError(f"{path} {got}", expected=expected, remedy=remedy)

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
+from kvx.runtime.rules import is_encodable
+
 MOST_BYTES = 64 << 20  # of the file
 MOST_PIECES = 4_000_000
 KEYS = frozenset({"format", "pieces", "special", "unknown", "tidy"})
@@ -71,7 +73,7 @@ class Vocabulary:
         ids = range(len(pieces))
         if not 0 < len(pieces) <= MOST_PIECES:
             yield f"it has {len(pieces)} pieces, not 1 to {MOST_PIECES}"
-        elif not all(isinstance(piece, str) and _is_text(piece) for piece in texts):
+        elif not all(isinstance(piece, str) and is_encodable(piece) for piece in texts):
             yield "it has pieces that are no text"
         elif len(set(texts)) < len(texts):
             yield "a piece has two ids"
@@ -83,8 +85,3 @@ class Vocabulary:
 
 def _names(one: object, pieces: tuple[Any, ...], ids: range) -> bool:
     return type(one) is int and one in ids and pieces[one] is not None
-
-
-def _is_text(piece: str) -> bool:
-    """Whether UTF-8 can say it: JSON can hold half a character."""
-    return piece.isascii() or not any("\ud800" <= character <= "\udfff" for character in piece)

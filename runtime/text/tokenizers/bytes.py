@@ -7,12 +7,13 @@ from collections.abc import Iterable, Sequence
 from kvx.runtime.bundle.vocabulary import BYTES, WORD_START
 
 FIRST = len(BYTES) - 256  # the id of the byte 0
+IDS = {piece: one for one, piece in enumerate(BYTES)}
 
 
 class ByteTokenizer:
     """An id for every byte. A text has no special pieces and nothing unknown; bytes that make no character vanish."""
 
-    unknown_id = BYTES.index("<unk>")
+    unknown_id = IDS["<unk>"]
 
     def __len__(self) -> int:
         """How many ids it knows: special ones and bytes."""
@@ -43,7 +44,7 @@ class ByteTokenizer:
 
     def piece_id(self, piece: str) -> int | None:
         """The id of a byte or of a special piece by its name, or None for any other."""
-        return BYTES.index(piece) if piece in BYTES else None
+        return IDS.get(piece)
 
     def unknown_surfaces(self, text: str) -> list[str]:
         """None: every byte has an id."""

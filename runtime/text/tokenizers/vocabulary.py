@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,15 +11,13 @@ from kvx.runtime.errors import TokenizerError
 from kvx.runtime.text.tokenizers.reading import Reading, load_processor, read_content
 
 
-class SentencePieceVocabulary:
-    """A sentencepiece model with the ids that another model gave its pieces. Raises TokenizerError.
+class HeldVocabulary(ABC):
+    """The ids of a vocabulary file, whatever cuts a text into its pieces. Raises TokenizerError.
 
     A piece that the vocabulary lacks is unknown. Special pieces are no text: none comes of `encode`.
     """
 
-    def __init__(self, model: Path, vocabulary: Path) -> None:
-        self._processor = load_processor(model)
-        self._reading = Reading(model)
+    def __init__(self, vocabulary: Path) -> None:
         held = read_vocabulary(vocabulary)
         self.unknown_id = held.unknown
         self._tidy = held.tidy
@@ -26,14 +25,50 @@ class SentencePieceVocabulary:
         self._special = held.special
         self._ids = {piece: one for one, piece in enumerate(held.pieces) if piece is not None}
         self._special_pieces = frozenset(piece for one in held.special if (piece := held.pieces[one]) is not None)
-        with self._reading:
-            self._spm_unknown = int(self._processor.unk_id())
-            names = self._processor.id_to_piece(list(range(self._processor.get_piece_size())))
-        self._of_spm = [self._id_of(name) for name in names]  # sentencepiece's id → the model's
 
     def __len__(self) -> int:
         """How many ids it knows, those without a piece included."""
         return len(self._pieces)
+
+    @abstractmethod
+    def join(self, pieces: Sequence[str]) -> str:
+        """Pieces, some of them replaced by other text, → text; special pieces vanish."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The ids of pieces → text; special pieces vanish, and so do ids that have no piece."""
+        return self.join(self.pieces(ids))
+
+    def pieces(self, ids: Sequence[int]) -> tuple[str, ...]:
+        """The pieces with these ids, empty where an id has none."""
+        return tuple(self._piece(one) for one in ids)
+
+    def piece_id(self, piece: str) -> int | None:
+        """The id of a piece, or None where the vocabulary has no such piece."""
+        return self._ids.get(piece)
+
+    def _text_pieces(self, pieces: Sequence[str]) -> list[str]:
+        """Those that are text."""
+        return [piece for piece in pieces if piece and piece not in self._special_pieces]
+
+    def _id_of(self, piece: str) -> int:
+        one = self._ids.get(piece, self.unknown_id)
+        return self.unknown_id if one in self._special else one
+
+    def _piece(self, one: int) -> str:
+        return (self._pieces[one] or "") if 0 <= one < len(self._pieces) else ""
+
+
+class SentencePieceVocabulary(HeldVocabulary):
+    """A sentencepiece model with the ids that another model gave its pieces. Raises TokenizerError."""
+
+    def __init__(self, model: Path, vocabulary: Path) -> None:
+        self._processor = load_processor(model)
+        self._reading = Reading(model)
+        super().__init__(vocabulary)
+        with self._reading:
+            self._spm_unknown = int(self._processor.unk_id())
+            names = self._processor.id_to_piece(list(range(self._processor.get_piece_size())))
+        self._of_spm = [self._id_of(name) for name in names]  # sentencepiece's id → the model's
 
     def encode(self, text: str) -> list[int]:
         """Text → the ids of its pieces, with nothing around them. A special piece spelled out in a text is text."""
@@ -44,10 +79,6 @@ class SentencePieceVocabulary:
         # What sentencepiece does not know may be a piece of the other side's model.
         return [self._id_of(surface) for surface in self.surfaces(text)]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The ids of pieces → text; special pieces vanish, and so do ids that have no piece."""
-        return self.join(self.pieces(ids))
-
     def surfaces(self, text: str) -> tuple[str, ...]:
         """The pieces of a text, one for each id of `encode`; where there is none for it, the text itself."""
         with self._reading:
@@ -55,30 +86,14 @@ class SentencePieceVocabulary:
 
     def join(self, pieces: Sequence[str]) -> str:
         """Pieces, some of them replaced by other text, → text; special pieces vanish."""
-        kept = [piece for piece in pieces if piece and piece not in self._special_pieces]
         with self._reading:
-            text: str = self._processor.decode(kept)
+            text: str = self._processor.decode(self._text_pieces(pieces))
         text = text.replace(WORD_START, " ").strip()
         return tidied(text) if self._tidy else text
-
-    def pieces(self, ids: Sequence[int]) -> tuple[str, ...]:
-        """The pieces with these ids, empty where an id has none."""
-        return tuple(self._piece(one) for one in ids)
-
-    def piece_id(self, piece: str) -> int | None:
-        """The id of a piece, or None where the vocabulary has no such piece."""
-        return self._ids.get(piece)
 
     def unknown_surfaces(self, text: str) -> list[str]:
         """The pieces of a text that the vocabulary does not have."""
         return [surface for surface in self.surfaces(text) if self._id_of(surface) == self.unknown_id]
-
-    def _id_of(self, piece: str) -> int:
-        one = self._ids.get(piece, self.unknown_id)
-        return self.unknown_id if one in self._special else one
-
-    def _piece(self, one: int) -> str:
-        return (self._pieces[one] or "") if 0 <= one < len(self._pieces) else ""
 
 
 def tidied(text: str) -> str:

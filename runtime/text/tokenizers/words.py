@@ -12,33 +12,17 @@ from pathlib import Path
 from kvx.runtime.bundle.vocabulary import CONTINUED, WORD_START
 from kvx.runtime.errors import TokenizerError
 from kvx.runtime.text.tokenizers.reading import read_content
-from kvx.runtime.text.tokenizers.vocabulary import read_vocabulary
+from kvx.runtime.text.tokenizers.vocabulary import HeldVocabulary
 
 MOST_KEPT = 100_000  # words whose pieces are remembered
 
 
-class WordVocabulary:
-    """Words between white space. A word that the vocabulary lacks is unknown; special pieces are no text."""
-
-    def __init__(self, vocabulary: Path) -> None:
-        held = read_vocabulary(vocabulary)
-        self.unknown_id = held.unknown
-        self._pieces = held.pieces
-        self._special = held.special
-        self._ids = {piece: one for one, piece in enumerate(held.pieces) if piece is not None}
-        self._special_pieces = frozenset(piece for one in held.special if (piece := held.pieces[one]) is not None)
-
-    def __len__(self) -> int:
-        """How many ids it knows, those without a piece included."""
-        return len(self._pieces)
+class WordVocabulary(HeldVocabulary):
+    """Words between white space."""
 
     def encode(self, text: str) -> list[int]:
         """Text → the ids of its pieces, with nothing around them. A special piece spelled out in a text is text."""
         return [self._id_of(piece) for piece in self._cut(text)]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The ids of pieces → text; special pieces vanish, and so do ids that have no piece."""
-        return self.join(self.pieces(ids))
 
     def surfaces(self, text: str) -> tuple[str, ...]:
         """The pieces of a text without @@, ▁ before each that begins a word; one for each id of `encode`."""
@@ -50,16 +34,7 @@ class WordVocabulary:
 
     def join(self, pieces: Sequence[str]) -> str:
         """Pieces, some of them replaced by other text, → text; special pieces vanish."""
-        text = " ".join(piece for piece in pieces if piece and piece not in self._special_pieces)
-        return f"{text} ".replace(f"{CONTINUED} ", "").strip()
-
-    def pieces(self, ids: Sequence[int]) -> tuple[str, ...]:
-        """The pieces with these ids, empty where an id has none."""
-        return tuple((self._pieces[one] or "") if 0 <= one < len(self._pieces) else "" for one in ids)
-
-    def piece_id(self, piece: str) -> int | None:
-        """The id of a piece, or None where the vocabulary has no such piece."""
-        return self._ids.get(piece)
+        return f"{' '.join(self._text_pieces(pieces))} ".replace(f"{CONTINUED} ", "").strip()
 
     def unknown_surfaces(self, text: str) -> list[str]:
         """The pieces of a text that the vocabulary does not have."""
@@ -67,10 +42,6 @@ class WordVocabulary:
 
     def _cut(self, text: str) -> list[str]:
         return text.split()
-
-    def _id_of(self, piece: str) -> int:
-        one = self._ids.get(piece, self.unknown_id)
-        return self.unknown_id if one in self._special else one
 
 
 class BytePairVocabulary(WordVocabulary):
