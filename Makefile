@@ -39,7 +39,7 @@ $(TEST_BUNDLES)/.exported: $(INSTALLED) tests/conftest.py $(shell find models ex
 
 setup: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt $(wildcard runtime/kernels/*.c runtime/kernels/*.h runtime/kernels/*.inc)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kvx needs Python 3.11 or newer: make PYTHON=…")'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[dev]'
@@ -48,4 +48,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-3.* build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf runtime/kernels/*.so $(VENV) $(VENV)-3.* build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

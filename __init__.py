@@ -9,20 +9,26 @@ from kvx.runtime.decoding.decode import Cancelled
 from kvx.runtime.decoding.filters import Filter, FilterRows
 from kvx.runtime.decoding.results import DecodeStats, FinishReason
 from kvx.runtime.decoding.search import BeamSearch, Greedy, Sampling
+from kvx.runtime.engine.engine import Engine
+from kvx.runtime.engine.handle import Handle
+from kvx.runtime.engine.reply import Event, Result, Token
 from kvx.runtime.engine.scoring import RankBy, Ranking, Score
+from kvx.runtime.engine.workers import EngineLoad
 from kvx.runtime.errors import (
     BundleError,
     CapacityError,
     CheckpointError,
     DeviceError,
+    EngineClosed,
     InputError,
     KvxError,
     OptionError,
+    Overloaded,
     ParityError,
     TokenizerError,
 )
 from kvx.runtime.options import TranslateKeywords, TranslateOptions
-from kvx.runtime.text.sources import OnLong
+from kvx.runtime.text.sources import OnLong, Source
 from kvx.runtime.text.targets import Target
 from kvx.runtime.translation import Translation
 from kvx.runtime.translator import Translator
@@ -39,6 +45,10 @@ __all__ = [
     "Default",
     "DeviceError",
     "Dimensions",
+    "Engine",
+    "EngineClosed",
+    "EngineLoad",
+    "Event",
     "FileEntry",
     "Filter",
     "FilterRows",
@@ -46,6 +56,7 @@ __all__ = [
     "FloatArray",
     "Framing",
     "Greedy",
+    "Handle",
     "InputError",
     "IntArray",
     "KvxError",
@@ -54,16 +65,20 @@ __all__ = [
     "Manifest",
     "OnLong",
     "OptionError",
+    "Overloaded",
     "ParityError",
     "RankBy",
     "Ranking",
+    "Result",
     "Sampling",
     "Score",
     "Signature",
+    "Source",
     "SpecialIds",
     "StepFeatures",
     "Target",
     "TensorSpec",
+    "Token",
     "TokenizerEntry",
     "TokenizerError",
     "TranslateKeywords",

@@ -24,6 +24,7 @@ from kvx.commands.export import export
 from kvx.commands.inspect import inspect
 from kvx.commands.options import spelled, spellings
 from kvx.commands.score import score
+from kvx.commands.serve import key, serve
 from kvx.commands.signals import cleaning_up
 from kvx.commands.translate import CommandOfTexts, translate
 from kvx.commands.verify import verify
@@ -41,7 +42,7 @@ app = typer.Typer(
     help="Export encoder-decoder Transformers to ONNX, prove the export equal to PyTorch, and run it without torch.\n\n"
     "kvx export turns a checkpoint into a bundle: a folder that all other commands work on.",
 )
-for command in (export, verify, inspect, translate, evaluate, score, bench):
+for command in (export, verify, inspect, translate, evaluate, score, bench, serve, key):
     app.command(cls=CommandOfTexts if command is translate else None)(command)
 
 shortlists = typer.Typer(

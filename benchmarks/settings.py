@@ -11,15 +11,15 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kvx.runtime.bundle.folder import Bundle
-from kvx.runtime.decoding.decode import SearchLoop
-from kvx.runtime.decoding.results import DecodeStats, Sentence
+from kvx.runtime.decoding.decode import decode
+from kvx.runtime.decoding.results import Sentence
 from kvx.runtime.decoding.search import Greedy
 from kvx.runtime.engine.loaded import LoadedModel
-from kvx.runtime.engine.workers import side_by_side
 from kvx.runtime.measuring.tables import markdown_table
 from kvx.runtime.options import TranslateOptions
 from kvx.runtime.text.lines import open_lines, read_lines
@@ -53,9 +53,13 @@ def seconds(model: LoadedModel, sources: list[Sentence], setting: Setting) -> fl
     options = TranslateOptions(rows=setting.rows, workers=setting.workers)
     plan, workers = model.plan(options)
     plan = replace(plan, group=setting.group)
-    loop = SearchLoop(model.backend, plan, Greedy())
+
+    def decoded(share: list[Sentence]) -> int:
+        return sum(1 for _ in decode(model.backend, share, Greedy(), plan))
+
     started = time.perf_counter()
-    count = sum(1 for _ in side_by_side([loop] * workers, sources, DecodeStats()))
+    with ThreadPoolExecutor(workers) as threads:
+        count = sum(threads.map(decoded, [sources[number::workers] for number in range(workers)]))
     assert count == len(sources)
     return time.perf_counter() - started
 
@@ -72,18 +76,19 @@ def main() -> None:
     models = {n: LoadedModel.load(bundle, threads=n) for n in {1, arguments.threads}}
     with open_lines(arguments.text) as stream:
         texts = models[1].sources.read(read_lines(stream))
-        sources = [Sentence(index, text.ids) for index, text in enumerate(texts) if text.ids]
-    sources.sort(key=lambda source: len(source.ids), reverse=True)
+        found = [text.ids for text in texts if text.ids]
+    found.sort(key=len, reverse=True)
     measured: dict[Setting, list[float]] = {setting: [] for setting in settings(arguments.threads)}
     for _ in range(arguments.repeat):
         for setting, times in measured.items():
+            sources = [Sentence(number, ids) for number, ids in enumerate(found)]
             times.append(seconds(models[setting.threads], sources, setting))
-    print(f"{len(sources)} sentences, {arguments.repeat} interleaved runs\n")
+    print(f"{len(found)} sentences, {arguments.repeat} interleaved runs\n")
     header = ("threads", "workers", "rows", "group", "minimum s", "median s", "sentences/s")
     rows = (
         (
             *(setting.threads, setting.workers, setting.rows, setting.group),
-            *(f"{min(times):.2f}", f"{statistics.median(times):.2f}", f"{len(sources) / min(times):.0f}"),
+            *(f"{min(times):.2f}", f"{statistics.median(times):.2f}", f"{len(found) / min(times):.0f}"),
         )
         for setting, times in measured.items()
     )

@@ -54,18 +54,27 @@ class Parameter:
     help: str
     convert: Callable[[Any], Any]
 
-    def for_typer(self, flags: Mapping[str, str]) -> inspect.Parameter:
-        """The parameter as Typer takes it from a signature; its help names other options by their flags."""
+    def for_typer(self, flags: Mapping[str, str], environment: str | None = None) -> inspect.Parameter:
+        """The parameter as Typer takes it from a signature; its help names other options by their flags. With
+        `environment`, it is also read from there.
+        """
         return inspect.Parameter(
             self.name,
             inspect.Parameter.KEYWORD_ONLY,
-            annotation=Annotated[self.type if self.default is not None else self.type | None, self._option(flags)],
+            annotation=Annotated[
+                self.type if self.default is not None else self.type | None, self._option(flags, environment)
+            ],
             default=inspect.Parameter.empty if self.default is MISSING else self.default,
         )
 
-    def _option(self, flags: Mapping[str, str]) -> Any:  # noqa: ANN401  # as typer.Option itself
+    def _option(self, flags: Mapping[str, str], environment: str | None) -> Any:  # noqa: ANN401  # as typer.Option
+        name = max(self.flags, key=len).partition("/")[0].lstrip("-").replace("-", "_").upper()
         return typer.Option(
-            *self.flags, help=spelled(self.help, flags), metavar="<str>" if self.type == list[str] else None
+            *self.flags,
+            help=spelled(self.help, flags),
+            metavar="<str>" if self.type == list[str] else None,
+            envvar=None if environment is None else environment + name,
+            show_envvar=False,
         )
 
 
@@ -105,11 +114,16 @@ class Described:
         return self._owner(**values) if self._build else values
 
 
-def with_described_options(command: Callable[..., None]) -> Callable[..., None]:
+def with_described_options(
+    command: Callable[..., None] | None = None, *, environment: str | None = None
+) -> Callable[..., Any]:
     """The command with the options that its Described parameters stand for, for Typer to read from its signature.
 
-    An option that two of them have is one option, and both get its value.
+    An option that two of them have is one option, and both get its value. With `environment`, the beginning of their
+    names there, options are also read from the environment.
     """
+    if command is None:
+        return functools.partial(with_described_options, environment=environment)
     own = inspect.signature(command, eval_str=True).parameters
     groups = {name: group for name, parameter in own.items() if (group := _group(parameter)) is not None}
     options = {one.name: one for group in reversed(groups.values()) for one in group.parameters}
@@ -120,7 +134,7 @@ def with_described_options(command: Callable[..., None]) -> Callable[..., None]:
             parameters[name] = parameter
             continue
         for one in groups[name].parameters:
-            parameters.setdefault(one.name, options[one.name].for_typer(flags))
+            parameters.setdefault(one.name, options[one.name].for_typer(flags, environment))
 
     @functools.wraps(command)
     def call(**given: object) -> None:

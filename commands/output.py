@@ -5,16 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
-from typing import Any
 
 from kvx.runtime.decoding.results import DecodeStats
 from kvx.runtime.engine.scoring import Ranking
 from kvx.runtime.text.lines import one_field, one_line
 from kvx.runtime.translation import Translation
-
-OPTIONAL = ("log_probabilities", "alignment", "source_tokens")  # in JSON only where they were asked for
-LEFT_OUT = ("attention", "others")
 
 
 def translation_lines(translation: Translation, number: int, *, several: bool) -> Iterator[str]:
@@ -34,7 +29,7 @@ def translation_lines(translation: Translation, number: int, *, several: bool) -
 
 def translation_json(translation: Translation) -> str:
     """An object a line."""
-    return strict_json(_form(translation))
+    return strict_json(translation.to_dict())
 
 
 def strict_json(form: object) -> str:
@@ -51,16 +46,6 @@ def _finite(form: object) -> object:
     if isinstance(form, dict):
         return {name: _finite(value) for name, value in form.items()}
     return [_finite(value) for value in form] if isinstance(form, list | tuple) else form
-
-
-def _form(translation: Translation) -> dict[str, Any]:
-    named = {field.name: getattr(translation, field.name) for field in fields(translation)}
-    form = {name: value for name, value in named.items() if name not in OPTIONAL or value is not None}
-    for name in LEFT_OUT:
-        del form[name]
-    if translation.others:
-        form["others"] = [_form(other) for other in translation.others]
-    return form
 
 
 def format_ranking(candidates: Sequence[str], ranking: Ranking, *, choices: bool, as_json: bool) -> str:

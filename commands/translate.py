@@ -18,8 +18,9 @@ from kvx.commands.console import check_output, counting, say
 from kvx.commands.machine import MachineOptions, load_and_say, open_bundle
 from kvx.commands.options import Described, ModelOption, OutputOption, with_described_options
 from kvx.commands.output import format_stats, translation_json, translation_lines
+from kvx.commands.paragraphs import WholeTexts, refuse_options_of_lines
 from kvx.commands.translation import OPTIONS_OF_A_TRANSLATION, resolved_options
-from kvx.runtime.errors import InputError, OptionError
+from kvx.runtime.errors import InputError, OptionError, listed
 from kvx.runtime.options import TranslateOptions
 from kvx.runtime.text.lines import open_lines, open_standard_input, output_file, read_file, read_lines, write_lines
 
@@ -83,6 +84,21 @@ def translate(
             "be exported --with-attention."
         ),
     ] = None,
+    paragraphs: Annotated[
+        bool,
+        typer.Option(
+            "--paragraphs",
+            help="Take the whole input, or each argument, for one text: translate its sentences, and keep its white "
+            "space.",
+        ),
+    ] = False,
+    html: Annotated[
+        bool,
+        typer.Option(
+            "--html",
+            help="Take the whole input, or each argument, for HTML: translate what people read, and keep its markup.",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object for each text.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print speed and cache size on standard error.")] = False,
 ) -> None:
@@ -90,6 +106,8 @@ def translate(
 
     With --n-best, --samples or --alternatives a text has several lines. Each begins with the number of its text,
     from 1, and a tab. --scores puts a field before the translation and --align one after it, with tabs between.
+
+    With --paragraphs or --html, texts are longer than a line, and their translations are written as they are.
     """
     task = Task(
         texts=tuple(text or ()),
@@ -104,6 +122,11 @@ def translate(
         as_json=as_json,
         stats=stats,
     )
+    if paragraphs or html:
+        own = {"as_json": as_json, "alternatives": alternatives, "plot_attention": plot_attention}
+        files = {"prefix_file": prefix_file, "from_file": from_file, "to_file": to_file}
+        mode = "html" if html else "paragraphs"
+        refuse_options_of_lines(mode, given | own | files, interactive=task.interactive)
     for language, file in (("source_language", from_file), ("target_language", to_file)):
         if file is not None:
             given[language] = _languages(language, file, given, interactive=task.interactive)
@@ -115,6 +138,9 @@ def translate(
     options = resolved_options(bundle.manifest, given)
     bulk = not task.texts and not task.interactive
     translator = load_and_say(bundle, machine, bulk=bulk, named=model is not None)
+    if paragraphs or html:
+        WholeTexts(texts=task.texts, input=input_, output=output, html=html, stats=stats).translate(translator, options)
+        return
     if task.interactive:
         say("reading standard input, a text a line, until Ctrl-D")
     _run(translator, task, options)
@@ -219,7 +245,7 @@ def _run(translator: Translator, task: Task, options: TranslateOptions) -> None:
                 at_limit.append(number)
             count(number)
     if at_limit:
-        shown = ", ".join(map(str, at_limit[:NAMED_LINES])) + (", …" if len(at_limit) > NAMED_LINES else "")
+        shown = listed(at_limit, NAMED_LINES)
         say(f"{len(at_limit)} translations stopped at the limit of new tokens (lines {shown})")
     if task.stats:
         say(format_stats(stats, time.perf_counter() - started))

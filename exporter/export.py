@@ -19,7 +19,9 @@ from kvx.exporter.proof.report import Check, ParityReport
 from kvx.exporter.reading import check_tokenizers, read_checkpoint, write_tokenizers
 from kvx.models.importers import Checkpoint, save_checkpoint
 from kvx.models.importers.text import Text
+from kvx.runtime import kernels
 from kvx.runtime.bundle.folder import CHECKPOINT_FILE, Bundle
+from kvx.runtime.bundle.graphs import OWN_STEP_FILE
 from kvx.runtime.bundle.manifest import FileEntry, Manifest, TokenizerEntry
 from kvx.runtime.bundle.signature import StepFeatures, cache_specs
 from kvx.runtime.decoding.plan import Plan
@@ -49,7 +51,8 @@ def export(options: ExportOptions, progress: Progress | None = None) -> Manifest
         write_graphs(folder, options, checkpoint.model, manifest.framing, features, progress)
         if len(options.formats) > 1:
             save_checkpoint(checkpoint, folder / CHECKPOINT_FILE)
-        manifest = replace(manifest, files=_entries(folder))
+        files = _entries(folder)
+        manifest = replace(manifest, files=files, operators=kernels.VERSION if OWN_STEP_FILE in files else None)
         if options.verify:
             checks = prove_bundle(Bundle(folder, manifest), checkpoint.model, options.parity, lines, progress)
             parity = _require_parity(checks, options.parity.limits(options.precision).tolerance)
@@ -83,6 +86,7 @@ def _describe(
         defaults=checkpoint.defaults,
         files={},
         parity=None,
+        product_bits=None if options.arithmetic.step is None else options.arithmetic.step.products,
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from kvx.exporter.lowerings.lowered import Lowered
+from kvx.exporter.lowerings.ort import GROUPED_WIDTH
 from kvx.exporter.options import ExportOptions
 from kvx.exporter.precision.halves import in_precision
 from kvx.exporter.progress import Progress
@@ -18,8 +19,9 @@ from kvx.exporter.writing.loop import ForcedLoopGraph, LoopGraph
 from kvx.exporter.writing.onnx import write_onnx
 from kvx.exporter.writing.torchscript import write_torchscript
 from kvx.models.transformer import Transformer
+from kvx.runtime import kernels
 from kvx.runtime.bundle.framing import Framing
-from kvx.runtime.bundle.graphs import BEAMS, CHUNK, ENCODER, LOOP, SHORTLIST, STEP, Graph
+from kvx.runtime.bundle.graphs import BEAMS, CHUNK, ENCODER, LOOP, OWN_ENCODER, OWN_STEP, SHORTLIST, STEP, Graph
 from kvx.runtime.bundle.precision import Arithmetic, Widths
 from kvx.runtime.bundle.signature import StepFeatures
 
@@ -44,8 +46,8 @@ class Recipe:
     """How one graph is written.
 
     `called` is what people call it. `module` makes it. `wanted` tells whether an export has it. `bits` are those of its
-    weights. `shares` is the graph, written before it, whose weights it uses; `beside` writes further files. `proof` is
-    the check that it must pass.
+    weights. `shares` is the graph, written before it, whose weights it uses; `beside` writes further files. `own` is
+    the same graph with kvx's own operators. `proof` is the check that it must pass.
     """
 
     graph: Graph
@@ -56,6 +58,7 @@ class Recipe:
     bits: Callable[[Arithmetic], Widths | None] = lambda arithmetic: arithmetic.step
     shares: Graph | None = STEP
     beside: Callable[[Material, Path], None] = lambda made, folder: None
+    own: Graph | None = None
 
 
 def _write_projection(made: Material, folder: Path) -> None:
@@ -75,6 +78,7 @@ RECIPES = (
         module=lambda made: EncoderGraph(made.model, made.lowered.step),
         bits=lambda arithmetic: arithmetic.encoder,
         shares=None,
+        own=OWN_ENCODER,
         proof=checks.ENCODER_OUTPUTS,
     ),
     Recipe(
@@ -94,6 +98,7 @@ RECIPES = (
         graph=BEAMS,
         called="the decoder for several rows a sentence",
         module=lambda made: StepGraph(made.model, made.lowered.beams, made.features_of(BEAMS)),
+        own=OWN_STEP,
         proof=checks.ROWS_OF_A_SENTENCE,
     ),
     Recipe(
@@ -128,7 +133,7 @@ def write_graphs(
         made = Material(prepared, Lowered.of(options.operators, prepared), features, framing)
         for recipe in _wanted(options, "onnx"):
             progress.phase(f"exporting {recipe.called} to ONNX")
-            _write_onnx(recipe, made, folder, options.arithmetic)
+            _write_onnx(recipe, made, folder, options)
     if "torchscript" in options.formats:
         progress.phase("tracing TorchScript")
         made = Material(model, Lowered.not_at_all(), features, framing)
@@ -140,9 +145,23 @@ def _wanted(options: ExportOptions, written: str) -> Iterator[Recipe]:
     return (recipe for recipe in RECIPES if written in recipe.graph.files and recipe.wanted(options))
 
 
-def _write_onnx(recipe: Recipe, made: Material, folder: Path, arithmetic: Arithmetic) -> None:
+def _write_onnx(recipe: Recipe, made: Material, folder: Path, options: ExportOptions) -> None:
     shared = None if recipe.shares is None else folder / recipe.shares.files["onnx"]
-    file = folder / recipe.graph.files["onnx"]
-    tied = None if arithmetic.step is None else arithmetic.step.products
-    write_onnx(recipe.module(made), file, widths=recipe.bits(arithmetic), weights_of=shared, tied_bits=tied)
+    bits, step = recipe.bits(options.arithmetic), options.arithmetic.step
+    own = folder / recipe.own.files["onnx"] if recipe.own is not None and _has_own(recipe, made, options) else None
+    write_onnx(
+        recipe.module(made),
+        folder / recipe.graph.files["onnx"],
+        widths=bits,
+        weights_of=shared,
+        tied_bits=None if step is None else step.products,
+        own=own,
+    )
     recipe.beside(made, folder)
+
+
+def _has_own(recipe: Recipe, made: Material, options: ExportOptions) -> bool:
+    """Whether kvx's own operators can take over a graph, are there to prove it, and would change it."""
+    config, arithmetic = made.model.config, options.arithmetic
+    able = options.operators == "ort" and not arithmetic.halved and config.decoder_head_width % GROUPED_WIDTH == 0
+    return able and kernels.library() is not None and (recipe.graph.features is not None or arithmetic.quantized)

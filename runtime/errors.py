@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import errno
+from collections.abc import Sequence
 from typing import Any, Self
 
 REMEDIES = {  # for what a system says of a file or stream
@@ -23,6 +25,11 @@ REMEDIES = {  # for what a system says of a file or stream
     errno.ENOMEM: "Free memory.",
     errno.EAGAIN: "Raise the limit of threads and processes (ulimit -u), or ask for fewer `threads`.",
 }
+
+
+def listed(names: Sequence[object], most: int) -> str:
+    """The first of some names with commas between, and … where there are more."""
+    return ", ".join(map(str, names[:most])) + (", …" if len(names) > most else "")
 
 
 class KvxError(Exception):
@@ -78,6 +85,31 @@ class CapacityError(KvxError):
     """A row, a position or a plan is beyond the cache's capacity."""
 
 
+class Overloaded(CapacityError):  # noqa: N818  # what it is called in the field
+    """An engine has as many requests as it may hold. `retry_after`: seconds until there should be room."""
+
+    def __init__(
+        self, got: str, *, expected: str, remedy: str, option: str | None = None, retry_after: float = 1.0
+    ) -> None:
+        super().__init__(got, expected=expected, remedy=remedy, option=option)
+        self.retry_after = retry_after
+
+    @classmethod
+    def of(cls, waiting: int, most: int, retry_after: float) -> Self:
+        """Where this many wait, and no more than `most` may."""
+        return cls(
+            f"{waiting} requests wait already",
+            expected=f"at most {most} (`max_waiting`)",
+            remedy=f"Send it again in {retry_after:g} s.",
+            option="max_waiting",
+            retry_after=retry_after,
+        )
+
+
+class EngineClosed(KvxError):  # noqa: N818
+    """A request was given to an engine that has been closed."""
+
+
 class InputError(KvxError):
     """A text cannot be translated as it is. `line` counts from 1 where the text came from lines."""
 
@@ -98,6 +130,14 @@ class InputError(KvxError):
 
 class ParityError(KvxError):
     """An export differs from eager PyTorch by more than the tolerance."""
+
+
+def own_copy(error: BaseException) -> BaseException:
+    """The same error for one caller: tracebacks of several would grow into each other."""
+    try:
+        return copy.copy(error).with_traceback(error.__traceback__)
+    except Exception:  # it cannot be copied
+        return error
 
 
 SIGNS_OF_TOO_FEW_THREADS = ("can't start new thread", "pthread_create", "resource temporarily unavailable")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from kvx.runtime.arrays import FloatArray
 from kvx.runtime.decoding.results import FinishReason
+
+OPTIONAL = ("log_probabilities", "alignment", "source_tokens")  # in the JSON form only where they were asked for
+LEFT_OUT = ("attention", "others")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,3 +41,11 @@ class Translation:
     def hypotheses(self) -> tuple[Translation, ...]:
         """This one and the others."""
         return self, *self.others
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form, with the others in it where there are any, and without attention."""
+        named = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in LEFT_OUT}
+        form = {name: value for name, value in named.items() if name not in OPTIONAL or value is not None}
+        if self.others:
+            form["others"] = [other.to_dict() for other in self.others]
+        return form

@@ -9,7 +9,7 @@ version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 venv=.venv-$version
 if [[ ! $venv/.installed -nt pyproject.toml || ! $venv/.installed -nt constraints.txt ]]; then
     "$python" -m venv --clear "$venv"
-    "$venv/bin/pip" install --quiet --constraint constraints.txt --editable '.[gpu,evaluate,test]'
+    "$venv/bin/pip" install --quiet --constraint constraints.txt --editable '.[gpu,evaluate,serve,test]'
     touch "$venv/.installed"
 fi
 echo "runtime tests on Python $version, without torch"

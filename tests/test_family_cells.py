@@ -18,6 +18,7 @@ from kvx.exporter.options import ExportOptions
 from kvx.exporter.proof.limits import ParityOptions
 from kvx.tests.families import BEAMS, Exported, Made, make, sentences
 
+pytestmark = pytest.mark.usefixtures("operators_listed_once")
 TEXTS = sentences(8, 77)
 # Marian stands for all that is post-norm without a norm of embeddings.
 CELLS: dict[str, dict[str, Any]] = {
@@ -30,6 +31,12 @@ CELLS: dict[str, dict[str, Any]] = {
 }
 GATED = ("flan", "umt5")  # both factors of a gate are in 4 bits, and their errors multiply
 FAMILIES = ("marian", "marian-apart", "nllb", "bart", "mbart25", "pegasus", "t5", "flan", "umt5")
+# In 16 bits and in standard operators a family is the sum of its parts: norms after or before, of embeddings, relative.
+FEWER: dict[str, tuple[str, ...]] = {
+    "standard": ("marian", "nllb", "bart", "t5", "umt5"),
+    "fp16": ("marian", "nllb", "t5"),
+    "bf16": ("bart", "flan"),
+}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -41,6 +48,8 @@ def untrained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 @pytest.mark.proof
 @pytest.mark.parametrize("cell", CELLS)
 def test_every_family_has_it_with_its_proof(untrained: Made, cell: str, tmp_path: Path) -> None:
+    if untrained.name not in FEWER.get(cell, FAMILIES):
+        pytest.skip(f"{untrained.name} has no part that others do not have in {cell}")
     parity = ParityOptions(tolerance=0.5) if cell == "int4" and untrained.name in GATED else ParityOptions()
     options = ExportOptions(checkpoint=untrained.folder, output=tmp_path / "bundle", parity=parity, **CELLS[cell])
     manifest = export(options)

@@ -17,6 +17,7 @@ from kvx.exporter.export import export
 from kvx.exporter.options import ExportOptions
 from kvx.tests.families import BEAMS, KINDS, Exported, make, sentences, translation
 
+pytestmark = pytest.mark.usefixtures("operators_listed_once")
 TEXTS = sentences(64, 77)
 SEARCHES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # as the original and as kvx has it
     "greedy": ({"num_beams": 1}, {"beam_size": 1}),

@@ -10,6 +10,8 @@ import pytest
 from kvx.benchmarks.gpu import main
 
 
+@pytest.mark.proof
+@pytest.mark.usefixtures("operators_listed_once")
 def test_it_proves_measures_and_says_what_it_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "found.json"
     sizes = ["--rows", "2", "--steps", "7", "--repeat", "1", "--precisions", "fp16", "bf16"]

@@ -164,7 +164,7 @@ def test_the_runtime_knows_neither_torch_nor_what_lies_above_it(path: Path) -> N
 # A room may import itself and the rooms before it; those in one line do not know each other.
 RUNTIME_ROOMS = (
     ("errors", "arrays", "system"),
-    ("rules",),
+    ("rules", "kernels"),
     ("bundle",),
     ("text",),
     ("decoding",),
@@ -174,7 +174,7 @@ RUNTIME_ROOMS = (
     ("translation",),
     ("engine",),
     ("translator",),
-    ("measuring",),
+    ("measuring", "serving"),
 )
 EXPORTER_ROOMS = (
     ("progress",),
@@ -308,7 +308,22 @@ def test_public_classes_say_that_they_are_kvx() -> None:
 
 def test_a_translator_shows_nothing_but_what_people_call() -> None:
     shown = {name for name in dir(kvx.Translator) if not name.startswith("_")}
-    assert shown == {"alternatives", "load", "manifest", "options", "rank", "score", "translate", "translate_iter"}
+    several = {"alternatives", "rank", "score", "translate", "translate_iter"}
+    assert shown == {"engine", "load", "manifest", "options", "stream", "translate_one", "translate_text", *several}
+    shown = {name for name in dir(kvx.Engine) if not name.startswith("_")}
+    assert shown == {
+        "busy_with",
+        "close",
+        "fits",
+        "load",
+        "manifest",
+        "stats",
+        "stream",
+        "submit",
+        "translate",
+        "waiting",
+        "warm",
+    }
 
 
 def test_every_error_is_exported() -> None:
@@ -348,16 +363,24 @@ def test_the_way_of_a_sentence_leads_past_functions_that_exist() -> None:
         assert callable(station)
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy so that nothing is left in the repository or taken from an earlier build."""
-    folder = tmp_path_factory.mktemp("wheel")
+@pytest.fixture(scope="module", params=["a compiler", "no compiler"])
+def wheel(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """The wheel, built from a copy so that nothing is left in the repository or taken from an earlier build: where
+    there is a compiler, and where that is hidden.
+    """
+    hidden = request.param == "no compiler"
+    if not hidden and shutil.which("cc") is None:
+        pytest.skip("no C compiler is installed")
+    folder = tmp_path_factory.mktemp("wheel-without" if hidden else "wheel")
+    environment = os.environ | ({"CC": "no-such-compiler"} if hidden else {})
     for path in listed_files():
         copy = folder / "source" / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
     line = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    built = subprocess.run([*line, "-w", folder, folder / "source"], capture_output=True, text=True, check=False)
+    built = subprocess.run(
+        [*line, "-w", folder, folder / "source"], capture_output=True, text=True, check=False, env=environment
+    )
     assert built.returncode == 0, built.stderr[-1000:]
     [found] = folder.glob("*.whl")
     return found
@@ -366,7 +389,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     names = {Path(name) for name in zipfile.ZipFile(wheel).namelist()}
     package = {name for name in names if not name.parts[0].endswith(".dist-info")}
-    assert package == {Path("kvx") / path for path in [*SOURCES, Path("py.typed")]}
+    libraries = {name for name in package if name.suffix in (".so", ".pyd")}
+    assert [name.name.partition(".")[0] for name in libraries] == ([] if "without" in str(wheel) else ["operators"])
+    page = [path.relative_to(ROOT) for path in (ROOT / "runtime" / "serving" / "page").iterdir()]
+    assert package - libraries == {Path("kvx") / path for path in [*SOURCES, Path("py.typed"), *page]}
     [metadata] = [name for name in names if name.name == "METADATA"]
     content = zipfile.ZipFile(wheel).read(str(metadata)).decode()
     assert f"\nVersion: {kvx.__version__}\n" in content
@@ -375,6 +401,11 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     ]
     assert {one.name for one in needed if one.marker is None} == {"numpy", "sentencepiece", "typer", "rich"}
     assert set(re.findall(r"(?m)^Provides-Extra: (.+)$", content)) == set(extras())
+
+
+def has_own(bundle: Path) -> bool:
+    """Whether the bundle has graphs with kvx's own operators."""
+    return (bundle / "decoder_kernels.onnx").exists()
 
 
 def test_the_wheel_runs_in_a_clean_environment(wheel: Path, numbers_bundle: Path, tmp_path: Path) -> None:
@@ -398,4 +429,10 @@ def test_the_wheel_runs_in_a_clean_environment(wheel: Path, numbers_bundle: Path
     assert run("-m", "kvx", "--version") == f"kvx {kvx.__version__}\n"
     translate = ("-m", "kvx", "translate", "--model", numbers_bundle, "--device", "cpu")
     assert run(*translate, "twelve") == "zwölf\n"
+    used = (
+        "not used here: kvx has been installed without them"
+        if "without" in str(wheel)
+        else "used on the CPU here, with"
+    )
+    assert used in run("-m", "kvx", "inspect", numbers_bundle) or not has_own(numbers_bundle)
     assert run(*translate, "--backend", "torch", "twelve") == "zwölf\n"  # models and exporter are in it too

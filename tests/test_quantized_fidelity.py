@@ -16,7 +16,7 @@ from kvx.runtime.bundle.manifest import Precision
 if TYPE_CHECKING:
     from kvx.tests.conftest import Seed
 
-pytestmark = pytest.mark.proof
+pytestmark = [pytest.mark.proof, pytest.mark.usefixtures("operators_listed_once")]
 
 CALIBRATION_LINES = 500
 MOST_BLEU: dict[Precision, float] = {"int8": 0.2, "int4": 0.7}  # points by which the reference's may be missed

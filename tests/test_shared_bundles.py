@@ -6,11 +6,11 @@ import pytest
 
 from kvx.runtime.bundle.folder import Bundle
 
-TINY = pytest.mark.xdist_group("tiny")  # their checkpoint is made once
-SHARED = ["numbers", "shortlist", "attention", "loop", "seed", pytest.param("tiny", marks=TINY)]
+OF_NUMBERS = ("numbers", "shortlist", "attention", "loop")
+OF_TINY = ("attended", "attended_standard", "tiny", "standard")
 
 
-@pytest.mark.parametrize("name", [*SHARED, pytest.param("standard", marks=TINY)])
+@pytest.mark.parametrize("name", [*OF_TINY, *OF_NUMBERS, "seed"])
 def test_a_shared_bundle_is_as_its_manifest_says(name: str, request: pytest.FixtureRequest) -> None:
     opened = Bundle.open(request.getfixturevalue(f"{name}_bundle"))
     opened.check_hashes()

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from protocol import Request, Runner, Timed, serve  # type: ignore[import-not-found]
 
 from kvx.runtime.bundle.folder import Bundle
-from kvx.runtime.decoding.decode import SearchLoop, decode
-from kvx.runtime.decoding.filters import without
-from kvx.runtime.decoding.results import DecodeStats, Outcome, Sentence
-from kvx.runtime.decoding.search import Greedy
+from kvx.runtime.engine import request as kvx_request
+from kvx.runtime.engine.bulk import Bulk
+from kvx.runtime.engine.core import Core, EngineOptions, core_for
 from kvx.runtime.engine.loaded import LoadedModel
-from kvx.runtime.engine.workers import side_by_side
+from kvx.runtime.engine.supply import Listed
 from kvx.runtime.options import TranslateOptions
 
 
@@ -22,40 +20,47 @@ def prepare(_: Request) -> None:
     """Nothing: benchmarks/peers.py exports the bundles."""
 
 
-def load(request: Request) -> LoadedModel:
+def load(request: Request) -> Core:
     """The bundle on ONNX Runtime; with a `checkpoint`, on the eager model."""
     bundle = Bundle.open(Path(request["bundle"]))
     if "checkpoint" in request:
-        return _eager(bundle, request)
-    return LoadedModel.load(bundle, threads=request["threads"], workers=request["workers"], spin=request["spin"])
+        return Core(_eager(bundle, request), EngineOptions())
+    threads, workers, spin = request["threads"], request["workers"], request["spin"]
+    return Core(LoadedModel.load(bundle, threads=threads, workers=workers, spin=spin), EngineOptions())
 
 
-def run(model: LoadedModel, request: Request) -> Timed:
+def run(core: Core, request: Request) -> Timed:
     """Greedy translations: all in `rows` rows, longest first, or one by one where rows is 0."""
-    numbered = [Sentence(index, tuple(ids)) for index, ids in enumerate(request["sentences"])]
+    sentences = [tuple(ids) for ids in request["sentences"]]
     limit, rows = request["max_new_tokens"], request["rows"]
     started = time.perf_counter()
     if rows:
         options = TranslateOptions(max_new_tokens=limit, rows=rows, workers=request["workers"])
-        found = list(_together(model, numbered, options))
+        with core_for(core.model, options) as sized:
+            found = _translated(sized, sentences, options)
     else:
         options = TranslateOptions(max_new_tokens=limit)
-        found = [outcome for source in numbered for outcome in _alone(model, source, options)]
-    seconds = time.perf_counter() - started
-    found.sort(key=lambda outcome: outcome.sentence.number)
-    return Timed(seconds, [list(outcome.best.ids) for outcome in found])
+        found = [ids for source in sentences for ids in _translated(core, [source], options)]
+    return Timed(time.perf_counter() - started, found)
 
 
-def _alone(model: LoadedModel, source: Sentence, options: TranslateOptions) -> Iterator[Outcome]:
-    plan, _ = model.plan(options, sentences=1)
-    return decode(model.backend, [source], Greedy(), plan, filters=without(plan.never))
-
-
-def _together(model: LoadedModel, sources: list[Sentence], options: TranslateOptions) -> Iterator[Outcome]:
-    plan, workers = model.plan(options)
-    loop = SearchLoop(model.backend, plan, Greedy(), without(plan.never))
-    ordered = sorted(sources, key=lambda source: len(source.ids), reverse=True)
-    return side_by_side([loop] * workers, ordered, DecodeStats(), at_once=plan.group)
+def _translated(core: Core, sentences: list[tuple[int, ...]], options: TranslateOptions) -> list[list[int]]:
+    """Ids as the encoder takes them → those of the translations."""
+    prepared = core.prepare(options)
+    bulk = Bulk(core.workers, prepared, len(sentences), None)
+    requests = [
+        kvx_request.Request(
+            number,
+            ids,
+            options=prepared.seat,
+            model=core.model,
+            asked_for=options,
+            lane=kvx_request.LaneKey(1),
+            owner=bulk,
+        )
+        for number, ids in enumerate(sentences)
+    ]
+    return [list(one.results[0].best.ids) for one in bulk.run(Listed(iter(requests))) if one.results]
 
 
 def _eager(bundle: Bundle, request: Request) -> LoadedModel:

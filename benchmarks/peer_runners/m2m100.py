@@ -6,12 +6,10 @@ embeddings and head separated, its table of positions replaced and kvx's norm fo
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from protocol import Request, Timed, longest_first  # type: ignore[import-not-found]
 from transformers import GenerationConfig, M2M100Config, M2M100ForConditionalGeneration
 from weights import Weights  # type: ignore[import-not-found]
 
@@ -26,7 +24,7 @@ def build(folder: Path) -> Any:  # noqa: ANN401  # of a package without types
     weights = Weights(folder)
     model = M2M100ForConditionalGeneration(_config(weights)).eval()
     model.generation_config = GenerationConfig(
-        bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, decoder_start_token_id=BOS, num_beams=1, do_sample=False
+        bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, decoder_start_token_id=BOS
     )
     with torch.no_grad():
         for side, embedding in SIDES:
@@ -36,30 +34,6 @@ def build(folder: Path) -> Any:  # noqa: ANN401  # of a package without types
         for norm in (module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)):
             norm.eps = EPSILON
     return model
-
-
-def translate(model: Any, request: Request) -> Timed:  # noqa: ANN401
-    """Greedy translations: all in batches of `rows`, longest first, or one by one where rows is 0."""
-    sentences, rows = request["sentences"], request["rows"]
-    batches = longest_first(sentences, rows) if rows else [[index] for index in range(len(sentences))]
-    ids: list[list[int]] = [[] for _ in sentences]
-    started = time.perf_counter()
-    for batch in batches:
-        found = _generate(model, [sentences[index] for index in batch], request["max_new_tokens"])
-        for index, hypothesis in zip(batch, found, strict=True):
-            ids[index] = hypothesis
-    return Timed(time.perf_counter() - started, ids)
-
-
-def _generate(model: Any, batch: list[list[int]], max_new_tokens: int) -> list[list[int]]:  # noqa: ANN401
-    """Greedy translations of a padded batch: ids after bos, eos included where it was found."""
-    width = max(map(len, batch))
-    input_ids = torch.tensor([ids + [PAD] * (width - len(ids)) for ids in batch])
-    with torch.inference_mode():
-        outputs = model.generate(
-            input_ids=input_ids, attention_mask=(input_ids != PAD).long(), max_new_tokens=max_new_tokens
-        )
-    return [ids[: ids.index(EOS) + 1] if EOS in ids else ids for ids in outputs[:, 1:].tolist()]
 
 
 def _config(weights: Weights) -> Any:  # noqa: ANN401

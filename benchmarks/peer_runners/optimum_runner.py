@@ -1,12 +1,13 @@
-"""Optimum-ONNX: its export of the weights of a kvx model, run by its own ORTModelForSeq2SeqLM."""
+"""Optimum-ONNX: its export of a Hugging Face folder or of the weights of a kvx model, run by its own
+ORTModelForSeq2SeqLM.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import onnxruntime
-from m2m100 import build, translate  # type: ignore[import-not-found]
+from generating import model_of, translate  # type: ignore[import-not-found]
 from optimum.exporters.onnx import onnx_export_from_model  # type: ignore[import-not-found]
 from optimum.onnxruntime import ORTModelForSeq2SeqLM  # type: ignore[import-not-found]
 from protocol import Request, Runner, serve  # type: ignore[import-not-found]
@@ -15,7 +16,7 @@ from protocol import Request, Runner, serve  # type: ignore[import-not-found]
 def prepare(request: Request) -> None:
     """Exports the model with its cache."""
     onnx_export_from_model(
-        build(Path(request["weights"])),
+        model_of(request),
         request["model"],
         task="text2text-generation-with-past",
         do_validation=False,

@@ -73,7 +73,8 @@ def _answer(runner: Runner, engines: dict[str, Any], request: dict[str, Request]
             del engines[options["key"]]
             gc.collect()
         case "versions":
-            return {package.name: package.version for package in importlib.metadata.distributions()}
+            found = [*importlib.metadata.distributions()]  # in the order of the path, where the first one counts
+            return {package.name: package.version for package in reversed(found)}
     return {"ok": True}
 
 

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import onnx
@@ -14,7 +15,7 @@ import torch
 
 from kvx.exporter.precision.halves import widen
 from kvx.exporter.progress import Progress
-from kvx.exporter.proof.checks import Case, prove
+from kvx.exporter.proof.checks import OWN_CHECKS, Case, prove
 from kvx.exporter.proof.limits import ParityOptions
 from kvx.exporter.proof.quality import VerificationText
 from kvx.exporter.proof.report import Check, ParityReport
@@ -22,10 +23,11 @@ from kvx.exporter.proof.trial import ExportedGraphs, is_large
 from kvx.models.importers import load_checkpoint
 from kvx.models.importers.padding import cut_to_vocabularies
 from kvx.models.transformer import Transformer
+from kvx.runtime import kernels
 from kvx.runtime.backends.onnx import OnnxBackend
 from kvx.runtime.backends.torchscript import TorchScriptBackend
 from kvx.runtime.bundle.folder import CHECKPOINT_FILE, Bundle
-from kvx.runtime.bundle.graphs import GRAPHS
+from kvx.runtime.bundle.graphs import GRAPHS, OWN_STEP_FILE
 from kvx.runtime.bundle.manifest import FileEntry, Manifest
 from kvx.runtime.bundle.precision import PRECISIONS
 from kvx.runtime.bundle.signature import cache_specs
@@ -36,6 +38,8 @@ from kvx.runtime.rules import refuse
 from kvx.runtime.system import available_threads
 from kvx.runtime.text.lines import open_lines, read_lines
 from kvx.runtime.text.sources import SourceReader, load_tokenizer
+
+OWN = "onnx, own operators"  # what the report calls the graphs with kvx's own operators
 
 
 def verify(folder: Path, checkpoint: Path, options: ParityOptions, progress: Progress | None = None) -> ParityReport:
@@ -96,7 +100,26 @@ def prove_bundle(
                 files=manifest.files,
             )
             yield from prove(case, progress)
-            del graphs, case  # before those of another format are loaded
+            del graphs  # before others are loaded
+            if name == "onnx" and OWN_STEP_FILE in manifest.files:
+                yield from _prove_own(runnable, case, progress)
+            del case
+
+
+def _prove_own(bundle: Bundle, case: Case, progress: Progress) -> Iterator[Check]:
+    """The graphs with kvx's own operators."""
+    version = bundle.manifest.operators
+    if not kernels.run(version):
+        yield Check(OWN, "operators", True, f"neither proven nor used here: {kernels.lacking(version)}")
+        return
+    try:
+        case.turn_to_own(partial(_load_onnx, bundle, case.model, own=True))
+    except BundleError as error:
+        yield Check(OWN, "operators", False, str(error))
+        return
+    yield Check(OWN, "operators", True, f"version {version}, with {kernels.instructions()}")
+    progress.phase("proving kvx's own operators against eager PyTorch")
+    yield from prove(case, progress, OWN_CHECKS)
 
 
 def _as_described(manifest: Manifest) -> str:
@@ -141,10 +164,17 @@ def _runnable(bundle: Bundle) -> Iterator[Bundle]:
 
 
 def _open_graphs(bundle: Bundle, name: str, model: Transformer) -> ExportedGraphs:
-    arguments = bundle.files, bundle.manifest.dimensions, bundle.manifest.features
     if name == "torchscript":
-        return TorchScriptBackend(*arguments)
-    backend = OnnxBackend(*arguments)
+        return TorchScriptBackend(bundle.files, bundle.manifest.dimensions, bundle.manifest.features)
+    return _load_onnx(bundle, model, own=False)
+
+
+def _load_onnx(bundle: Bundle, model: Transformer, *, own: bool) -> OnnxBackend:
+    manifest = bundle.manifest
+    backend = OnnxBackend(
+        bundle.files, manifest.dimensions, manifest.features, own=own, product_bits=manifest.product_bits
+    )
+    backend.name = OWN if own else backend.name
     backend.load(kept=not is_large(model))
     return backend
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from kvx.exporter.proof.report import Check
 from kvx.exporter.proof.tables import Fed, check_distances, check_source_tables, check_target_tables
 from kvx.exporter.proof.trial import ExportedGraphs, Trial, first_tokens, release_large, shares_sources
 from kvx.models.transformer import Transformer
-from kvx.runtime.bundle.graphs import BEAMS, CHUNK, LOOP, SHORTLIST, STEP, Graph
+from kvx.runtime.bundle.graphs import BEAMS, CHUNK, LOOP, OWN_STEP, SHORTLIST, STEP, Graph
 from kvx.runtime.bundle.precision import PRECISIONS, Precision
 from kvx.runtime.decoding.backend import Step, shortlisting_of
 from kvx.runtime.decoding.plan import Plan
@@ -50,11 +50,22 @@ class Case:
         self.text = text or VerificationText((), (), str)
         self.folder = folder
         self.files = files
+        self.own = False
         self.trial = Trial(model, options, self.limits.tolerance, graphs.features.attention)
 
     def holds(self, graph: Graph) -> bool:
         """Whether there is a file of this graph for the backend."""
         return graph.files.get(self.graphs.name) in self.files
+
+    def turn_to_own(self, load: Callable[[], ExportedGraphs]) -> None:
+        """Goes on with the graphs that have kvx's own operators, which are loaded once those of now are given up. What
+        eager makes of the text is kept.
+        """
+        del self.graphs
+        vars(self).pop("got", None)
+        self.own = True
+        self.graphs = load()
+        self.trial = Trial(self.model, self.options, self.limits.tolerance, self.graphs.features.attention)
 
     @cached_property
     def expected(self) -> dict[int, Ids]:
@@ -115,8 +126,11 @@ def _distances(case: Case) -> Iterator[Check]:
 
 
 def _fed(case: Case) -> Iterator[Fed]:
-    """Every graph of the decoder that the backend has."""
+    """Every graph of the decoder that the backend has, or the only one with kvx's own operators."""
     graphs, shortlisting = case.graphs, shortlisting_of(case.graphs)
+    if case.own:
+        yield Fed(OWN_STEP.name, graphs.beam_cache_specs, graphs.bind)
+        return
     yield Fed(STEP.name, graphs.cache_specs, graphs.bind)
     if graphs.query_tokens:
         yield Fed(CHUNK.name, graphs.cache_specs, lambda cache: _one_by_one(graphs.bind_chunk(cache)))
@@ -192,11 +206,13 @@ CHECKS = (
     SCORES,
     LOOPED,
 )
+OF_OTHER_GRAPHS = (CHUNKS, SHORTLISTED, LOOPED)  # none of which has kvx's own operators
+OWN_CHECKS = tuple(proof for proof in CHECKS if proof not in OF_OTHER_GRAPHS)
 
 
-def prove(case: Case, progress: Progress | None = None) -> Iterator[Check]:
-    """All checks that apply, one by one as they are done."""
-    for proof in CHECKS:
+def prove(case: Case, progress: Progress | None = None, checks: Sequence[Proof] = CHECKS) -> Iterator[Check]:
+    """Those of the checks that apply, one by one as they are done."""
+    for proof in checks:
         if proof.applies(case):
             if proof.phase is not None and progress is not None:
                 progress.phase(proof.phase)

@@ -16,8 +16,9 @@ from onnx_ir.external_data import convert_tensors_to_external
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 from torch import Tensor, nn
 
+from kvx.exporter.lowerings.kernels import with_kernels
 from kvx.exporter.lowerings.standard import IR_VERSION, OPSET
-from kvx.exporter.precision.quantize import quantize
+from kvx.exporter.precision.quantize import Packing, quantize
 from kvx.exporter.writing.graphs import EncoderGraph, StepGraph, example_inputs
 from kvx.exporter.writing.loop import LoopGraph
 from kvx.models.layers import Linear
@@ -35,13 +36,32 @@ def write_onnx(
     widths: Widths | None = None,
     weights_of: Path | None = None,
     tied_bits: int | None = None,
+    own: Path | None = None,
 ) -> None:
     """One graph → an ONNX file that the checker passes, its weights beside it as `<path>.data`, which runtimes map into
     memory. With `widths` they are quantised.
 
     With `weights_of`, another graph in the same folder, they are shared with that one; `<path>.data` then has those
-    that differ, but for the small ones, if there are any.
+    that differ, but for the small ones, if there are any. To `own` goes the same graph with kvx's own operators, which
+    shares the weights too.
     """
+    model = _exported(graph)
+    names = _shared_names(graph)
+    _rename(model, names)
+    weights = _weights(graph)
+    tied = {HEAD: tied_bits or widths.products} if widths is not None and HEAD in names else {}
+    owning, packing = None if own is None else with_kernels(model), Packing()
+    if widths is not None:
+        quantize(model, widths, weights, tied, packing=packing)
+    _save(model, path, weights_of)
+    if own is not None and owning is not None:
+        if widths is not None:
+            quantize(owning, widths, weights, tied, kernels=True, packing=packing)
+        _save(owning, own, weights_of or path)
+
+
+def _exported(graph: EncoderGraph | StepGraph | LoopGraph) -> onnx_ir.Model:
+    """The graph as torch exports it."""
     letters = {letter: torch.export.Dim(letter, min=1) for letter in ("B", "C", "G", "Q", "S", "T")}
     shapes = [
         {axis: letters[letter] for axis, letter in enumerate(spec.axes) if isinstance(letter, str)}
@@ -63,18 +83,16 @@ def write_onnx(
     assert program is not None
     program.model.ir_version = IR_VERSION
     _clear_metadata(program.model)
-    names = _shared_names(graph)
-    _rename(program.model, names)
-    if widths is not None:
-        weights = _weights(graph)
-        quantize(program.model, widths, weights, {HEAD: tied_bits or widths.products} if HEAD in names else {})
-    CommonSubexpressionEliminationPass()(program.model)
-    if weights_of is None:
-        program.save(path, external_data=True)
-    else:
-        _share_weights(program.model, weights_of)
-        _put_beside(program.model, path)
-        onnx_ir.save(program.model, path)  # program.save stores weights that are shared once more in large models
+    return program.model
+
+
+def _save(model: onnx_ir.Model, path: Path, weights_of: Path | None) -> None:
+    """Writes a graph and the weights that it does not share."""
+    CommonSubexpressionEliminationPass()(model)
+    if weights_of is not None:
+        _share_weights(model, weights_of)
+    _put_beside(model, path)
+    onnx_ir.save(model, path)
     onnx.checker.check_model(path, full_check=True)
 
 

@@ -22,7 +22,7 @@ from kvx.models.config import ModelConfig
 from kvx.models.importers.text import Text
 from kvx.models.transformer import Transformer
 from kvx.runtime.bundle.manifest import Default
-from kvx.runtime.errors import CheckpointError
+from kvx.runtime.errors import CheckpointError, listed
 
 StateDict = Mapping[str, Tensor]
 
@@ -213,8 +213,8 @@ def refuse_file(path: Path, got: str, expected: str, remedy: str = "Copy the who
 
 def refuse_tensors(path: Path, problems: Sequence[str]) -> NoReturn:
     """Raises CheckpointError that counts all problems and names the first."""
-    named = (one if len(one) <= LONGEST_PROBLEM else f"{one[:LONGEST_PROBLEM]}…" for one in problems[:NAMED_PROBLEMS])
-    shown = ", ".join(named) + (", …" if len(problems) > NAMED_PROBLEMS else "")
+    named = [one if len(one) <= LONGEST_PROBLEM else f"{one[:LONGEST_PROBLEM]}…" for one in problems]
+    shown = listed(named, NAMED_PROBLEMS)
     raise CheckpointError(
         f"{path} has {len(problems)} wrong tensor{'s' if len(problems) > 1 else ''}: {shown}",
         expected="exactly the tensors of the model, in the shapes that its sizes imply",

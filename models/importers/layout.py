@@ -57,7 +57,7 @@ from kvx.models.importers.tokenizer_settings import read_bounded, refuse_tokens
 from kvx.models.layers import SINUSOIDS
 from kvx.runtime.bundle.framing import Framing, Languages
 from kvx.runtime.bundle.vocabulary import Vocabulary
-from kvx.runtime.errors import TokenizerError
+from kvx.runtime.errors import TokenizerError, listed
 
 MOST_BYTES = 1 << 20
 MOST_PARTS = 64
@@ -218,7 +218,7 @@ def _refuse_names(layout: Layout, path: Path, idle: list[str], left: list[str]) 
     problems = []
     for what, names in (("patterns that fit no tensor", idle), ("tensors that fit no pattern", left)):
         if names:
-            shown = ", ".join(names[:NAMED_PROBLEMS]) + (", …" if len(names) > NAMED_PROBLEMS else "")
+            shown = listed(names, NAMED_PROBLEMS)
             problems.append(f"{len(names)} {what}: {shown}")
     _refuse(
         layout.path,

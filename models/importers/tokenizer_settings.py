@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Self
 
 from kvx.runtime.bundle.files import is_lfs_pointer, read_regular
-from kvx.runtime.errors import CheckpointError, TokenizerError
+from kvx.runtime.errors import CheckpointError, TokenizerError, listed
 
 MOST_SETTINGS = 16 << 20  # bytes of a file of settings
 MOST_VOCABULARY = 256 << 20  # bytes of a file that holds a vocabulary
@@ -189,7 +189,7 @@ def read_object(path: Path, most: int = MOST_SETTINGS) -> dict[str, Any]:
 
 def refuse_tokens(path: Path, what: str, pieces: list[str], expected: str, remedy: str) -> NoReturn:
     """Raises TokenizerError that counts tokens and names the first."""
-    shown = ", ".join(f"{piece!r:.60}" for piece in pieces[:NAMED]) + (", …" if len(pieces) > NAMED else "")
+    shown = listed([f"{piece!r:.60}" for piece in pieces], NAMED)
     raise TokenizerError(f"{path} has {len(pieces)} {what}: {shown}", expected=expected, remedy=remedy)
 
 

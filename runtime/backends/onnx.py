@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kvx.runtime import kernels
 from kvx.runtime.arrays import FloatArray, IntArray, Tensors
 from kvx.runtime.backends.device import HOST, Device
 from kvx.runtime.backends.device_rows import DeviceRows, IdleRows
@@ -17,6 +19,7 @@ from kvx.runtime.backends.graphs import THREADS, GraphBackend
 from kvx.runtime.backends.ort import ort
 from kvx.runtime.backends.sessions import Bound, Graph, SessionSettings, reason
 from kvx.runtime.bundle.files import Files, files_of
+from kvx.runtime.bundle.graphs import OWN_ENCODER_FILE, OWN_STEP_FILE
 from kvx.runtime.bundle.manifest import BEAMS_FILE, CHUNK_FILE, GRAPH_FILES, LOOP_FILE, PROJECTION_FILE, SHORTLIST_FILE
 from kvx.runtime.bundle.signature import (
     CHUNK_FEATURES,
@@ -30,9 +33,11 @@ from kvx.runtime.decoding.backend import Step, StepOutput
 from kvx.runtime.decoding.cache import Capacity, KVCache
 from kvx.runtime.errors import BundleError, DeviceError
 from kvx.runtime.rules import Problem, refuse, wrong_value
-from kvx.runtime.system import available_threads
+from kvx.runtime.system import available_threads, bytes_saturate
 
 ENCODER_FILE, STEP_FILE = GRAPH_FILES["onnx"]
+
+_log = logging.getLogger("kvx")
 
 
 class OnnxBackend(GraphBackend):
@@ -42,8 +47,9 @@ class OnnxBackend(GraphBackend):
 
     `threads` compute threads (default: the cores this process may use), all in each operator, or shared out to
     `workers` where their number is given; `spin` lets them wait busily within a run, never between runs; without
-    `capture` the steps of a loop on a device are launched one by one. Raises OptionError, BundleError where a graph is
-    not the contract's, DeviceError where the session runs elsewhere than asked.
+    `capture` the steps of a loop on a device are launched one by one; without `own` kvx's own operators stay out where
+    the bundle and this machine have them; `product_bits` are those of the manifest. Raises OptionError, BundleError
+    where a graph is not the contract's, DeviceError where the session runs elsewhere than asked.
     """
 
     name = "onnx"
@@ -59,14 +65,26 @@ class OnnxBackend(GraphBackend):
         spin: bool = False,
         device: Device = HOST,
         capture: bool = True,
+        own: bool = True,
+        product_bits: int | None = None,
     ) -> None:
         super().__init__(dimensions, features)
         _check_element(dimensions.element, device)
         on_host = device.kind == "cpu"
         each, decodes = _shared_threads(threads, workers)
         self.decodes = decodes if on_host or workers is not None else 1  # a device is shared by the rows of one decode
-        self._settings = SessionSettings(each, spin, device, tf32=dimensions.element != "float32")
-        self._open(files_of(files), dimensions)
+        held, library = files_of(files), kernels.library() if own and on_host else None
+        self.instructions = kernels.instructions() if library is not None and OWN_STEP_FILE in held else None
+        self._settings = SessionSettings(
+            each,
+            spin,
+            device,
+            tf32=dimensions.element != "float32",
+            widened=product_bits in (None, 8) and bytes_saturate(),
+            own=None if self.instructions is None else library,
+        )
+        _log.info("kvx's own operators: %s", self.instructions or "none")
+        self._open(held, dimensions)
         self.query_tokens = self._chunk.exists
         self.beam_cache_specs = cache_specs(dimensions, shared_sources=self._beams.exists)
         self.loops = self._loop.exists and not on_host
@@ -82,10 +100,13 @@ class OnnxBackend(GraphBackend):
         def step(file: str, features: StepFeatures, *, captured: bool = False) -> Graph:
             return Graph(files, file, step_signature(dimensions, features), self._settings, captured=captured)
 
-        self._encoder = Graph(files, ENCODER_FILE, self.encoder_signature, self._settings)
-        self._step = step(STEP_FILE, self.features)
+        own = self.instructions is not None
+        encoder = OWN_ENCODER_FILE if own and OWN_ENCODER_FILE in files else ENCODER_FILE
+        self._encoder = Graph(files, encoder, self.encoder_signature, self._settings)
+        self._beams = step(OWN_STEP_FILE if own else BEAMS_FILE, self.features.beams)
+        self._step = self._beams if own else step(STEP_FILE, self.features)
+        self.step_signature = self._step.signature
         self._chunk = step(CHUNK_FILE, CHUNK_FEATURES)
-        self._beams = step(BEAMS_FILE, self.features.beams)
         self._loop = step(LOOP_FILE, self.features.loop, captured=True)
         shortlist = step(SHORTLIST_FILE, self.features.shortlisted)
         self.shortlisting = OnnxShortlisting(shortlist, dimensions, files) if shortlist.exists else None
@@ -127,7 +148,8 @@ class OnnxBackend(GraphBackend):
 
     def _on_demand(self) -> Iterator[Graph | OnnxShortlisting]:
         """What the bundle has beside the encoder and the step."""
-        yield from (graph for graph in (self._chunk, self._beams, self._loop) if graph.exists)
+        graphs = (self._chunk, self._beams, self._loop)
+        yield from (graph for graph in graphs if graph.exists and graph is not self._step)
         if self.shortlisting is not None:
             yield self.shortlisting
 
@@ -142,7 +164,9 @@ class OnnxBackend(GraphBackend):
 
 def loop_session(file: Path, signature: Signature) -> ort.InferenceSession:
     """What would run a looped step on the host, with all of a backend's settings but its device. Raises BundleError."""
-    settings = SessionSettings(available_threads(), spin=False, device=HOST, tf32=False)
+    settings = SessionSettings(
+        available_threads(), spin=False, device=HOST, tf32=False, widened=bytes_saturate(), own=None
+    )
     return Graph(Files(file.parent), file.name, signature, settings, captured=True).session()
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
+from kvx.runtime import kernels
 from kvx.runtime.backends.device import HOST, Device
 from kvx.runtime.backends.graphs import THREADS
 from kvx.runtime.bundle.folder import Bundle
@@ -58,8 +59,18 @@ class BackendRow:
 def _make_onnx(bundle: Bundle, device: Device, *, threads: int | None, workers: int | None, spin: bool) -> Backend:
     from kvx.runtime.backends.onnx import OnnxBackend
 
-    arguments = bundle.files, bundle.manifest.dimensions, bundle.manifest.features
-    return OnnxBackend(*arguments, threads=threads, workers=workers, spin=spin, device=device)
+    manifest = bundle.manifest
+    return OnnxBackend(
+        bundle.files,
+        manifest.dimensions,
+        manifest.features,
+        threads=threads,
+        workers=workers,
+        spin=spin,
+        device=device,
+        own=kernels.run(manifest.operators),
+        product_bits=manifest.product_bits,
+    )
 
 
 def _onnx_cuda_lacks() -> str | None:

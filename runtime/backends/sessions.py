@@ -28,7 +28,6 @@ from kvx.runtime.errors import (
     is_out_of_threads,
     out_of_threads,
 )
-from kvx.runtime.system import bytes_saturate
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 CUDA_LIBRARY = Path(ort.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
@@ -51,18 +50,22 @@ ELEMENT_TYPES = {
 Values = Mapping[str, ort.OrtValue]
 
 _log = logging.getLogger("kvx")
+_registering = threading.Lock()
 _looking, _looked = threading.Lock(), list[str | None]()  # once for the process
 
 
 class SessionSettings(NamedTuple):
-    """How a session runs: its compute threads, whether they spin, its device, and whether products of float32 may round
-    their factors to 11 bits, as TF32 does.
+    """How a session runs: its compute threads, whether they spin, its device, whether products of float32 may round
+    their factors to 11 bits, as TF32 does, whether signed weights of 8 bits are made unsigned as they are loaded, since
+    their products would saturate, and the library of kvx's own operators where it may have them.
     """
 
     threads: int
     spin: bool
     device: Device
     tf32: bool
+    widened: bool
+    own: Path | None
 
 
 class Cause(NamedTuple):
@@ -304,11 +307,11 @@ def _preload_libraries() -> None:
 
 
 def _session(path: Path, settings: SessionSettings, *, captured: bool) -> ort.InferenceSession:
-    options = _options(settings)
     wanted, providers = _providers(settings, captured=captured)
     if wanted != CPU and (lacks := cuda_lacks()) is not None:
         raise unavailable(settings.device, f"ONNX Runtime cannot run on {settings.device}", lacks)
     with Failing(f"ONNX Runtime cannot load {path.name}"):
+        options = _options(settings)
         session = ort.InferenceSession(path, options, providers=providers, **NO_SURPRISES)
     got = session.get_providers()[0]
     if got != wanted:
@@ -318,16 +321,16 @@ def _session(path: Path, settings: SessionSettings, *, captured: bool) -> ort.In
 
 
 def _options(settings: SessionSettings) -> ort.SessionOptions:
-    """Spinning ends with each run: threads that spin on, of another session too, take the cores from those that work.
-    Where products of bytes would saturate, the signed weights of bundles from earlier releases are made unsigned as
-    they are loaded: slower, with equal results.
-    """
+    """Spinning ends with each run: threads that spin on, of another session too, take cores from those that work."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = settings.threads
     options.log_severity_level = ERRORS_ONLY_AS_EXCEPTIONS
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(settings.spin)))
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.add_session_config_entry("session.x64quantprecision", str(int(bytes_saturate())))
+    options.add_session_config_entry("session.x64quantprecision", str(int(settings.widened)))
+    if settings.own is not None:
+        with _registering:
+            options.register_custom_ops_library(str(settings.own))
     return options
 
 

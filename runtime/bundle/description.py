@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from kvx.runtime import kernels
 from kvx.runtime.bundle.folder import Bundle
 from kvx.runtime.bundle.framing import Framed, Languages
+from kvx.runtime.bundle.graphs import OWN_STEP_FILE
 from kvx.runtime.bundle.signature import Signature
 
 
@@ -21,6 +23,7 @@ def describe(bundle: Bundle) -> Iterator[str]:
         f"vocabularies {model['source_vocab_size']} → {model['target_vocab_size']}"
     )
     yield f"{', '.join(bundle.formats)}; {manifest.precision}, lowering {manifest.lowering}, opset {manifest.opset}"
+    yield f"kvx's own operators: {_own_operators(bundle)}"
     yield ""
     for name, signature in manifest.graphs.items():
         yield from _describe_signature(name, signature)
@@ -72,6 +75,16 @@ def describe_parity(parity: Mapping[str, Any] | None, *, tensors: bool = True) -
         if tensors and len(check["differences"]) > 1:
             for tensor, difference in check["differences"].items():
                 yield f"         {tensor:<44} {'not finite' if difference is None else f'{difference:.2g}'}"
+
+
+def _own_operators(bundle: Bundle) -> str:
+    """Whether the bundle has graphs with them, and whether this machine runs these."""
+    if OWN_STEP_FILE not in bundle.manifest.files:
+        return "the bundle has no graphs with them"
+    version = bundle.manifest.operators
+    if kernels.run(version):
+        return f"used on the CPU here, with {kernels.instructions()}"
+    return f"not used here: {kernels.lacking(version)}"
 
 
 def _both(model: Mapping[str, Any], size: str) -> str:

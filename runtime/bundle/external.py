@@ -65,12 +65,12 @@ def _locations(content: Buffer, start: int, end: int, kind: str, depth: int) -> 
 def _fields(content: Buffer, position: int, end: int) -> Iterator[tuple[int, int, int]]:
     """The number and the place of every field of a message that has a length."""
     while position < end:
-        key, position = _varint(content, position, end)
+        key, position = varint(content, position, end)
         number, wire = key >> 3, key & 7
         if wire == VARINT:
-            _, position = _varint(content, position, end)
+            _, position = varint(content, position, end)
         elif wire == BYTES:
-            length, position = _varint(content, position, end)
+            length, position = varint(content, position, end)
             if length > end - position:
                 raise ValueError("a field reaches beyond its message")
             yield number, position, position + length
@@ -81,7 +81,7 @@ def _fields(content: Buffer, position: int, end: int) -> Iterator[tuple[int, int
             raise ValueError(f"there is no wire type {wire}")
 
 
-def _varint(content: Buffer, position: int, end: int) -> tuple[int, int]:
+def varint(content: Buffer, position: int, end: int) -> tuple[int, int]:
     """The number at a position, and the position after it."""
     value = 0
     for shift in range(MOST_VARINT_BYTES):

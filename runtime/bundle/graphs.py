@@ -76,7 +76,17 @@ LOOP = Graph(
     files={"onnx": "decoder_loop.onnx"},
     features=lambda features: features.loop,
 )
-GRAPHS = (ENCODER, STEP, CHUNK, BEAMS, SHORTLIST, LOOP)
+OWN_ENCODER = Graph(
+    name="encoder_kernels",
+    files={"onnx": "encoder_kernels.onnx"},
+    features=None,
+)
+OWN_STEP = Graph(  # for one row a sentence or several
+    name="decoder_kernels",
+    files={"onnx": "decoder_kernels.onnx"},
+    features=lambda features: features.beams,
+)
+GRAPHS = (ENCODER, STEP, CHUNK, BEAMS, SHORTLIST, LOOP, OWN_ENCODER, OWN_STEP)
 
 GRAPH_FILES = {  # of each format: the files that it cannot do without
     name: tuple(graph.files[name] for graph in GRAPHS if graph.required) for name in FORMATS
@@ -86,3 +96,5 @@ BEAMS_FILE = BEAMS.files["onnx"]
 SHORTLIST_FILE = SHORTLIST.files["onnx"]
 PROJECTION_FILE = SHORTLIST.beside[0]
 LOOP_FILE = LOOP.files["onnx"]
+OWN_ENCODER_FILE = OWN_ENCODER.files["onnx"]
+OWN_STEP_FILE = OWN_STEP.files["onnx"]

@@ -63,6 +63,7 @@ MODEL_SIZES = (
 
 
 TOKENIZERS = ("source", "target")
+PRODUCT_BITS = (None, 4, 7, 8)
 DEFAULTABLE = (  # the options of a translation that a checkpoint may set
     "beam_size",
     "length_penalty",
@@ -103,7 +104,9 @@ class Manifest:
     configuration, `family` what kind of checkpoint it comes from, `created` an ISO 8601 time in UTC, `max_new_tokens`
     the default limit of a translation, `framing` the ids around a text and `languages` those that it may be in,
     `tokenizers` those of "source" and "target", `defaults` how the checkpoint's owner would search, `features` what the
-    decoder step has beyond the contract's core, `parity` the report of the proof or None without one.
+    decoder step has beyond the contract's core, `parity` the report of the proof or None without one, `product_bits`
+    how many bits the weights of its products have where they are codes (8 where an older release did not say),
+    `operators` the version of kvx's own operators where graphs have these.
     """
 
     created: str
@@ -121,6 +124,8 @@ class Manifest:
     languages: Languages = field(default_factory=Languages)
     tokenizers: Mapping[str, TokenizerEntry] = field(default_factory=lambda: dict(SENTENCEPIECE_ENTRIES))
     defaults: Mapping[str, Default] = field(default_factory=dict)
+    product_bits: int | None = None
+    operators: int | None = None
 
     @property
     def dimensions(self) -> Dimensions:
@@ -173,6 +178,10 @@ class Manifest:
         wrong += [f"defaults.{name}" for name in self.defaults if name not in DEFAULTABLE]
         if not self.formats:
             wrong.append("files (none of them is a graph)")
+        if self.product_bits not in PRODUCT_BITS:
+            wrong.append("product_bits")
+        if type(self.operators) not in (int, type(None)):
+            wrong.append("operators")
         if self.parity is not None and not _is_report(self.parity):
             wrong.append("parity")
         wrong += [f"features.{name}" for name in self._impossible_features()]
@@ -262,6 +271,8 @@ class Manifest:
                 files={str(name): FileEntry(**_known(FileEntry, entry)) for name, entry in values["files"].items()},
                 parity=values["parity"],
                 features=_features(values["features"]),
+                product_bits=values.get("product_bits"),  # earlier releases did not say
+                operators=values.get("operators"),
             )
             manifest._check()
             derived = json.loads(json.dumps(manifest._derived()))

@@ -95,15 +95,15 @@ PRECISIONS: dict[Precision, Arithmetic] = {
     ),
     "int8": Arithmetic(
         purpose="many texts at a time on CPUs",
-        step=Widths(8, 8),
-        encoder=Widths(8, 8),
+        step=Widths(7, 8),
+        encoder=Widths(7, 8),
         limits=Limits(0.1, 0.8, 0.5, neighbours=1e-4),
         lowerings=("ort",),
     ),
     "int4": Arithmetic(
         purpose="single texts on CPUs",
         step=Widths(4, 4),
-        encoder=Widths(8, 4),
+        encoder=Widths(7, 4),
         # Its products round otherwise for one row than for several.
         limits=Limits(0.25, 0.4, 1.0, neighbours=0.02),
         lowerings=("ort",),

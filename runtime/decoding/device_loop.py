@@ -8,22 +8,24 @@ Letters: R rows, S source positions, T capacity of a row.
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol, Self, runtime_checkable
+from typing import Protocol, Self, TypeGuard, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvx.runtime.arrays import IntArray
 from kvx.runtime.decoding.cache import Capacity
-from kvx.runtime.decoding.decode import Cancelled, never
+from kvx.runtime.decoding.decode import Cancelled, never, run, with_options
+from kvx.runtime.decoding.lane import Drawn, Source, Stopped, padded
 from kvx.runtime.decoding.plan import GROUP_POSITIONS, Plan, rung
-from kvx.runtime.decoding.results import DecodeStats, Hypothesis, Outcome, Sentence
-from kvx.runtime.decoding.schedule import padded
+from kvx.runtime.decoding.results import Decided, DecodeStats, Hypothesis, News, Outcome, Sentence, StopReason
+from kvx.runtime.decoding.search import Greedy
+from kvx.runtime.decoding.seat_options import SeatOptions
 from kvx.runtime.errors import CapacityError
 
 BLOCK = 8  # steps between two looks
@@ -109,6 +111,11 @@ class LoopBackend(Protocol):
         ...
 
 
+def feeds_itself(backend: object) -> TypeGuard[LoopBackend]:
+    """Whether this is how a backend decodes greedily."""
+    return isinstance(backend, LoopBackend) and backend.loops
+
+
 def decode_in_blocks(
     backend: LoopBackend,
     sentences: Iterable[Sentence],
@@ -120,97 +127,78 @@ def decode_in_blocks(
 ) -> Iterator[Outcome]:
     """Sentences, each with one target of which nothing is fixed → their greedy translations, as they are over.
 
-    As `decode` with Greedy, but that the host looks only every `block` steps: a row stops at most so much later than it
-    might. A source that is too long for the rows waits until they are empty and gets larger ones. A row that a sentence
-    left with numbers that are not finite is given to no other.
+    As `decode` with Greedy, but that the host looks only every `block` steps.
     """
-    waiting = _Line(iter(sentences))
-    while ahead := waiting.look(plan.rows):
-        capacity = _capacity(backend, plan, ahead)
-        stats.cache_bytes = max(stats.cache_bytes, backend.loop_bytes(capacity))
-        with backend.loop_rows(capacity) as rows:
-            yield from _Loop(rows, waiting, plan, stats, block, cancelled).run()
+    options = SeatOptions(Greedy(), plan.max_new_tokens, ends_at_limit=plan.ends_at_limit)
+    drawn = Drawn(with_options(sentences, options))
+    yield from run(DeviceLane(backend, plan, drawn, stats, block=block), drawn, cancelled)
 
 
-class _Line:
-    """Sentences that are drawn, at most as many as there are rows for, but have no row yet."""
-
-    def __init__(self, sentences: Iterator[Sentence]) -> None:
-        self.sentences = sentences
-        self.drawn: deque[Sentence] = deque()
-
-    def look(self, count: int) -> list[Sentence]:
-        """The next sentences, up to this many."""
-        while len(self.drawn) < count and (sentence := next(self.sentences, None)) is not None:
-            self.drawn.append(sentence)
-        return list(self.drawn)
-
-
-class _Loop:
-    """One set of rows, from the first sentence that fits to the last."""
+class DeviceLane:
+    """As Lane, on rows of a device: the host looks only every `block` steps, so that a row stops at most so much later
+    than it might. A source that is too long for the rows, or may become so, waits until they are empty and gets larger
+    ones. A row that a sentence left with numbers that are not finite is given to no other.
+    """
 
     def __init__(
-        self,
-        rows: LoopRows,
-        waiting: _Line,
-        plan: Plan,
-        stats: DecodeStats,
-        block: int,
-        cancelled: Cancelled,
+        self, backend: LoopBackend, plan: Plan, source: Source, stats: DecodeStats, *, block: int = BLOCK
     ) -> None:
-        self._rows = rows
-        self._waiting = waiting
+        self._backend = backend
         self._plan = plan
+        self._source = source
         self._stats = stats
         self._block = block
-        self._cancelled = cancelled
-        self._seated: list[Sentence | None] = [None] * rows.capacity.rows
+        self._line: deque[Sentence] = deque()  # taken from the source, without a row yet
+        self._held = contextlib.ExitStack()  # the rows on the device
+        self._rows: LoopRows | None = None
+        self._state: LoopState
+        self._seated: list[Sentence | None] = []
+        self._shown: list[int] = []
         self._spoilt: set[int] = set()  # rows that nobody may take any more
-        self._state = LoopState.idle(rows.capacity, plan.forced)
 
-    def run(self) -> Iterator[Outcome]:
-        """The outcomes, as they come."""
-        while self._fill():
-            if self._cancelled():
-                yield from self._cancel()
-                return
-            self._advance()
-            yield from self._collect()
+    @property
+    def active(self) -> int:
+        """How many rows have a sentence."""
+        return sum(sentence is not None for sentence in self._seated)
 
-    def _fill(self) -> bool:
-        """Seats waiting sentences in the free rows; true while any row has one."""
-        free = [row for row, sentence in enumerate(self._seated) if sentence is None and row not in self._spoilt]
-        admitted: list[int] = []
-        for row in free:
-            ahead = self._waiting.look(1)
-            if not ahead or len(ahead[0].ids) > self._rows.capacity.source:
-                break
-            self._seat(row, self._waiting.drawn.popleft())
-            admitted.append(row)
-        at_once = max(1, GROUP_POSITIONS // self._rows.capacity.source)
-        for first, last in _runs(admitted):
-            for some in range(first, last + 1, at_once):
-                self._encode(some, min(last, some + at_once - 1))
-        if admitted:
-            self._rows.write(self._state)
-        return any(sentence is not None for sentence in self._seated)
+    @property
+    def running(self) -> bool:
+        """Whether any row has a sentence."""
+        return self.active > 0
 
-    def _seat(self, row: int, sentence: Sentence) -> None:
-        state = self._state
-        self._seated[row] = sentence
-        state.input_ids[row], *state.forced_ids[row] = sentence.start or self._plan.start
-        state.past_lengths[row] = 0
-        state.source_lengths[row] = len(sentence.ids)
-        state.limits[row] = self._plan.target_positions
-        state.past_finished[row] = False
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is seated or waits for a row."""
+        return not self.running and not self._line
 
-    def _encode(self, first: int, last: int) -> None:
-        """The sources of the rows from `first` to `last`, padded to the rows' own source positions."""
-        seated = [sentence for sentence in self._seated[first : last + 1] if sentence is not None]
-        self._rows.encode(first, *padded(seated, self._rows.capacity.source, self._plan.pad))
+    @property
+    def bytes(self) -> int:
+        """What the rows take."""
+        return 0 if self._rows is None else self._backend.loop_bytes(self._rows.capacity)
 
-    def _advance(self) -> None:
-        """A block of steps, or fewer where no row can go on so long."""
+    @property
+    def reserved(self) -> int:
+        """Nothing of what lanes on the host share."""
+        return 0
+
+    def fits(self, sentence: Sentence) -> bool:
+        """See Room: a sentence that the rows cannot hold waits for others."""
+        return True
+
+    def fill(self) -> bool:
+        """See Lane."""
+        if not self.running:
+            self.close()
+            self._take(self._plan.rows)
+            if self._line:
+                self._open()
+        if self._rows is not None:
+            self._seat_all(self._rows)
+        return self.running
+
+    def advance(self) -> list[News]:
+        """A block of steps, or fewer where no row can go on so long → what became known with it."""
+        assert self._rows is not None
         before = self._state
         running = ~before.past_finished
         left = int((before.limits - before.past_lengths)[running].max(initial=1))
@@ -220,51 +208,128 @@ class _Loop:
         self._stats.steps += steps
         self._stats.row_steps += int((self._state.past_lengths - before.past_lengths).sum())
         self._stats.row_places += steps * self._rows.capacity.rows
-
-    def _collect(self) -> Iterator[Outcome]:
-        """What became of the rows that are finished; they are free then."""
-        for row in np.flatnonzero(self._state.past_finished).tolist():
-            sentence = self._seated[row]
-            if sentence is not None:
+        news: list[News] = []
+        for row, sentence in enumerate(self._seated):
+            if sentence is not None and self._state.past_finished[row]:
                 self._seated[row] = None
-                yield self._outcome(row, sentence)
+                news.append(self._outcome(self._rows, row, sentence))
+            elif sentence is not None and sentence.followed:
+                news.extend(self._decided(row, sentence))
+        return news
 
-    def _outcome(self, row: int, sentence: Sentence, *, cancelled: bool = False) -> Outcome:
+    def stop(self, stopped: Stopped) -> list[Outcome]:
+        """See Lane. The rows of who is stopped are finished, and free."""
+        changed, outcomes = False, list[Outcome]()
+        for row, sentence in enumerate(self._seated):
+            if sentence is not None and (reason := stopped(sentence)) is not None:
+                assert self._rows is not None
+                outcomes.append(self._outcome(self._rows, row, sentence, reason))
+                self._seated[row] = None
+                self._state.past_finished[row] = changed = True
+        if changed and self._rows is not None:
+            self._rows.write(self._state)
+        waiting = [(sentence, stopped(sentence)) for sentence in self._line]
+        self._line = deque(sentence for sentence, reason in waiting if reason is None)
+        for sentence, reason in waiting:
+            if reason is not None:
+                outcomes.append(Outcome.nothing(sentence, 0, stopped=reason))
+        return outcomes
+
+    def trim(self) -> None:
+        """Nothing: rows do not change."""
+
+    def broken(self) -> list[Outcome]:
+        """See Lane: nothing is encoded by itself."""
+        return []
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Gives the rows back, after an error as rows whose state is unknown."""
+        held, self._held = self._held, contextlib.ExitStack()
+        self._rows, self._seated = None, []
+        held.__exit__(type(error) if error else None, error, error.__traceback__ if error else None)
+
+    def _take(self, count: int) -> None:
+        """Has this many sentences at hand, if there are."""
+        while len(self._line) < count and (found := self._source.take(count - len(self._line), self)):
+            self._line.extend(found)
+
+    def _open(self) -> None:
+        """Rows for those at hand."""
+        capacity = self._capacity()
+        self._stats.cache_bytes = max(self._stats.cache_bytes, self._backend.loop_bytes(capacity))
+        self._rows = self._held.enter_context(self._backend.loop_rows(capacity))
+        self._seated, self._shown = [None] * capacity.rows, [0] * capacity.rows
+        self._spoilt.clear()
+        self._state = LoopState.idle(capacity, self._plan.forced)
+
+    def _capacity(self) -> Capacity:
+        """For as many of those at hand, in order, as the bytes hold together. Raises CapacityError."""
+        line = list(self._line)
+        for count in range(len(line), 1, -1):
+            with contextlib.suppress(CapacityError):
+                return _capacity(self._backend, self._plan, line[:count])
+        return _capacity(self._backend, self._plan, line[:1])
+
+    def _seat_all(self, rows: LoopRows) -> None:
+        """Seats waiting sentences in the free rows."""
+        free = [row for row, sentence in enumerate(self._seated) if sentence is None and row not in self._spoilt]
+        admitted: list[int] = []
+        for row in free:
+            self._take(1)
+            if not self._line or not self._holds(rows.capacity, self._line[0]):
+                break
+            self._seat(row, self._line.popleft())
+            admitted.append(row)
+        at_once = max(1, GROUP_POSITIONS // rows.capacity.source)
+        for first, last in _runs(admitted):
+            for some in range(first, last + 1, at_once):
+                self._encode(rows, some, min(last, some + at_once - 1))
+        if admitted:
+            rows.write(self._state)
+
+    def _holds(self, capacity: Capacity, sentence: Sentence) -> bool:
+        longest = sentence.most_tokens(0) + self._plan.forced
+        return len(sentence.ids) <= capacity.source and longest < capacity.target
+
+    def _seat(self, row: int, sentence: Sentence) -> None:
+        state = self._state
+        self._seated[row], self._shown[row] = sentence, 0
+        state.input_ids[row], *state.forced_ids[row] = sentence.start or self._plan.start
+        state.past_lengths[row] = 0
+        state.source_lengths[row] = len(sentence.ids)
+        state.limits[row] = sentence.most_tokens(0) + self._plan.forced
+        state.past_finished[row] = False
+
+    def _encode(self, rows: LoopRows, first: int, last: int) -> None:
+        """The sources of the rows from `first` to `last`, padded to the rows' own source positions."""
+        seated = [sentence for sentence in self._seated[first : last + 1] if sentence is not None]
+        rows.encode(first, *padded(seated, rows.capacity.source, self._plan.pad))
+
+    def _decided(self, row: int, sentence: Sentence) -> Iterator[Decided]:
+        ids = self._ids(row)
+        if len(ids) > self._shown[row]:
+            yield Decided(sentence, ids[self._shown[row] :], None)
+            self._shown[row] = len(ids)
+
+    def _ids(self, row: int) -> tuple[int, ...]:
+        return tuple(self._state.past_ids[row, self._plan.forced : int(self._state.past_lengths[row])].tolist())
+
+    def _outcome(self, rows: LoopRows, row: int, sentence: Sentence, stopped: StopReason | None = None) -> Outcome:
         """A row that was given no token, although it had not ended and has room, has logits that are not finite."""
-        length = int(self._state.past_lengths[row])
-        ids = tuple(self._state.past_ids[row, self._plan.forced : length].tolist())
-        at_limit = length >= self._state.limits[row]
-        cut = at_limit and self._plan.ends_at_limit
+        assert sentence.options is not None
+        ids, eos = self._ids(row), self._plan.eos
+        at_limit = bool(self._state.past_lengths[row] >= self._state.limits[row])
+        cut = at_limit and sentence.options.ends_at_limit
         if cut:
-            ids = (*ids[:-1], self._plan.eos)
-        ended = bool(ids) and ids[-1] == self._plan.eos
+            ids = (*ids[:-1], eos)
+        ended = bool(ids) and ids[-1] == eos
         self._stats.sentences += 1
         if self._state.past_finished[row] and not ended and not at_limit:
             self._spoilt.add(row)
-            self._rows.spoil()
-            return Outcome.nothing(sentence, 0, scored=False, failed=True)
+            rows.spoil()
+            return Outcome.nothing(sentence, 0)
         self._stats.tokens += len(ids)
-        return Outcome(sentence, 0, (Hypothesis(ids, ended, cut=cut),), cancelled)
-
-    def _cancel(self) -> Iterator[Outcome]:
-        for row, sentence in enumerate(self._seated):
-            if sentence is not None:
-                yield self._outcome(row, sentence, cancelled=True)
-        for sentence in itertools.chain(self._waiting.drawn, self._waiting.sentences):
-            yield Outcome.nothing(sentence, 0, scored=False)
-        self._waiting.drawn.clear()
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceLoop:
-    """Greedy decoding in blocks of steps on a device."""
-
-    backend: LoopBackend
-    plan: Plan
-
-    def run(self, sentences: Iterable[Sentence], stats: DecodeStats, cancelled: Cancelled) -> Iterator[Outcome]:
-        """See Loop."""
-        return decode_in_blocks(self.backend, sentences, self.plan, stats, cancelled=cancelled)
+        return Outcome(sentence, 0, (Hypothesis(ids, ended, cut=cut),), stopped)
 
 
 def _capacity(backend: LoopBackend, plan: Plan, ahead: list[Sentence]) -> Capacity:
@@ -272,7 +337,8 @@ def _capacity(backend: LoopBackend, plan: Plan, ahead: list[Sentence]) -> Capaci
     wanted = 1
     while wanted < len(ahead):
         wanted *= 2
-    target = -(-(plan.target_positions + 1) // TARGET_UNIT) * TARGET_UNIT
+    longest = max(sentence.most_tokens(0) for sentence in ahead) + plan.forced
+    target = -(-(longest + 1) // TARGET_UNIT) * TARGET_UNIT
     source = rung(max(len(each.ids) for each in ahead), plan.source_positions)
     one = backend.loop_bytes(Capacity(1, target, source))
     rows = min(wanted, plan.rows, plan.cache_bytes // one)

@@ -117,10 +117,10 @@ class Plan:
         """The most sentences at a time."""
         return self.rows // self.beams
 
-    def for_sentences(self, count: int) -> Self:
-        """The plan for at most `count` sentences at hand."""
-        seats = max(1, min(self.seats, count))
-        return replace(self, rows=seats * self.beams, group=min(self.group, seats))
+    def with_rows(self, rows: int) -> Self:
+        """The plan for up to this many rows, as many as fit."""
+        seats = max(1, min(rows // self.beams, self.cache_bytes // self.smallest_seat_bytes))
+        return replace(self, rows=seats * self.beams)
 
     def most_shares(self) -> int:
         """How many decodes could have all these rows, within the bytes, for short sources."""
@@ -148,18 +148,34 @@ class Plan:
         """Bytes of a sentence at the smallest source capacity: no plan gives it less."""
         return self.seat_bytes(min(SMALLEST_CAPACITY, self.source_positions))
 
-    def seat_bytes(self, source: int) -> int:
-        """Bytes of a sentence with room for all its new tokens and `source` positions."""
-        return self.target_positions * self.target_bytes + source * self.source_bytes
+    def seat_bytes(self, source: int, target: int | None = None) -> int:
+        """Bytes of a sentence with `source` positions and room for `target` ones, by default for all new tokens."""
+        target = self.target_positions if target is None else target
+        return target * self.target_bytes + source * self.source_bytes
 
-    def capacity(self, *, target: int, source: int) -> Capacity:
-        """The smallest size of the ladder that holds these positions, with the rows that fit.
+    def seats_that_fit(self, *, longest: int, source: int, cache_bytes: int | None = None) -> int:
+        """How many sentences, of the longest target and source in these positions, the bytes hold.
 
-        Rows are counted at their full length, so that a sentence that was let in can always go on.
+        They are counted at their full length, so that a sentence that was let in can always go on.
         """
-        held = rung(source, self.source_positions)
-        seats = min(self.seats, self.cache_bytes // self.seat_bytes(held))
-        return Capacity(seats * self.beams, rung(target, self.target_positions), held, self.beams)
+        budget = self.cache_bytes if cache_bytes is None else cache_bytes
+        return min(self.seats, budget // self.seat_bytes(self._held(source, longest, budget), longest))
+
+    def capacity(
+        self, *, seats: int, target: int, source: int, longest: int, cache_bytes: int | None = None
+    ) -> Capacity:
+        """The smallest size of the ladder that holds these seats and positions, where the longest target will have
+        `longest` of these.
+        """
+        budget = self.cache_bytes if cache_bytes is None else cache_bytes
+        fit = self.seats_that_fit(longest=longest, source=source, cache_bytes=budget)
+        rows = max(seats, min(fit, _rung_of_seats(seats))) * self.beams
+        return Capacity(rows, rung(target, longest), self._held(source, longest, budget), self.beams)
+
+    def _held(self, source: int, longest: int, budget: int) -> int:
+        """The source positions that are allocated for a need: less than a rung where one sentence has no more room."""
+        room = (budget - longest * self.target_bytes) // self.source_bytes
+        return rung(source, min(self.source_positions, max(source, room)))
 
 
 def check_limit(limit: int, positions: int) -> None:
@@ -171,6 +187,14 @@ def check_limit(limit: int, positions: int) -> None:
             remedy="Correct it or leave it out.",
             option="max_new_tokens",
         )
+
+
+def _rung_of_seats(need: int) -> int:
+    """How many seats are allocated where some are needed: four times as many until they are enough."""
+    size = 1
+    while size < need:
+        size *= 4
+    return size
 
 
 def rung(need: int, most: int) -> int:

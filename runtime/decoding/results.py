@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from kvx.runtime.arrays import FloatArray
 
-FinishReason = Literal["end", "length", "cancelled", "failed"]
+if TYPE_CHECKING:
+    from kvx.runtime.decoding.seat_options import SeatOptions
+
+StopReason = Literal["cancelled", "deadline"]
+FinishReason = Literal["end", "length", "cancelled", "deadline", "failed"]
 
 
 @dataclass(slots=True, eq=False)
@@ -18,7 +22,9 @@ class Sentence:
     `ids` are those for the encoder, with all that framing lays around a text. Each of its `targets` takes a seat: these
     are the ids after the start that are fixed, either all of them, to be scored, or a prefix to go on from. `start` are
     the ids that its targets begin with, where they are not the plan's. `repeat` counts the equal sources before it, so
-    that samples of equal texts differ. `outcomes` has a place for each target, None until it is over.
+    that samples of equal texts differ. `options` say how the targets are made, where they are not those of the decode.
+    The tokens of the first target of one that is `followed` are news as they are decided. `outcomes` has a place for
+    each target, None until it is over.
     """
 
     number: int
@@ -26,10 +32,17 @@ class Sentence:
     targets: tuple[tuple[int, ...], ...] = ((),)
     start: tuple[int, ...] = field(default=(), kw_only=True)
     repeat: int = field(default=0, kw_only=True)
+    options: SeatOptions | None = field(default=None, kw_only=True, repr=False)
+    followed: bool = field(default=False, kw_only=True)
     outcomes: list[Outcome | None] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.outcomes = [None] * len(self.targets)
+
+    def most_tokens(self, target: int) -> int:
+        """The most tokens after the start that a target may have."""
+        assert self.options is not None, "a sentence without options"
+        return self.options.limit_of(self.targets[target])
 
     @property
     def results(self) -> list[Outcome] | None:
@@ -62,16 +75,19 @@ class Hypothesis:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a sentence's target of this number: hypotheses, the best first, and whether it was cancelled.
+    """What became of a sentence's target of this number: hypotheses, the best first, and why it was `stopped`, if it
+    was, before it had ended.
 
-    It has `failed`, with one hypothesis of nothing, where the model gave logits that are not finite.
+    It has `failed`, with one hypothesis of nothing, where the model gave logits that are not finite, and where the
+    encoder, the search or a filter raised an `error`.
     """
 
     sentence: Sentence
     target: int
     hypotheses: tuple[Hypothesis, ...]
-    cancelled: bool = False
+    stopped: StopReason | None = None
     failed: bool = False
+    error: BaseException | None = None
 
     @property
     def best(self) -> Hypothesis:
@@ -84,13 +100,32 @@ class Outcome:
             return "failed"
         if hypothesis.ended:
             return "length" if hypothesis.cut else "end"
-        return "cancelled" if self.cancelled else "length"
+        return self.stopped or "length"
 
     @classmethod
-    def nothing(cls, sentence: Sentence, target: int, *, scored: bool, failed: bool = False) -> Outcome:
-        """Of a target that was cancelled before it began, or that has `failed`."""
+    def nothing(cls, sentence: Sentence, target: int, *, stopped: StopReason | None = None) -> Outcome:
+        """Of a target that was `stopped` before it began, or that has failed."""
+        scored = sentence.options is not None and sentence.options.scored
         hypothesis = Hypothesis((), ended=False, log_probabilities=() if scored else None)
-        return cls(sentence, target, (hypothesis,), cancelled=not failed, failed=failed)
+        return cls(sentence, target, (hypothesis,), stopped, failed=stopped is None)
+
+    @classmethod
+    def broken(cls, sentence: Sentence, target: int, error: BaseException) -> Outcome:
+        """Of a target for which something raised an error."""
+        return cls(sentence, target, (Hypothesis((), ended=False),), failed=True, error=error)
+
+
+class Decided(NamedTuple):
+    """Further ids of a sentence's first target, which nothing will change any more, and their log-probabilities where
+    they are asked for.
+    """
+
+    sentence: Sentence
+    ids: tuple[int, ...]
+    log_probabilities: tuple[float, ...] | None
+
+
+News = Outcome | Decided
 
 
 @dataclass(slots=True)
@@ -117,6 +152,17 @@ class DecodeStats:
     def occupancy(self) -> float:
         """The share of the places that ran, 0 to 1."""
         return self.row_steps / self.row_places if self.row_places else 0.0
+
+    def add_since(self, before: DecodeStats, after: DecodeStats, own: DecodeStats) -> None:
+        """Adds what decode loops did between two looks at them, of which these sentences and tokens were a call's
+        `own`.
+        """
+        for name in self.__slots__:
+            if name not in ("cache_bytes", "sentences", "tokens", "fallbacks"):
+                setattr(self, name, getattr(self, name) + getattr(after, name) - getattr(before, name))
+        self.cache_bytes = max(self.cache_bytes, after.cache_bytes)
+        for name in ("sentences", "tokens", "fallbacks"):
+            setattr(self, name, getattr(self, name) + getattr(own, name))
 
     def add(self, other: DecodeStats) -> None:
         """Adds what another decode did, but for the bytes, which depend on what else was held meanwhile."""

@@ -6,16 +6,21 @@ S source positions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvx.runtime.arrays import BoolArray, FloatArray, IntArray
 from kvx.runtime.decoding.cache import EncodedSource, KVCache
+from kvx.runtime.decoding.filters import FilterRows
 from kvx.runtime.decoding.plan import Plan
 from kvx.runtime.decoding.results import Hypothesis, Sentence
+
+if TYPE_CHECKING:
+    from kvx.runtime.decoding.seat_options import SeatOptions
 
 
 class Weights(NamedTuple):
@@ -30,7 +35,8 @@ class Seat:
     """One target of a sentence, from its encoding to its end.
 
     `encoded` is the source as encoded until the target has its rows; `state` is the search's own; `candidates` are the
-    tokens that the target may be made of, ascending, where there is a shortlist.
+    tokens that the target may be made of, ascending, where there is a shortlist; `shown` counts the ids that are known
+    to have been decided; `error` is what its search or filters have raised.
     """
 
     sentence: Sentence
@@ -38,6 +44,14 @@ class Seat:
     encoded: EncodedSource | None
     state: Any = None
     candidates: IntArray | None = None
+    shown: int = 0
+    error: BaseException | None = None
+
+    @property
+    def options(self) -> SeatOptions:
+        """Those of its sentence."""
+        assert self.sentence.options is not None, "a sentence in a seat without options"
+        return self.sentence.options
 
     @property
     def fixed(self) -> tuple[int, ...]:
@@ -69,33 +83,92 @@ class Fixed(NamedTuple):
     free: BoolArray
 
 
+class ActiveRows(FilterRows, Protocol):
+    """What a search sees of rows whose next tokens it chooses, all that are active or those of some seats, beside what
+    a filter sees of them.
+    """
+
+    @property
+    def n(self) -> int:
+        """How many rows these are."""
+        ...
+
+    @property
+    def numbers(self) -> IntArray:
+        """0 … n − 1."""
+        ...
+
+    @property
+    def seats(self) -> Sequence[Seat]:
+        """Their seats [G]."""
+        ...
+
+    @property
+    def limits(self) -> IntArray:
+        """The most of these that a row may have [n or more]."""
+        ...
+
+    @property
+    def scores(self) -> NDArray[np.float64]:
+        """The search's own scores of rows [n or more]."""
+        ...
+
+    @property
+    def scored(self) -> bool:
+        """Whether log-probabilities are asked for."""
+        ...
+
+    @property
+    def gain(self) -> float:
+        """By how many nats at most filters raise the score of a target."""
+        ...
+
+    @property
+    def begun(self) -> bool:
+        """Whether any token may be fixed."""
+        ...
+
+    def fixed_next(self) -> Fixed:
+        """The rows whose next token is fixed."""
+        ...
+
+    def read_ended(self, row: int, log_probability: float, rank_score: float, weights: FloatArray | None) -> Hypothesis:
+        """What a row would have with eos as its next token, which attends to its source by these weights [S]."""
+        ...
+
+
+class Group(NamedTuple):
+    """Seats for which one call decides a step, their rows, and the options that they have in common."""
+
+    seats: IntArray
+    rows: IntArray
+    options: SeatOptions
+
+
 class Rows:
     """Rows and seats side by side: row i of the cache and of every array here belong to the same target.
 
     `tokens` [R, L + 1] from the first on, of which the start is one more than `forced`, with those that are fixed
     beforehand; `fixed` [R], how many these are after the first; `log_probabilities` [R, L], kept where hypotheses are
-    `scored`; `scores` [R], the search's, 0 for the first row of a new seat, −∞ for its others; `gain`, by how many nats
-    at most filters raise the score of a target. Eos takes the last place of a row where it `ends_at_limit`.
+    scored; `scores` [R], the search's, 0 for the first row of a new seat, −∞ for its others. Eos takes the last place
+    of a row where `ends` [R]. `groups` are the seats by the options that decide a step.
     """
 
-    def __init__(
-        self, cache: KVCache, plan: Plan, *, scored: bool, with_attention: bool = False, gain: float = 0.0
-    ) -> None:
+    def __init__(self, cache: KVCache, plan: Plan) -> None:
         self.cache = cache
         self.eos = plan.eos
         self.forced = plan.forced
-        self.ends_at_limit = plan.ends_at_limit
         self.beams = plan.beams
-        self.scored = scored
-        self.with_attention = with_attention
-        self.gain = gain
         self.seats: list[Seat] = []
-        self.tokens: IntArray = np.full((plan.rows, plan.target_positions + 1), plan.start[0], np.int64)
+        self.tokens: IntArray = np.full((plan.rows, 1), plan.start[0], np.int64)
         self.fixed = np.zeros(plan.rows, np.int64)
         self.limits = np.zeros(plan.rows, np.int64)
-        self.log_probabilities = np.zeros((plan.rows, plan.target_positions))
+        self.log_probabilities = np.zeros((plan.rows, 0))
         self.scores = np.zeros(plan.rows)
-        self.begun = plan.ends_at_limit  # whether any token may be fixed
+        self.ends = np.zeros(plan.rows, np.bool_)
+        self.groups: list[Group] = []
+        self.begun = False
+        self._attends = False
         self._start = plan.start
         self._attention: list[Weights | None] = [None] * plan.rows
         self._numbers = np.arange(plan.rows)
@@ -115,6 +188,21 @@ class Rows:
         """0 … n − 1."""
         return self._numbers[: self.cache.active]
 
+    @property
+    def scored(self) -> bool:
+        """Whether log-probabilities are asked for, where all seats are one group."""
+        return self.groups[0].options.scored
+
+    @property
+    def gain(self) -> float:
+        """By how many nats at most filters raise the score of a target, where all seats are one group."""
+        return self.groups[0].options.filters.gain
+
+    @property
+    def longest(self) -> int:
+        """The most positions that a target in a seat may have, 0 without any."""
+        return int(self.limits[: self.n].max(initial=0))
+
     def next_ids(self) -> IntArray:
         """The token that each active row feeds to the next step [n]."""
         ids: IntArray = self.tokens[self.numbers, self.lengths]
@@ -122,43 +210,66 @@ class Rows:
 
     def fixed_next(self) -> Fixed:
         """The active rows whose next token is fixed."""
-        lengths, n = self.lengths, self.n
-        fixed = lengths < self.fixed[:n]
-        last = lengths + 1 == self.limits[:n] if self.ends_at_limit else None
-        rows = np.flatnonzero(fixed if last is None else fixed | last)
-        tokens = self.tokens[rows, lengths[rows] + 1]
-        free = lengths[rows] < self.forced
-        if last is not None:
-            ends = last[rows]
-            tokens[ends] = self.eos
-            free |= ends
-        return Fixed(rows, tokens, free)
+        return self.fixed_of(self.numbers)
 
-    def take(self, place: int, seat: Seat, limit: int) -> None:
+    def fixed_of(self, rows: IntArray) -> Fixed:
+        """Those of some rows [m] whose next token is fixed, numbered by their places among these."""
+        lengths = self.cache.lengths[rows]
+        last = self.ends[rows] & (lengths + 1 == self.limits[rows])
+        places = np.flatnonzero((lengths < self.fixed[rows]) | last)
+        tokens = self.tokens[rows[places], lengths[places] + 1]
+        ends = last[places]
+        tokens[ends] = self.eos
+        return Fixed(places, tokens, ends | (lengths[places] < self.forced))
+
+    def take(self, place: int, seat: Seat) -> None:
         """Seats a target in a place whose own has ended, or in the first free one. Its encoding is let go."""
         assert seat.encoded is not None, "a target that has a seat already"
+        options, given = seat.options, (*(seat.sentence.start or self._start), *seat.fixed)
+        limit = seat.sentence.most_tokens(seat.target) + self.forced
+        self._hold(limit)
         self.cache.admit(seat.encoded, place)
         seat.encoded = None
         self.seats[place : place + 1] = [seat]
-        rows, given = self.of_seat(place), (*(seat.sentence.start or self._start), *seat.fixed)
-        self.limits[rows] = limit + self.forced
+        rows = self.of_seat(place)
+        self.limits[rows] = limit
         self.fixed[rows] = len(given) - 1
+        self.ends[rows] = options.ends_at_limit
         self.tokens[rows, : len(given)] = given
-        self.begun |= len(given) > 1
         self.scores[rows] = -np.inf
         self.scores[rows.start] = 0.0
-        if self.with_attention:
-            self._attention[rows] = [None] * self.beams
+        self._attention[rows] = [None] * self.beams
 
     def vacate(self, seat: int) -> None:
         """Gives a seat back; the last one that is taken moves into its place."""
         moved = self.cache.release(seat)
         old, new = self.of_seat(moved), self.of_seat(seat)
-        for array in (self.tokens, self.fixed, self.limits, self.log_probabilities, self.scores):
+        for array in (self.tokens, self.fixed, self.limits, self.log_probabilities, self.scores, self.ends):
             array[new] = array[old]
         self._attention[new] = self._attention[old]
         self.seats[seat] = self.seats[moved]
         self.seats.pop()
+
+    def regroup(self) -> None:
+        """Sees who decides steps with whom, after seats have changed."""
+        n = self.n
+        self.begun = bool(self.fixed[:n].any() or self.ends[:n].any())
+        self._attends = any(seat.options.with_attention for seat in self.seats)
+        if not self.seats:
+            self.groups = []
+            return
+        first = self.seats[0].options
+        if all(seat.options is first for seat in self.seats):
+            self.groups = [Group(self._numbers[: len(self.seats)], self.numbers, first)]
+            return
+        found: list[tuple[SeatOptions, list[int]]] = []
+        for place, seat in enumerate(self.seats):
+            places = next((places for options, places in found if options.steps_like(seat.options)), None)
+            if places is None:
+                found.append((seat.options, [place]))
+            else:
+                places.append(place)
+        self.groups = [Group(np.array(places), self._rows_of(places), options) for options, places in found]
 
     def append(self, choice: Choice, attention: FloatArray | None) -> None:
         """One more token for every active row, after what its parent has."""
@@ -166,7 +277,7 @@ class Rows:
         if choice.parents is not None:
             self._follow(choice.parents)
         rows, lengths = self.numbers, self.lengths
-        if self.with_attention and attention is not None:
+        if attention is not None and self._attends:
             self._note(attention if choice.parents is None else attention[choice.parents])
         if choice.log_probabilities is not None:
             self.log_probabilities[rows, lengths - 1] = choice.log_probabilities
@@ -178,48 +289,61 @@ class Rows:
         """What a row has by now."""
         length = int(self.cache.lengths[row])
         ids = tuple(self.tokens[row, self.forced + 1 : length + 1].tolist())
-        scores = tuple(self.log_probabilities[row, self.forced : length].tolist()) if self.scored else None
+        scored = self.seats[row // self.beams].options.scored
+        scores = tuple(self.log_probabilities[row, self.forced : length].tolist()) if scored else None
         ended = bool(ids) and ids[-1] == self.eos
         return Hypothesis(
             ids, ended, scores, rank_score, self._stacked(self._attention[row]), self._is_cut(row, length)
         )
 
-    def read_ended(
-        self, row: int, log_probability: float, rank_score: float, attention: FloatArray | None
-    ) -> Hypothesis:
-        """What a row would have with eos as its next token."""
+    def read_ended(self, row: int, log_probability: float, rank_score: float, weights: FloatArray | None) -> Hypothesis:
+        """What a row would have with eos as its next token, which attends to its source by these weights [S]."""
         open_ = self.read(row)
         scores = None if open_.log_probabilities is None else (*open_.log_probabilities, log_probability)
-        weights = None
-        if self.with_attention and attention is not None:
-            weights = self._stacked(Weights(self._attention[row], self._of_source(row, attention)))
+        stacked = None
+        if weights is not None and self.seats[row // self.beams].options.with_attention:
+            stacked = self._stacked(Weights(self._attention[row], self._of_source(row, weights)))
         cut = self._is_cut(row, int(self.cache.lengths[row]) + 1)
-        return Hypothesis((*open_.ids, self.eos), True, scores, rank_score, weights, cut)
+        return Hypothesis((*open_.ids, self.eos), True, scores, rank_score, stacked, cut)
 
     def at_limit(self) -> NDArray[np.bool_]:
         """The seats whose rows have as many tokens as they may have [G]."""
         reached: NDArray[np.bool_] = self.lengths >= self.limits[: self.cache.active]
         return reached if self.beams == 1 else reached[:: self.beams]
 
-    def _is_cut(self, row: int, length: int) -> bool:
-        """Whether a target of this length had to end."""
-        return self.ends_at_limit and length >= self.limits[row]
-
     def of_seat(self, seat: int) -> slice:
         """The rows of a seat."""
         return slice(seat * self.beams, (seat + 1) * self.beams)
+
+    def _rows_of(self, seats: Sequence[int]) -> IntArray:
+        rows: IntArray = (np.array(seats)[:, None] * self.beams + np.arange(self.beams)).reshape(-1)
+        return rows
+
+    def _hold(self, positions: int) -> None:
+        """Makes sure that rows have places for this many tokens after the first."""
+        rows, held = self.tokens.shape
+        if positions >= held:
+            size = max(positions, min(2 * held, positions + held))
+            tokens, scores = np.zeros((rows, size + 1), np.int64), np.zeros((rows, size))
+            tokens[:, :held], scores[:, : held - 1] = self.tokens, self.log_probabilities
+            self.tokens, self.log_probabilities = tokens, scores
+
+    def _is_cut(self, row: int, length: int) -> bool:
+        """Whether a target of this length had to end."""
+        return bool(self.ends[row] and length >= self.limits[row])
 
     def _follow(self, parents: IntArray) -> None:
         self.cache.follow(parents)
         children = np.flatnonzero(parents != np.arange(len(parents)))
         for array in (self.tokens, self.log_probabilities):
             array[children] = array[parents[children]]
-        if self.with_attention:
+        if self._attends:
             self._attention[: self.n] = [self._attention[parent] for parent in parents.tolist()]
 
     def _note(self, attention: FloatArray) -> None:
         for row in range(self.n):
-            self._attention[row] = Weights(self._attention[row], self._of_source(row, attention))
+            if self.seats[row // self.beams].options.with_attention:
+                self._attention[row] = Weights(self._attention[row], self._of_source(row, attention[row]))
 
     def _stacked(self, weights: Weights | None) -> FloatArray | None:
         """[tokens after the start, S] from a chain of weights, the newest first."""
@@ -230,6 +354,36 @@ class Rows:
         chosen = found[::-1][self.forced :]
         return np.stack(chosen) if chosen else None
 
-    def _of_source(self, row: int, attention: FloatArray) -> FloatArray:
+    def _of_source(self, row: int, weights: FloatArray) -> FloatArray:
         """A copy, because the step's output is valid only until the next step."""
-        return attention[row, : len(self.seats[row // self.beams].sentence.ids)].copy()
+        return weights[: len(self.seats[row // self.beams].sentence.ids)].copy()
+
+
+class Selection:
+    """The rows of one group as a search and filters see them, numbered from 0."""
+
+    def __init__(self, rows: Rows, group: Group) -> None:
+        self.seats = [rows.seats[place] for place in group.seats.tolist()]
+        self.n = len(group.rows)
+        self.numbers = np.arange(self.n)
+        self.lengths: IntArray = rows.cache.lengths[group.rows]
+        self.limits: IntArray = rows.limits[group.rows]
+        self.scores: NDArray[np.float64] = rows.scores[group.rows]
+        self.forced, self.eos, self.begun = rows.forced, rows.eos, rows.begun
+        self.scored, self.gain = group.options.scored, group.options.filters.gain
+        self._rows = rows
+        self._places = group.rows
+
+    @property
+    def tokens(self) -> IntArray:
+        """The ids of each row from the first on [n, L + 1], of which `lengths[i]` + 1 mean something."""
+        tokens: IntArray = self._rows.tokens[self._places]
+        return tokens
+
+    def fixed_next(self) -> Fixed:
+        """The rows whose next token is fixed."""
+        return self._rows.fixed_of(self._places)
+
+    def read_ended(self, row: int, log_probability: float, rank_score: float, weights: FloatArray | None) -> Hypothesis:
+        """What a row would have with eos as its next token, which attends to its source by these weights [S]."""
+        return self._rows.read_ended(int(self._places[row]), log_probability, rank_score, weights)

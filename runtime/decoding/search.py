@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from kvx.runtime.arrays import BoolArray, FloatArray, IntArray
 from kvx.runtime.decoding.backend import StepOutput
 from kvx.runtime.decoding.results import Hypothesis, Sentence
-from kvx.runtime.decoding.rows import Choice, Rows
+from kvx.runtime.decoding.rows import ActiveRows, Choice, Rows
 from kvx.runtime.rules import Option, Problem, choice, count, flag, number, refuse, wrong_values
 
 BeamRules = Literal["kvx", "transformers"]
@@ -47,7 +47,7 @@ class Search(Protocol):
         """The state of a new seat."""
         ...
 
-    def choose(self, output: StepOutput, logits: FloatArray, rows: Rows) -> Choice:
+    def choose(self, output: StepOutput, logits: FloatArray, rows: ActiveRows) -> Choice:
         """logits [n, V] as constrained, and the output as the model gave it → how every row goes on."""
         ...
 
@@ -55,18 +55,36 @@ class Search(Protocol):
         """The hypotheses of a seat that is over, the best first; at least one."""
         ...
 
+    def decided(self, rows: Rows, seat: int) -> int:
+        """How many ids its best hypothesis will begin with for certain, which each of its rows has."""
+        ...
+
+
+class OneRow:
+    """What searches have in common that keep one row for a target."""
+
+    __slots__ = ()
+    beams: ClassVar[int] = 1
+
+    def results(self, rows: Rows, seat: int) -> list[Hypothesis]:
+        """The row."""
+        return [rows.read(seat)]
+
+    def decided(self, rows: Rows, seat: int) -> int:
+        """All."""
+        return max(0, int(rows.lengths[seat]) - rows.forced)
+
 
 @dataclass(frozen=True, slots=True)
-class Greedy:
+class Greedy(OneRow):
     """The most probable token, the lowest id on ties."""
 
-    beams: ClassVar[int] = 1
     samples: ClassVar[int] = 1
 
     def begin(self, sentence: Sentence, target: int) -> None:
         """Nothing is remembered."""
 
-    def choose(self, output: StepOutput, logits: FloatArray, rows: Rows) -> Choice:
+    def choose(self, output: StepOutput, logits: FloatArray, rows: ActiveRows) -> Choice:
         """logits [n, V] → argmax [n]."""
         ids: IntArray = logits.argmax(axis=-1)
         failed = not_finite(output.logits, logits[rows.numbers, ids])
@@ -74,13 +92,29 @@ class Greedy:
         scores = log_probabilities(output.logits, ids) if rows.scored else None
         return Choice(ids, ids == rows.eos, scores, failed=failed)
 
-    def results(self, rows: Rows, seat: int) -> list[Hypothesis]:
-        """The row."""
-        return [rows.read(seat)]
+
+@dataclass(frozen=True, slots=True)
+class Given(OneRow):
+    """No search: the targets are fixed from beginning to end, and are only scored."""
+
+    samples: ClassVar[int] = 1
+
+    def begin(self, sentence: Sentence, target: int) -> None:
+        """Nothing is remembered."""
+
+    def choose(self, output: StepOutput, logits: FloatArray, rows: ActiveRows) -> Choice:
+        """The fixed tokens; a target is over only at its end, whatever is in it."""
+        fixed = rows.fixed_next()
+        ids: IntArray = np.zeros(rows.n, np.int64)
+        ids[fixed.rows] = fixed.tokens
+        return Choice(ids, np.zeros(rows.n, np.bool_), log_probabilities(output.logits, ids))
+
+
+GIVEN = Given()
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
+class Sampling(OneRow):
     """Tokens drawn by their probability, after `temperature`, among the `top_k` most probable and, of these, among the
     fewest that together have the probability `top_p` (Holtzman et al. 2020).
 
@@ -122,7 +156,6 @@ class Sampling:
             unset="a new one",
         ),
     ] = None
-    beams: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         refuse(wrong_values(self))
@@ -136,7 +169,7 @@ class Sampling:
         assert self.seed is not None, "samples without a seed"
         return np.random.default_rng([self.seed, target + sentence.repeat * MOST_SAMPLES, *sentence.ids])
 
-    def choose(self, output: StepOutput, logits: FloatArray, rows: Rows) -> Choice:
+    def choose(self, output: StepOutput, logits: FloatArray, rows: ActiveRows) -> Choice:
         """logits [n, V] → drawn ids [n]."""
         drawn = np.array([seat.state.random() for seat in rows.seats])
         peaks = logits.max(axis=-1)
@@ -147,10 +180,6 @@ class Sampling:
         _fix(ids, rows)
         scores = log_probabilities(output.logits, ids) if rows.scored else None
         return Choice(ids, ids == rows.eos, scores, failed=failed)
-
-    def results(self, rows: Rows, seat: int) -> list[Hypothesis]:
-        """The row."""
-        return [rows.read(seat)]
 
     def draw(self, logits: FloatArray, uniform: NDArray[np.float64]) -> IntArray:
         """logits [n, V], uniform numbers [n] → ids [n], where the cumulative probability, by id, passes the number.
@@ -277,7 +306,7 @@ class BeamSearch:
         """No target has ended."""
         return _Closed()
 
-    def choose(self, output: StepOutput, logits: FloatArray, rows: Rows) -> Choice:
+    def choose(self, output: StepOutput, logits: FloatArray, rows: ActiveRows) -> Choice:
         """logits [n, V] → of the 2·k best continuations of a seat's beams the first k that do not end; of the first k
         those that do end are closed.
         """
@@ -314,7 +343,7 @@ class BeamSearch:
 
     def _go_on_as_fixed(
         self,
-        rows: Rows,
+        rows: ActiveRows,
         output: StepOutput,
         normalizers: NDArray[np.float64],
         found: tuple[IntArray, IntArray, NDArray[np.float64]],
@@ -347,11 +376,25 @@ class BeamSearch:
             ]
         return sorted(found, key=_rank_score, reverse=True)[: self.n_best] or [rows.read(rows.of_seat(seat).start)]
 
+    def decided(self, rows: Rows, seat: int) -> int:
+        """What all open beams and the best of the closed ones begin with: others of these never win."""
+        own = rows.of_seat(seat)
+        tokens = rows.tokens[own, rows.forced + 1 : int(rows.lengths[own.start]) + 1]
+        tokens = tokens[rows.scores[own] > -np.inf]
+        if not tokens.size:
+            return 0
+        closed: _Closed = rows.seats[seat].state
+        best = max(closed.hypotheses, key=_rank_score).ids[: tokens.shape[1]] if closed.hypotheses else ()
+        common = (tokens == tokens[:1]).all(axis=0)
+        if closed.hypotheses:
+            common = common[: len(best)] & (tokens[:1, : len(best)] == np.array(best)).all(axis=0)
+        return len(common) if common.all() else int(common.argmin())
+
     def _close(
         self,
         output: StepOutput,
         normalizers: NDArray[np.float64],
-        rows: Rows,
+        rows: ActiveRows,
         parents: IntArray,
         totals: NDArray[np.float64],
     ) -> None:
@@ -361,9 +404,10 @@ class BeamSearch:
             score = float(output.logits[row, rows.eos] - normalizers[row])
             ranked = self._ranked(float(totals[seat, rank]), int(rows.lengths[row]) + 1)
             state: _Closed = rows.seats[seat].state
-            state.hypotheses.append(rows.read_ended(row, score, ranked, output.attention))
+            weights = None if output.attention is None else output.attention[row]
+            state.hypotheses.append(rows.read_ended(row, score, ranked, weights))
 
-    def _over(self, rows: Rows, best: NDArray[np.float64]) -> NDArray[np.bool_]:
+    def _over(self, rows: ActiveRows, best: NDArray[np.float64]) -> NDArray[np.bool_]:
         """The seats that are done [G], with the total of each one's best open beam [G]."""
         lengths, limits = rows.lengths[:: self.size] + 1, rows.limits[: rows.n : self.size]
         for seat, total, length, limit in zip(
@@ -375,7 +419,7 @@ class BeamSearch:
                 seat.state.done = self._enough(seat.state.hypotheses, total + rows.gain, (length,))
         return np.array([seat.state.done for seat in rows.seats])
 
-    def _at_limit(self, rows: Rows) -> NDArray[np.bool_]:
+    def _at_limit(self, rows: ActiveRows) -> NDArray[np.bool_]:
         """The seats that have no place for a token after this one [G]."""
         last: NDArray[np.bool_] = (rows.lengths + 1 >= rows.limits[: rows.n])[:: self.size]
         return last
@@ -398,7 +442,7 @@ class BeamSearch:
         return total / math.pow(length, self.length_penalty)
 
 
-def _fix(ids: IntArray, rows: Rows) -> None:
+def _fix(ids: IntArray, rows: ActiveRows) -> None:
     """Puts the tokens that are fixed in the place of those that were chosen, ids [n]."""
     if rows.begun:
         fixed = rows.fixed_next()

@@ -12,10 +12,10 @@ from typing import Literal, Self, TypeVar
 from kvx.runtime.backends.device import Device
 from kvx.runtime.backends.registry import load_backends
 from kvx.runtime.bundle.folder import Bundle
+from kvx.runtime.bundle.signature import TensorSpec
 from kvx.runtime.decoding.backend import Backend, shortlisting_of, specs_of
-from kvx.runtime.decoding.plan import DEFAULT_ROWS, Plan
+from kvx.runtime.decoding.plan import Plan
 from kvx.runtime.decoding.search import Sampling
-from kvx.runtime.engine.request import Request
 from kvx.runtime.errors import DeviceError, InputError
 from kvx.runtime.options import TranslateOptions
 from kvx.runtime.rules import Problem, refuse
@@ -26,7 +26,7 @@ from kvx.runtime.text.targets import TargetReader
 MOST_SHORTLISTS = 8  # kept in memory
 Text = TypeVar("Text")
 Other = TypeVar("Other")
-PREFIXES, LANGUAGES = ("prefix", "prefixes"), ("language", "languages")  # one and several
+PREFIXES, LANGUAGES, OPTIONS = ("prefix", "prefixes"), ("language", "languages"), ("set of options", "sets of options")
 SIDES: tuple[Literal["source", "target"], ...] = ("source", "target")
 
 
@@ -65,81 +65,46 @@ class LoadedModel:
         """See Translator.load."""
         return cls(bundle, *load_backends(bundle, backend, devices, threads=threads, workers=workers, spin=spin))
 
-    def plan(
-        self, options: TranslateOptions, *, sentences: int | None = None, max_new_tokens: int | None = None
-    ) -> tuple[Plan, int]:
-        """What each worker's cache may hold, and how many workers there are, for at most this many sentences at hand.
+    @classmethod
+    def at(
+        cls,
+        bundle: str | Path,
+        device: str,
+        *,
+        backend: str,
+        threads: int | None,
+        workers: int | None,
+        spin: bool,
+    ) -> Self:
+        """The bundle at a path, on the device or devices of this name. See Translator.load."""
+        opened, devices = Bundle.open(Path(bundle)), Device.parse_list(device)
+        return cls.load(opened, backend=backend, threads=threads, workers=workers, spin=spin, devices=devices)
 
-        Raises OptionError and CapacityError.
+    def plan(
+        self, options: TranslateOptions, *, max_new_tokens: int | None = None, workers: int | None = None
+    ) -> tuple[Plan, int]:
+        """What each worker's cache may hold, and how many workers there are on all devices, by default as many as the
+        options have room for. Raises OptionError and CapacityError.
         """
-        self._check_process()
+        self.check_process()
         refuse(self._impossible(options))
         beams = options.search.beams
         plan = Plan.of(
             self.manifest,
-            specs_of(self.backend, beams=beams, shortlisted=options.shortlist is not None),
+            self.specs(beams, shortlisted=options.shortlist is not None),
             rows=options.rows,
             cache_bytes=options.cache_bytes,
             max_new_tokens=options.max_new_tokens if max_new_tokens is None else max_new_tokens,
             beams=beams,
             ends_at_limit=options.end_at_limit and max_new_tokens is None,
         )
-        if sentences is not None:
-            sentences *= options.search.samples
-            plan = plan.for_sentences(sentences)
-        few = sentences is not None and sentences * beams <= (options.rows or DEFAULT_ROWS)
-        devices = 1 if few else len(self.backends)
-        workers = options.workers or (1 if few else min(self.backend.decodes, plan.most_shares()))
-        return plan.share_of(workers * devices, least_rows=options.rows or 1), workers * devices
+        if workers is None:
+            workers = (options.workers or min(self.backend.decodes, plan.most_shares())) * len(self.backends)
+        return plan.share_of(workers, least_rows=options.rows or 1), workers
 
-    def requests(
-        self,
-        texts: Iterable[tuple[str, tuple[tuple[int, ...], ...]]],
-        options: TranslateOptions,
-        plan: Plan,
-        *,
-        empty: bool = False,
-    ) -> Iterator[Request]:
-        """Each text with the fixed ids of its targets, as a request. Raises InputError, with the text's number, where
-        it cannot be translated. A text without a piece has no ids, or, with `empty`, those of an empty sentence.
-        """
-        self.sources.check_languages(options.source_language, options.target_language)
-        seen: dict[int, int] = {}  # equal requests, where something is drawn at random
-        spoken = with_languages(texts, options)
-        for number, ((text, targets), source, target) in enumerate(spoken, 1):
-            read = self.sources.read_one(
-                text,
-                number,
-                options.on_long,
-                source_language=source,
-                target_language=target,
-                text_prefix=options.text_prefix,
-                with_pieces=options.with_attention,
-                empty=empty,
-            )
-            if len(read.ids) > plan.source_positions:
-                raise InputError(
-                    f"The text has {len(read.ids)} tokens, which need a cache of "
-                    f"{plan.seat_bytes(len(read.ids)):,} bytes",
-                    expected=f"at most {plan.cache_bytes:,} bytes",
-                    remedy="Allow more bytes (`cache_bytes`) or fewer new tokens (`max_new_tokens`).",
-                    option="cache_bytes",
-                    line=number,
-                )
-            repeat = 0
-            if isinstance(options.search, Sampling):
-                same = hash((read.ids, read.start, targets))
-                repeat = seen.get(same, 0)
-                seen[same] = repeat + 1
-            yield Request(
-                number,
-                read.ids,
-                targets,
-                start=read.start,
-                repeat=repeat,
-                truncated=read.truncated,
-                pieces=read.pieces,
-            )
+    def specs(self, beams: int, *, shortlisted: bool) -> tuple[TensorSpec, ...]:
+        """The buffers of a cache in which a sentence has this many rows."""
+        return specs_of(self.backend, beams=beams, shortlisted=shortlisted)
 
     def shortlist(self, options: TranslateOptions) -> Shortlist | None:
         """The shortlist that the options name, read when it is first asked for or has changed. Raises InputError."""
@@ -156,7 +121,7 @@ class LoadedModel:
                     del self._shortlists[next(iter(self._shortlists))]
             return self._shortlists[path][1]
 
-    def _check_process(self) -> None:
+    def check_process(self) -> None:
         """Raises DeviceError after a fork: the threads of the backends did not come along, and would be waited for."""
         if os.getpid() != self._process:
             raise DeviceError(

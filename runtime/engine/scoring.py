@@ -7,17 +7,21 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
-from kvx.runtime.decoding.decode import ScoringLoop
+from kvx.runtime.decoding.decode import Cancelled
 from kvx.runtime.decoding.results import DecodeStats
 from kvx.runtime.decoding.search import BeamSearch, Sampling
-from kvx.runtime.engine.loaded import LoadedModel
+from kvx.runtime.engine.bulk import Bulk
+from kvx.runtime.engine.core import Core
+from kvx.runtime.engine.loaded import LoadedModel, with_languages
+from kvx.runtime.engine.prepared import Prepared
 from kvx.runtime.engine.request import Request
-from kvx.runtime.engine.workers import shared_out, side_by_side
+from kvx.runtime.engine.supply import Listed
+from kvx.runtime.engine.translating import Progress
 from kvx.runtime.engine.writer import not_finite
 from kvx.runtime.errors import InputError
 from kvx.runtime.options import TranslateOptions
 from kvx.runtime.rules import Problem, choice, refuse, wrong_value
-from kvx.runtime.text.sources import refuse_string
+from kvx.runtime.text.sources import Source, refuse_string
 from kvx.runtime.text.targets import Target
 
 SEARCHED_BY: dict[type, str] = {BeamSearch: "beam_size", Sampling: "samples"}  # what asks for these searches
@@ -64,28 +68,47 @@ class Ranking:
 
 
 def rank(
-    model: LoadedModel,
-    sources: Iterable[str],
+    core: Core,
+    sources: Iterable[Source],
     candidates: Iterable[Iterable[Target]],
     by: RankBy,
     options: TranslateOptions,
+    *,
+    cancelled: Cancelled | None = None,
+    stats: DecodeStats | None = None,
+    progress: Progress | None = None,
 ) -> list[Ranking]:
     """See Translator.rank."""
     refuse_string(sources)
     refuse_string(candidates)
     sources, candidates = list(sources), list(candidates)
     refuse([*wrong_value("by", by, choice(get_args(RankBy))), *_without_effect(options)])
-    targets = list(_read_targets(model, sources, candidates))
+    targets = list(_read_targets(core.model, sources, candidates))
     longest = max((len(ids) for fixed in targets for ids in fixed), default=1)
-    plan, workers = model.plan(options, sentences=sum(map(len, targets)), max_new_tokens=longest)
-    requests = list(model.requests(zip(sources, targets, strict=True), options, plan, empty=True))
-    longest_first = sorted(requests, key=lambda request: len(request.ids), reverse=True)
-    loops = [ScoringLoop(backend, plan) for backend in shared_out(model.backends, workers)]
-    for outcome in side_by_side(loops, longest_first, DecodeStats()):
-        outcome.sentence.outcomes[outcome.target] = outcome
-    for request in requests:
+    prepared = Prepared.for_scoring(core.model, core.sized(options), core.workers.settings.workers, longest)
+    bulk = Bulk(core.workers, prepared, max(1, len(sources)), cancelled)
+    spoken = zip(with_languages(sources, options), targets, strict=True)
+    requests = [
+        prepared.request(
+            text, bulk, number=number, targets=fixed, source_language=source, target_language=target, empty=True
+        )
+        for number, ((text, source, target), fixed) in enumerate(spoken, 1)
+    ]
+    before = core.stats
+    for done, request in enumerate(bulk.run(Listed(iter(requests))), 1):
         if request.failed:
-            raise not_finite(request, model.manifest)
+            raise not_finite(request)
+        if any(outcome.stopped for outcome in request.results or ()):
+            raise InputError(
+                "Scoring was cancelled",
+                expected="all targets to be scored",
+                remedy="Score them again, or fewer of them.",
+                line=request.number,
+            )
+        if progress is not None:
+            progress(done)
+    if stats is not None:
+        stats.add_since(before, core.stats, DecodeStats(sentences=sum(map(len, targets))))
     return [_ranking(_scores(request), by) for request in requests]
 
 
@@ -112,7 +135,7 @@ def _ranking(scores: tuple[Score, ...], by: RankBy) -> Ranking:
 
 
 def _read_targets(
-    model: LoadedModel, sources: Sequence[str], candidates: Sequence[Iterable[Target]]
+    model: LoadedModel, sources: Sequence[Source], candidates: Sequence[Iterable[Target]]
 ) -> Iterator[tuple[tuple[int, ...], ...]]:
     """The ids of every source's candidates, each within the model's positions."""
     if len(sources) != len(candidates):

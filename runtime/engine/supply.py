@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, Protocol, TypeVar
 
 from kvx.runtime.errors import is_out_of_threads, out_of_threads
@@ -17,10 +17,13 @@ Item = TypeVar("Item")
 
 
 class Supply(Protocol[Item]):
-    """Where items come from. `error` is what ended it, if it did not end by itself."""
+    """Where items come from. `error` is what ended it, if it did not end by itself. `tell` is called, in any thread,
+    when something has come that was asked for.
+    """
 
     error: BaseException | None
     exhausted: bool
+    tell: Callable[[], None]
 
     def take(self, most: int, *, wait: bool) -> list[Item]:
         """Up to `most` items that are at hand. None where there is none: for good where it is `exhausted`, which is
@@ -39,6 +42,7 @@ class Listed(Generic[Item]):
     def __init__(self, items: Iterator[Item]) -> None:
         self.error: BaseException | None = None
         self.exhausted = False
+        self.tell: Callable[[], None] = lambda: None
         self._items = items
 
     def take(self, most: int, *, wait: bool) -> list[Item]:
@@ -66,6 +70,7 @@ class Awaited(Generic[Item]):
     def __init__(self, items: Iterator[Item]) -> None:
         self.error: BaseException | None = None
         self.exhausted = False
+        self.tell: Callable[[], None] = lambda: None
         self._wanted = threading.Semaphore(0)
         self._asked_for = 0
         self._closed = False
@@ -126,10 +131,13 @@ class Awaited(Generic[Item]):
                 if self._closed:
                     return
                 self._come.put(_Come(next(items)))
+                self.tell()
         except StopIteration:
             self._come.put(None)
+            self.tell()
         except BaseException as error:  # raised again in the consumer's thread
             self._come.put(error)
+            self.tell()
 
 
 class _Come(Generic[Item]):

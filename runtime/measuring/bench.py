@@ -18,13 +18,14 @@ import kvx
 from kvx.runtime.arrays import FloatArray
 from kvx.runtime.decoding.backend import Backend, StepOutput
 from kvx.runtime.decoding.decode import decode
-from kvx.runtime.decoding.device_loop import LoopBackend
-from kvx.runtime.decoding.plan import Plan
+from kvx.runtime.decoding.device_loop import feeds_itself
+from kvx.runtime.decoding.plan import Plan, rung
 from kvx.runtime.decoding.results import DecodeStats, Sentence
-from kvx.runtime.decoding.rows import Choice, Rows
+from kvx.runtime.decoding.rows import ActiveRows, Choice
 from kvx.runtime.decoding.search import Greedy
-from kvx.runtime.engine.call import translate, translate_all
+from kvx.runtime.engine.core import core_for
 from kvx.runtime.engine.loaded import LoadedModel
+from kvx.runtime.engine.translating import translate
 from kvx.runtime.errors import CapacityError, OptionError
 from kvx.runtime.measuring.tables import MEBIBYTE, markdown_table, mebibytes
 from kvx.runtime.options import TranslateKeywords, TranslateOptions
@@ -217,7 +218,7 @@ class BenchResult:
 class Unending(Greedy):
     """Greedy, but a row that would end goes on with another token: every decode is as long as its limit."""
 
-    def choose(self, output: StepOutput, logits: FloatArray, rows: Rows) -> Choice:
+    def choose(self, output: StepOutput, logits: FloatArray, rows: ActiveRows) -> Choice:
         """logits [n, V] → argmax [n], the lowest other id instead of eos."""
         ids = Greedy.choose(self, output, logits, rows).ids
         return Choice(np.where(ids == rows.eos, int(rows.eos == 0), ids), np.zeros(len(ids), bool))
@@ -248,7 +249,7 @@ def bench(
     reset_peak()
     start, loaded = _start(make_model, next((text for text in texts or () if text.strip()), FIRST_TEXT))
     manifest = loaded.manifest
-    if isinstance(loaded.backend, LoopBackend) and loaded.backend.loops:
+    if feeds_itself(loaded.backend):
         raise OptionError(
             "The steps on this device feed themselves and cannot be measured one by one",
             expected="a backend whose cache is on the host",
@@ -344,13 +345,13 @@ def _start(make_model: Callable[[], LoadedModel], text: str) -> tuple[StartCost,
     started = time.perf_counter()
     loaded = make_model()
     load_seconds = time.perf_counter() - started
-    translate_all(loaded, [text], TranslateOptions(**_languages(loaded)))
+    _translate_all(loaded, [text], TranslateOptions(**any_languages(loaded)))
     seconds = time.perf_counter() - started
     cost = StartCost(load_seconds=load_seconds, first_translation_seconds=seconds, peak_mib=_peak_mib())
     return cost, loaded
 
 
-def _languages(loaded: LoadedModel) -> TranslateKeywords:
+def any_languages(loaded: LoadedModel) -> TranslateKeywords:
     """Any languages of a model that has no default ones: they do not change what a translation costs."""
     languages, found = loaded.manifest.languages, TranslateKeywords()
     if languages.source and languages.default_source is None:
@@ -361,7 +362,7 @@ def _languages(loaded: LoadedModel) -> TranslateKeywords:
 
 
 def _text_speed(loaded: LoadedModel, texts: Sequence[str], workers: int | None) -> TextSpeed:
-    options = TranslateOptions(**_languages(loaded)).changed(workers=workers)
+    options = TranslateOptions(**any_languages(loaded)).changed(workers=workers)
     runs = [_translate_all(loaded, texts, options) for _ in range(RUNS_OVER_TEXTS)]
     seconds, stats = min(runs, key=lambda run: run[0])
     return TextSpeed(
@@ -377,8 +378,9 @@ def _text_speed(loaded: LoadedModel, texts: Sequence[str], workers: int | None) 
 
 def _translate_all(loaded: LoadedModel, texts: Sequence[str], options: TranslateOptions) -> tuple[float, DecodeStats]:
     stats, started = DecodeStats(), time.perf_counter()
-    for _ in translate(loaded, texts, options, stats):
-        pass
+    with core_for(loaded, options) as core:
+        for _ in translate(core, texts, options, stats=stats):
+            pass
     return time.perf_counter() - started, stats
 
 
@@ -432,7 +434,7 @@ def _plan(loaded: LoadedModel, options: BenchOptions, *, rows: int, tokens: int)
 
 def _rows_that_fit(loaded: LoadedModel, options: BenchOptions, tokens: int) -> int:
     plan = Plan.of(loaded.manifest, loaded.backend.cache_specs, rows=1, max_new_tokens=tokens)
-    source = max(options.source_tokens, plan.capacity(target=1, source=options.source_tokens).source)
+    source = rung(options.source_tokens, plan.source_positions)
     return plan.cache_bytes // plan.seat_bytes(source)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -29,7 +29,9 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """Up to two lines over the same x; `doubling` puts each doubling of x at the same distance. y starts at 0."""
+    """Up to two lines over the same x; `doubling` puts each doubling of x at the same distance. y starts at 0, or has
+    a power of ten at the same distance where it is in `decades`.
+    """
 
     title: str
     note: str
@@ -37,6 +39,7 @@ class Chart:
     y_label: str
     series: tuple[Series, ...]
     doubling: bool = False
+    decades: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +60,15 @@ class Axis:
 def curves_html(result: BenchResult | Mapping[str, Any]) -> str:
     """A benchmark, or its JSON form → a page with the milliseconds per step by rows and per token by target length."""
     values = result.to_dict() if isinstance(result, BenchResult) else result
-    name = escape(str(values["subject"]["bundle"]))
-    figures = "\n".join(
-        _figure(chart, number) for number, chart in enumerate(_charts(values)) if chart.series[0].points
-    )
-    facts = "\n".join(f"<p>{escape(line)}</p>" for line in _facts(values))
-    return page(f"kvx bench: {name}", f"{facts}\n<main>\n{figures}\n</main>")
+    charts = (chart for chart in _charts(values) if chart.series[0].points)
+    return charts_page(str(values["subject"]["bundle"]), _facts(values), charts)
+
+
+def charts_page(bundle: str, facts: Iterable[str], charts: Iterable[Chart]) -> str:
+    """The charts of a bundle's benchmark, below lines of text → a page."""
+    figures = "\n".join(_figure(chart, number) for number, chart in enumerate(charts))
+    lines = "\n".join(f"<p>{escape(line)}</p>" for line in facts)
+    return page(f"kvx bench: {escape(bundle)}", f"{lines}\n<main>\n{figures}\n</main>")
 
 
 def _charts(values: Mapping[str, Any]) -> tuple[Chart, Chart]:
@@ -117,7 +123,11 @@ def _drawing(chart: Chart) -> str:
     xs, ys = ([point[i] for series in chart.series for point in series.points] for i in (0, 1))
     x_ticks = _powers_of_two(min(xs), max(xs)) if chart.doubling else _round_ticks(max(xs))
     x = Axis(x_ticks, LEFT, RIGHT, math.log2 if chart.doubling else float)
-    y = Axis(_round_ticks(max(ys)), BOTTOM, TOP)
+    y = (
+        Axis(_decades(min(ys), max(ys)), BOTTOM, TOP, math.log10)
+        if chart.decades
+        else Axis(_round_ticks(max(ys)), BOTTOM, TOP)
+    )
     lines = itertools.chain(
         _grid(x, y),
         (_text((LEFT + RIGHT) / 2, HEIGHT - 8, chart.x_label), _text(LEFT, 14, chart.y_label, anchor="start")),
@@ -134,7 +144,7 @@ def _styled(series: Sequence[Series]) -> list[tuple[Series, str]]:
 
 def _grid(x: Axis, y: Axis) -> Iterator[str]:
     for value in y.ticks:
-        yield _rule("axis" if value == 0 else "grid", LEFT, y(value), RIGHT, y(value))
+        yield _rule("axis" if value == y.ticks[0] else "grid", LEFT, y(value), RIGHT, y(value))
         yield _text(LEFT - 10, y(value) + 4, _number(value), anchor="end")
     for value in x.ticks:
         yield _rule("axis", x(value), BOTTOM, x(value), BOTTOM + 5)
@@ -184,6 +194,19 @@ def _powers_of_two(low: float, high: float) -> tuple[float, ...]:
     apart = math.ceil(max(1, last - first) / (MOST_POWERS - 1))
     count = max(1, math.ceil((last - first) / apart))
     return tuple(2.0 ** (first + apart * i) for i in range(count + 1))
+
+
+def _decades(low: float, high: float) -> tuple[float, ...]:
+    """1, 2 and 5 × 10ⁿ from at most `low` to at least `high`, or powers of ten where these would be too many."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for factors in ((1, 2, 5), (1,)):
+        marks = [factor * 10.0**power for power in powers for factor in factors]
+        first = max(i for i, mark in enumerate(marks) if mark <= low)
+        last = min((i for i, mark in enumerate(marks) if mark >= high), default=len(marks) - 1)
+        ticks = tuple(marks[first : max(last, first + 1) + 1])
+        if len(ticks) <= MOST_POWERS:
+            break
+    return ticks
 
 
 def _round_ticks(high: float) -> tuple[float, ...]:

@@ -9,7 +9,8 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from kvx.runtime.decoding.results import DecodeStats
-from kvx.runtime.engine.call import translate
+from kvx.runtime.engine.core import core_for
+from kvx.runtime.engine.translating import translate
 from kvx.runtime.errors import InputError, OptionError
 from kvx.runtime.measuring.tables import markdown_table, mebibytes
 from kvx.runtime.system import peak_bytes, reset_peak
@@ -100,7 +101,8 @@ def evaluate(
     reset_peak()
     started = time.perf_counter()
     try:
-        translations.extend(translate(loaded, test_set.sources, options, stats))
+        with core_for(loaded, options) as core:
+            translations.extend(translate(core, test_set.sources, options, stats=stats))
         complete = True
     except KeyboardInterrupt:
         if not translations:

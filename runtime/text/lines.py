@@ -48,15 +48,26 @@ def read_lines(stream: BinaryIO) -> Iterator[str]:
             raw = raw.removeprefix(codecs.BOM_UTF8)
             if not raw:
                 return
-        try:
-            yield raw.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"Byte {error.start + 1} (0x{raw[error.start]:02x}) is not UTF-8",
-                expected="UTF-8 text",
-                remedy="Convert the input first, for example with iconv.",
-                line=number,
-            ) from None
+        yield _decoded(raw.removesuffix(b"\n").removesuffix(b"\r"), number)
+
+
+def read_text(stream: BinaryIO) -> str:
+    """The whole of a UTF-8 stream as it is, but for a byte order mark at its beginning. Raises InputError for bytes
+    that are not UTF-8.
+    """
+    return _decoded(stream.read().removeprefix(codecs.BOM_UTF8), None)
+
+
+def _decoded(raw: bytes, line: int | None) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"Byte {error.start + 1} (0x{raw[error.start]:02x}) is not UTF-8",
+            expected="UTF-8 text",
+            remedy="Convert the input first, for example with iconv.",
+            line=line,
+        ) from None
 
 
 def open_lines(path: Path) -> BinaryIO:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from numbers import Integral
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kvx.runtime.bundle.folder import Bundle
 from kvx.runtime.bundle.framing import Framing, SpecialIds
@@ -16,6 +20,7 @@ from kvx.runtime.text.tokenizers.registry import open_tokenizer
 from kvx.runtime.text.tokenizers.sentencepiece import SentencePiece
 
 OnLong = Literal["error", "truncate"]
+Source = str | Sequence[int] | NDArray[np.integer[Any]]  # a text, or the ids of its pieces
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +40,21 @@ class SourceReader:
     """The source side of a bundle: its tokenizer, framing, languages and positions."""
 
     def __init__(self, bundle: Bundle, tokenizer: Tokenizer | None = None) -> None:
-        self._tokenizer = tokenizer or load_tokenizer(bundle, "source")
+        self.tokenizer = tokenizer or load_tokenizer(bundle, "source")
         self._languages = LanguageReader(bundle.manifest)
         self._framing = bundle.manifest.framing
         self._positions: int = bundle.manifest.model["source_positions"]
+        self._size: int = bundle.manifest.model["source_vocab_size"]
 
     def check_languages(self, source: Language, target: Language) -> None:
         """Raises OptionError for a language of all texts that is missing or unknown."""
         self._languages.check(source, target)
+
+    def fits(self, text: str) -> bool:
+        """Whether a text has no more tokens than the model has positions."""
+        text = self._framing.text_prefix + text
+        room = self._positions - self._framing.around
+        return len(text.encode("utf-8", "replace")) < room or len(self.tokenizer.encode(text)) <= room
 
     def read(self, texts: Iterable[str], on_long: OnLong = "error") -> Iterator[SourceText]:
         """The ids of each text in the default languages, as `read_one`."""
@@ -50,7 +62,7 @@ class SourceReader:
 
     def read_one(
         self,
-        text: str,
+        source: Source,
         number: int,
         on_long: OnLong = "error",
         *,
@@ -60,16 +72,23 @@ class SourceReader:
         with_pieces: bool = False,
         empty: bool = False,
     ) -> SourceText:
-        """The ids of the text with this number, none for a text without a piece, unless it may be `empty`. A
-        `text_prefix` takes the place of the bundle's. A text longer than the model's positions, with what framing adds,
-        is an InputError or is cut within the framing. Raises InputError also for languages.
+        """The ids of the text with this number, or of its pieces as they are, none for a text without a piece, unless
+        it may be `empty`. A `text_prefix` takes the place of the bundle's; ids have none. A source longer than the
+        model's positions, with what framing adds, is an InputError or is cut within the framing. Raises InputError also
+        for languages and for ids that are none.
         """
-        refuse_other(text, number)
-        ids, text = self._languages.read(text, source_language, target_language, number)
-        framing, pieces = self._framing, list[int]()
-        if is_text(text):
-            text = (framing.text_prefix if text_prefix is None else text_prefix) + text
-            pieces = self._tokenizer.encode(text)
+        framing = self._framing
+        if isinstance(source, str):
+            refuse_other(source, number)
+            ids, text = self._languages.read(source, source_language, target_language, number)
+            if shown := is_text(text):
+                text = (framing.text_prefix if text_prefix is None else text_prefix) + text
+            pieces = self.tokenizer.encode(text) if shown else list[int]()
+            surfaces = self.tokenizer.surfaces(text) if with_pieces else ()
+        else:
+            ids, _ = self._languages.read("", source_language, target_language, number)
+            pieces = list(self._checked(source, number))
+            surfaces = self.tokenizer.pieces(pieces) if with_pieces else ()
         room = self._positions - framing.around
         long = len(pieces) > room
         if long and on_long == "error":
@@ -85,11 +104,26 @@ class SourceReader:
             framing.source_ids(pieces[kept], ids) if pieces or empty else (),
             long,
             framing.start_ids(ids),
-            self._tokenizer.surfaces(text)[kept] if with_pieces else (),
+            surfaces[kept],
         )
 
+    def _checked(self, ids: object, number: int) -> Iterator[int]:
+        """Ids of pieces as ints. Raises InputError for anything else."""
+        if not isinstance(ids, Sequence | np.ndarray) or isinstance(ids, bytes | bytearray):
+            refuse_other(ids, number)
+            return
+        for one in ids:
+            if not isinstance(one, Integral) or isinstance(one, bool) or not 0 <= int(one) < self._size:
+                raise InputError(
+                    f"A source has the id {one!r:.60}",
+                    expected=f"ids of source pieces from 0 to {self._size - 1}",
+                    remedy="Correct it, or give the text.",
+                    line=number,
+                )
+            yield int(one)
 
-def refuse_other(text: object, number: int) -> None:
+
+def refuse_other(text: object, number: int | None) -> None:
     """Raises InputError for anything but a text."""
     try:
         if isinstance(text, str):

@@ -20,7 +20,8 @@ KVX = [sys.executable, "-m", "kvx"]
 SCRIPT = Path(sys.executable).with_name("kvx")
 NUMBERS = Path(__file__).resolve().parents[2] / "artifacts" / "numbers-checkpoint" / "model.pt"
 PATIENCE = 120  # seconds: an export takes half of that where cores are busy
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}  # as users have it
+NOT_OF_USERS = ("PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE")
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in NOT_OF_USERS}
 
 
 @dataclass(frozen=True, slots=True)

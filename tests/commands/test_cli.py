@@ -67,8 +67,8 @@ def test_no_arguments_show_the_help_and_are_no_success(run: Run) -> None:
     ],
     ids=" ".join,
 )
-def test_what_cannot_be_parsed_is_a_usage_error(run: Run, arguments: list[str]) -> None:
-    refused_usage(run(*arguments))
+def test_what_cannot_be_parsed_is_a_usage_error(arguments: list[str]) -> None:
+    refused_usage(invoke(*arguments))
 
 
 class TestErrors:

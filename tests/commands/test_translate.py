@@ -23,6 +23,7 @@ from kvx.tests.commands.running import (
     Converse,
     Outcome,
     Run,
+    invoke,
     names_in,
     outcome,
     refused,
@@ -51,15 +52,19 @@ def test_a_file(translate: Run, tmp_path: Path, option: str) -> None:
     assert translate(option, "in", stdin=b"three\n") == Outcome(0, "eins\nzwölf\n", "")
 
 
-@pytest.mark.parametrize("backend", ["onnx", "torchscript", "torch", "torch-no-cache"])
+@pytest.mark.parametrize(
+    "backend",
+    ["onnx", *(pytest.param(name, marks=pytest.mark.proof) for name in ("torchscript", "torch", "torch-no-cache"))],
+)
 def test_every_backend_says_the_same_and_nothing_else(translate: Run, backend: str) -> None:
     assert translate("--backend", backend, "twelve", "one") == Outcome(0, "zwölf\neins\n", "")
 
 
 @pytest.mark.parametrize("text", ["-5 degrees", "--twelve", "--ba n"])
-def test_a_text_that_begins_with_a_dash_says_how_to_give_it(translate: Run, text: str) -> None:
-    refused_usage(translate(text), "No such option: ", "Put -- before a text that begins with a dash")
-    found = translate("--", text)
+def test_a_text_that_begins_with_a_dash_says_how_to_give_it(numbers_bundle: Path, text: str) -> None:
+    command = ("translate", "--model", numbers_bundle, "--device", "cpu")
+    refused_usage(invoke(*command, text), "No such option: ", "Put -- before a text that begins with a dash")
+    found = invoke(*command, "--", text)
     assert (found.code, found.out.count("\n")) == (0, 1)
 
 
@@ -178,8 +183,12 @@ def test_translations_that_stop_at_the_limit_are_told(translate: Run) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_what_cannot_work_is_refused(translate: Run, arguments: list[str], mention: str) -> None:
-    refused(translate(*arguments), mention)
+def test_what_cannot_work_is_refused(
+    numbers_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], mention: str
+) -> None:
+    model = numbers_bundle.absolute()
+    monkeypatch.chdir(tmp_path)
+    refused(invoke("translate", "--model", model, "--device", "cpu", *arguments), mention)
 
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="this machine may have CUDA")
@@ -187,8 +196,8 @@ def test_cuda_where_there_is_none_is_refused(translate: Run) -> None:
     refused(translate("--device", "cuda", "one"), "device cuda", "--device cpu")
 
 
-def test_a_missing_model_is_refused(run: Run) -> None:
-    refused(run("translate", "--model", "nowhere", "one"), "nowhere", "manifest.json", "kvx export")
+def test_a_missing_model_is_refused() -> None:
+    refused(invoke("translate", "--model", "nowhere", "one"), "nowhere", "manifest.json", "kvx export")
 
 
 def test_a_damaged_bundle_is_refused(run: Run, bundle: Path) -> None:
@@ -196,17 +205,18 @@ def test_a_damaged_bundle_is_refused(run: Run, bundle: Path) -> None:
     refused(run("translate", "--model", bundle, "one"), "decoder_step.onnx", "1000 bytes")
 
 
-def test_an_altered_bundle_is_refused(run: Run, bundle: Path) -> None:
+def test_an_altered_bundle_is_refused(bundle: Path) -> None:
     content = bytearray((bundle / "encoder.onnx").read_bytes())
     content[-100] ^= 1
     (bundle / "encoder.onnx").write_bytes(content)
-    refused(run("translate", "--model", bundle, "one"), "encoder.onnx", "sha256")
+    refused(invoke("translate", "--model", bundle, "one"), "encoder.onnx", "sha256")
 
 
 @pytest.mark.parametrize("folder", [".", "artifacts"])
-def test_no_bundle_below_artifacts_is_refused(run: Run, tmp_path: Path, folder: str) -> None:
+def test_no_bundle_below_artifacts_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
     (tmp_path / folder).mkdir(exist_ok=True)
-    refused(run("translate", "one"), "no bundle below artifacts/", "--model")
+    monkeypatch.chdir(tmp_path)
+    refused(invoke("translate", "one"), "no bundle below artifacts/", "--model")
 
 
 def test_the_newest_bundle_is_taken_and_named(run: Run, numbers_bundle: Path, tmp_path: Path) -> None:
@@ -249,8 +259,8 @@ class TestPipes:
         reader = threading.Thread(target=lambda: all(iter(lambda: command.read(PATIENCE), b"")), daemon=True)
         reader.start()
         peaks = []
-        for _ in range(4):
-            for _ in range(400):
+        for _ in range(5):
+            for _ in range(120):
                 command.stdin.write(line)
             command.stdin.flush()
             status = Path(f"/proc/{command.process.pid}/status").read_text()
@@ -258,7 +268,7 @@ class TestPipes:
         command.stdin.close()
         reader.join(PATIENCE)
         assert command.process.wait(PATIENCE) == 0
-        assert peaks[-1] - peaks[1] < 20_000  # of 40 MB more that were read
+        assert peaks[-1] - peaks[1] < 9_000  # kB, of 18 MB more that were read; threads' heaps fill at their own pace
 
     def test_a_reader_that_has_seen_enough_ends_it_quietly(
         self, converse: Converse, numbers_bundle: Path, tmp_path: Path

@@ -27,6 +27,10 @@ class ByteTokenizer:
         """The ids of bytes → text; special pieces vanish, and so do ids that stand for no byte."""
         return _text(one - FIRST for one in ids)
 
+    def settled(self, ids: Sequence[int]) -> str:
+        """All of the text: bytes at the end that make no character yet are not in it."""
+        return self.decode(ids)
+
     def surfaces(self, text: str) -> tuple[str, ...]:
         """A character at its first byte, and nothing at its others; a space before a word is ▁."""
         shown = ((character, WORD_START if character == " " else character) for character in text)

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvx.runtime.bundle.vocabulary import WORD_START
 from kvx.runtime.errors import TokenizerError
+from kvx.runtime.text.tokenizers.decoders import Settling, settling_of
 from kvx.runtime.text.tokenizers.reading import read_content
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
     from tokenizers import Tokenizer as Backend
+    from tokenizers.decoders import Decoder
     from tokenizers.pre_tokenizers import PreTokenizer
 
 Value = TypeVar("Value")
@@ -62,6 +64,16 @@ class HuggingFaceTokenizer:
         """The ids of pieces → text; special tokens vanish, and so do ids that have no piece."""
         kept = [one for one in ids if 0 <= one < self._size]
         return self._reading(lambda: self._backend.decode(kept, skip_special_tokens=True))
+
+    def settled(self, ids: Sequence[int]) -> str:
+        """The text of all pieces but the open ones at the end, as far as its decoder is known to leave it."""
+        settling = self._settling
+        if settling is None:
+            return ""
+        end = len(ids)
+        while end and self._is_open(ids[end - 1], settling):
+            end -= 1
+        return settling.settled(self.decode(ids[:end]))
 
     def surfaces(self, text: str) -> tuple[str, ...]:
         """The pieces of a text, one for each id of `encode`; where there is none for it, the text itself. Those of a
@@ -125,6 +137,15 @@ class HuggingFaceTokenizer:
         )
 
     @cached_property
+    def _settling(self) -> Settling | None:
+        return settling_of(json.loads(_state(self._backend.decoder) or b"null"))
+
+    def _is_open(self, one: int, settling: Settling) -> bool:
+        """Whether later ids may change what this one becomes; one that vanishes says nothing of those before it."""
+        (piece,) = self.pieces([one])
+        return not piece or one in self._special or settling.is_open(piece)
+
+    @cached_property
     def _plain(self) -> tuple[Backend, dict[int, int]]:
         """The same tokenizer without special tokens, and the model's ids of the tokens that have another id there."""
         values = json.loads(self._content)
@@ -182,7 +203,7 @@ def _hide(model: dict[str, Any], special: set[str]) -> None:
         model["unk_token"] = names[model["unk_token"]]
 
 
-def _state(part: PreTokenizer | None) -> bytes:
+def _state(part: PreTokenizer | Decoder | None) -> bytes:
     return b"" if part is None else bytes(part.__getstate__())
 
 

@@ -26,6 +26,13 @@ class Tokenizer(Protocol):
         """The ids of pieces → text; special pieces vanish, and so do ids that have no piece."""
         ...
 
+    def settled(self, ids: Sequence[int]) -> str:
+        """The beginning of `decode(ids)` that stays if more ids follow, or pieces of other text (`join`).
+
+        It may be shorter than that of fewer ids, and it is empty where everything may change.
+        """
+        ...
+
     def surfaces(self, text: str) -> tuple[str, ...]:
         """The pieces of a text, one for each id of `encode`; where there is none for it, the text itself."""
         ...

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from kvx.runtime.bundle.external import varint
 from kvx.runtime.bundle.files import read_regular
 from kvx.runtime.errors import TokenizerError
 
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
 MOST_BYTES = 512 << 20  # of a file of a tokenizer
+REPLACEMENT = "\ufffd"  # what stands for bytes that make no character
+REWRITING = 5 << 3 | 2  # the key of ModelProto.denormalizer_spec in sentencepiece_model.proto
+IS_MESSAGE = 2  # the wire type of a field that has a length, in a key of one byte
 
 
 def read_content(path: Path, what: str, most: int = MOST_BYTES) -> bytes:
@@ -47,6 +51,36 @@ def load_processor(path: Path) -> SentencePieceProcessor:
             expected="a sentencepiece model",
             remedy="Copy the tokenizer that the model was trained with.",
         ) from None
+
+
+def without_open_end(text: str) -> str:
+    """A text without what the next pieces may change or take away at its end: characters that stand for bytes of an
+    unfinished character, and white space.
+    """
+    end = len(text)
+    while end and (text[end - 1] == REPLACEMENT or text[end - 1].isspace()):
+        end -= 1
+    return text[:end]
+
+
+def rewrites(processor: SentencePieceProcessor) -> bool:
+    """Whether a model has rules by which sentencepiece rewrites the whole of a decoded text.
+
+    sentencepiece does not say so, but the model does: a message of messages, of which this is one.
+    """
+    content: bytes = processor.serialized_model_proto()
+    position = 0
+    while position < len(content):
+        key, length = content[position], content[position + 1]
+        if key & 0x87 != IS_MESSAGE:
+            return True  # of a format that is not known here
+        position += 2
+        if length & 0x80:
+            length, position = varint(content, position - 1, len(content))
+        if key == REWRITING and length:
+            return True
+        position += length
+    return False
 
 
 class Reading:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 from kvx.runtime.bundle.framing import SpecialIds
 from kvx.runtime.errors import TokenizerError
-from kvx.runtime.text.tokenizers.reading import Reading, load_processor
+from kvx.runtime.text.tokenizers.reading import Reading, load_processor, rewrites, without_open_end
 
 
 class SentencePiece:
@@ -47,6 +48,10 @@ class SentencePiece:
             text: str = self._processor.decode(list(ids))
         return text
 
+    def settled(self, ids: Sequence[int]) -> str:
+        """The text but for its open end, or nothing where the model has rules that rewrite the whole text."""
+        return "" if self._rewrites else without_open_end(self.decode(ids))
+
     def surfaces(self, text: str) -> tuple[str, ...]:
         """The pieces of a text, one for each id of `encode`; where there is none for it, the text itself."""
         with self._reading:
@@ -73,3 +78,7 @@ class SentencePiece:
         """The pieces of a text that the vocabulary does not have."""
         ids = self.encode(text)
         return [piece for piece, one in zip(self.surfaces(text), ids, strict=True) if one == self.unknown_id]
+
+    @cached_property
+    def _rewrites(self) -> bool:
+        return rewrites(self._processor)

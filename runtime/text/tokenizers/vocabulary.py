@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 from kvx.runtime.bundle.vocabulary import MOST_BYTES, TIDIED, WORD_START, Vocabulary
 from kvx.runtime.errors import TokenizerError
-from kvx.runtime.text.tokenizers.reading import Reading, load_processor, read_content
+from kvx.runtime.text.tokenizers.reading import Reading, load_processor, read_content, rewrites, without_open_end
 
 
 class HeldVocabulary(ABC):
@@ -91,9 +92,20 @@ class SentencePieceVocabulary(HeldVocabulary):
         text = text.replace(WORD_START, " ").strip()
         return tidied(text) if self._tidy else text
 
+    def settled(self, ids: Sequence[int]) -> str:
+        """The text but for its open end, or nothing where the model has rules that rewrite the whole text."""
+        if self._rewrites:
+            return ""
+        text = without_open_end(self.decode(ids))
+        return settled_when_tidied(text) if self._tidy else text
+
     def unknown_surfaces(self, text: str) -> list[str]:
         """The pieces of a text that the vocabulary does not have."""
         return [surface for surface in self.surfaces(text) if self._id_of(surface) == self.unknown_id]
+
+    @cached_property
+    def _rewrites(self) -> bool:
+        return rewrites(self._processor)
 
 
 def tidied(text: str) -> str:
@@ -101,6 +113,21 @@ def tidied(text: str) -> str:
     for spaced in TIDIED:
         text = text.replace(spaced, spaced.strip())
     return text
+
+
+def settled_when_tidied(text: str) -> str:
+    """The beginning of a tidied text that stays when more follows: up to a word that another one follows.
+
+    Only a word that is in one of the parts, such as the n of n't, may be joined with what follows, and then to the word
+    before it. Words that were joined already end in a whole part, and no part is the beginning of another.
+    """
+    words = text.split(" ")
+    ends = (end for end in range(len(words) - 1, 0, -1) if not _is_in_a_part(words[end - 1]))
+    return " ".join(words[: next(ends, 0)])
+
+
+def _is_in_a_part(word: str) -> bool:
+    return any(word in spaced.strip() for spaced in TIDIED)
 
 
 def read_vocabulary(path: Path) -> Vocabulary:

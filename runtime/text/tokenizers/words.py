@@ -36,6 +36,10 @@ class WordVocabulary(HeldVocabulary):
         """Pieces, some of them replaced by other text, → text; special pieces vanish."""
         return f"{' '.join(self._text_pieces(pieces))} ".replace(f"{CONTINUED} ", "").strip()
 
+    def settled(self, ids: Sequence[int]) -> str:
+        """All of the text: every piece has the space after it, with which its @@ goes, before another one comes."""
+        return self.decode(ids)
+
     def unknown_surfaces(self, text: str) -> list[str]:
         """The pieces of a text that the vocabulary does not have."""
         return [piece for piece in self._cut(text) if self._id_of(piece) == self.unknown_id]

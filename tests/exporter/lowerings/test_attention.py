@@ -5,7 +5,6 @@ Letters: B rows, S source positions.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -23,6 +22,7 @@ from kvx.exporter.writing.graphs import StepGraph
 from kvx.exporter.writing.onnx import write_onnx
 from kvx.models.eager import NoCacheBackend, TorchBackend
 from kvx.models.transformer import Transformer
+from kvx.runtime import kernels
 from kvx.runtime.arrays import FloatArray, IntArray
 from kvx.runtime.backends.onnx import ENCODER_FILE, STEP_FILE, OnnxBackend
 from kvx.runtime.backends.torchscript import TorchScriptBackend
@@ -42,26 +42,15 @@ LAST_LAYER = 1
 
 
 @pytest.fixture(scope="module")
-def options(tiny_checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportOptions:
-    folder = tmp_path_factory.mktemp("attention")
-    checkpoint = tiny_checkpoint_folder / "model.pt"
-    return ExportOptions(checkpoint=checkpoint, output=folder / "ort", attention=True)
-
-
-@pytest.fixture(scope="module")
-def ort_bundle(options: ExportOptions) -> Path:
+def ort_bundle(attended_bundle: Path) -> Path:
     """With its proof, and the last layer's attention."""
-    export(options)
-    return options.folder
+    return attended_bundle
 
 
 @pytest.fixture(scope="module")
-def first_layer_bundle(options: ExportOptions) -> Path:
+def first_layer_bundle(attended_standard_bundle: Path) -> Path:
     """The `standard` lowering, with the first layer's."""
-    folder = options.folder.with_name("standard")
-    first = dataclasses.replace(options, output=folder, attention_layer=0, verify=False)
-    export(dataclasses.replace(first, lowering="standard", format="onnx"))
-    return folder
+    return attended_standard_bundle
 
 
 def open_onnx(folder: Path) -> OnnxBackend:
@@ -183,7 +172,8 @@ def test_the_proof_says_how_far_the_attention_is_from_eagers(ort_bundle: Path) -
     parity = Manifest.read(ort_bundle).parity
     assert parity is not None
     found = [check for check in parity["checks"] if check["name"].startswith(f"attention of layer {LAST_LAYER}")]
-    assert [check["backend"] for check in found] == ["onnx", "torchscript"]
+    own = ["onnx, own operators"] if kernels.library() else []
+    assert [check["backend"] for check in found] == ["onnx", *own, "torchscript"]
     assert all(check["differences"]["attention"] < 1e-4 for check in found)
 
 
@@ -195,7 +185,8 @@ def test_a_bundle_says_which_layers_attention_it_gives(
     written = json.loads((ort_bundle / MANIFEST_FILE).read_text(encoding="utf-8"))["features"]
     assert written["attention"] == LAST_LAYER
     lines = [line.split() for line in describe(Bundle.open(ort_bundle))]
-    assert lines.count(["out", "attention", "float32", "[B,", "S]"]) == 2  # of the step and of the beams
+    # Of the step, of the beams, of the step over a part of the vocabulary, and of that with kvx's own operators.
+    assert lines.count(["out", "attention", "float32", "[B,", "S]"]) == 3 + (kernels.library() is not None)
 
 
 def test_without_the_option_there_is_no_attention(tiny: Transformer, tiny_bundle: Path, input_ids: IntArray) -> None:
@@ -207,9 +198,11 @@ def test_without_the_option_there_is_no_attention(tiny: Transformer, tiny_bundle
         assert backend.bind(cache)(np.arange(3)).attention is None
 
 
-def test_a_layer_that_the_model_has_not_is_refused(options: ExportOptions, tmp_path: Path) -> None:
+def test_a_layer_that_the_model_has_not_is_refused(tiny_checkpoint_folder: Path, tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint_folder / "model.pt"
+    options = ExportOptions(checkpoint=checkpoint, output=tmp_path / "bundle", attention=True, attention_layer=2)
     with pytest.raises(OptionError, match=r"`attention_layer` is 2\. Expected 0 to 1"):
-        export(dataclasses.replace(options, output=tmp_path / "bundle", attention_layer=2))
+        export(options)
     assert not list(tmp_path.iterdir())
 
 

@@ -27,6 +27,8 @@ from kvx.runtime.bundle.signature import StepFeatures, step_signature
 from kvx.runtime.decoding.backend import Backend
 from kvx.runtime.decoding.cache import Capacity, EncodedSource, KVCache
 
+pytestmark = pytest.mark.usefixtures("plain_graphs")
+
 FLOAT32_NOISE = 2e-5
 SOURCE_LENGTHS = np.array([6, 1, 4])
 CAPACITY = 9

@@ -17,16 +17,25 @@ from numpy.typing import NDArray
 
 from kvx import OptionError, ParityError, Translator
 from kvx.exporter.export import export
+from kvx.exporter.lowerings.ort import OrtOperators
 from kvx.exporter.options import ExportOptions
-from kvx.exporter.precision.quantize import BLOCK, MIDDLE, blocks, byte_channels
+from kvx.exporter.precision.calibrate import calibrate
+from kvx.exporter.precision.quantize import BLOCK, GROUP, PANEL, Panels, blocks, panels
 from kvx.exporter.proof.bundle import verify
 from kvx.exporter.proof.limits import ParityOptions
+from kvx.exporter.writing.graphs import StepGraph
+from kvx.exporter.writing.onnx import write_onnx
+from kvx.models.importers import load_checkpoint
+from kvx.runtime.backends.onnx import STEP_FILE
 from kvx.runtime.bundle.manifest import Manifest
 from kvx.runtime.bundle.precision import PRECISIONS, Precision
+from kvx.runtime.bundle.signature import cache_specs
+from kvx.runtime.decoding.plan import Plan
 from kvx.runtime.rules import described
 
 TEXTS = ["one", "two hundred", "nine hundred and ninety-nine", "twelve thousand three hundred and four", "seventy"]
 QUANTIZED: list[Precision] = ["int8", "int4"]
+CALIBRATED = pytest.param("calibrated", marks=pytest.mark.proof)
 
 
 def weights(rows: int, columns: int, seed: int) -> NDArray[np.float32]:
@@ -56,25 +65,51 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+class Quantized(dict[str, Path]):
+    """Exports, each made when it is first asked for."""
+
+    def __init__(self, all_options: dict[str, ExportOptions]) -> None:
+        super().__init__()
+        self._all_options = all_options
+
+    def __missing__(self, name: str) -> Path:
+        export(self._all_options[name])
+        self[name] = self._all_options[name].folder
+        return self[name]
+
+
 @pytest.fixture(scope="module")
-def quantized(checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def quantized(checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Quantized:
     """The demo model as int8, int8 calibrated and int4, each with its proof."""
     folder = tmp_path_factory.mktemp("quantized")
     options = ExportOptions(
         checkpoint=checkpoint, output=folder / "int8", precision="int8", parity=ParityOptions(verify_text=text)
     )
-    export(options)
-    export(dataclasses.replace(options, output=folder / "calibrated", calibration=text))
-    export(dataclasses.replace(options, output=folder / "int4", precision="int4"))
-    return {path.name: path for path in folder.iterdir()}
+    calibrated = dataclasses.replace(options, output=folder / "calibrated", calibration=text)
+    int4 = dataclasses.replace(options, output=folder / "int4", precision="int4")
+    return Quantized({one.folder.name: one for one in (options, calibrated, int4)})
 
 
-@given(st.integers(1, 9), st.integers(1, 70), st.integers(0, 99))
-def test_a_channel_is_off_by_half_a_step_at_the_most(rows: int, columns: int, seed: int) -> None:
+def matrix_of(packed: Panels, inputs: int) -> NDArray[np.float32]:
+    """What the panels of a matrix [N, K] stand for."""
+    filled = packed.codes.transpose(0, 2, 1, 3).reshape(len(packed.codes) * PANEL, -1)
+    outputs = len(packed.scales)
+    assert not filled[outputs:].any()
+    assert not filled[:, inputs:].any()
+    return filled[:outputs, :inputs] * packed.scales[:, None]
+
+
+@given(st.integers(1, 40), st.integers(1, 70), st.integers(0, 99))
+def test_codes_of_7_bits_are_near_and_fit_in_panels(rows: int, columns: int, seed: int) -> None:
     matrix = weights(rows, columns, seed)
-    codes, scales = byte_channels(matrix)
-    assert codes.shape == (columns, rows)
-    assert np.abs((codes.T - float(MIDDLE)) * scales[:, None] - matrix).max() <= scales.max() / 2 * 1.001
+    packed = panels(matrix)
+    assert packed.codes.shape == (-(-rows // PANEL), -(-columns // GROUP), PANEL, GROUP)
+    assert np.abs(packed.codes).max() <= 63
+    assert packed.sums.tolist() == np.rint(matrix_of(packed, columns) / packed.scales[:, None]).sum(axis=1).tolist()
+    extreme = np.abs(matrix).max(axis=1, keepdims=True)
+    found = np.square(matrix_of(packed, columns) - matrix).sum(axis=1)
+    plain = np.square(np.rint(matrix / (extreme / 63)) * (extreme / 63) - matrix).sum(axis=1)
+    assert (found <= plain * 1.001 + 1e-9).all()
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -94,7 +129,7 @@ def test_blocks_are_near_and_padded_with_zeros(bits: int, rows: int, columns: in
 def test_zeros_stay_zeros(bits: int) -> None:
     packed = blocks(np.zeros((2, BLOCK), np.float32), bits)
     assert not (unpacked(packed.codes, bits) * packed.scales[..., None]).any()
-    assert (byte_channels(np.zeros((2, 3), np.float32))[0] == MIDDLE).all()
+    assert not panels(np.zeros((2, 3), np.float32)).codes.any()
 
 
 def test_a_searched_scale_is_never_worse_than_the_one_that_reaches_the_extreme() -> None:
@@ -109,7 +144,11 @@ def test_a_searched_scale_is_never_worse_than_the_one_that_reaches_the_extreme()
 
 @pytest.mark.parametrize(
     ("name", "product"),
-    [("int8", "MatMulIntegerToFloat"), ("calibrated", "MatMulIntegerToFloat"), ("int4", "MatMulNBits")],
+    [
+        ("int8", "MatMulIntegerToFloat"),
+        pytest.param("calibrated", "MatMulIntegerToFloat", marks=pytest.mark.proof),
+        ("int4", "MatMulNBits"),
+    ],
 )
 def test_no_product_or_lookup_of_a_weight_stays_in_float(quantized: dict[str, Path], name: str, product: str) -> None:
     for file in ("decoder_step.onnx", "decoder_chunk.onnx", "decoder_beams.onnx"):
@@ -129,15 +168,28 @@ def test_what_relu_gives_uses_all_256_levels(quantized: dict[str, Path], file: s
     assert sum(node.op_type == "QuantizeLinear" and "zero_at_0" in node.input for node in nodes) == layers > 0
 
 
-def test_calibrated_scales_need_no_pass_over_the_rows(quantized: dict[str, Path]) -> None:
-    def maxima(name: str) -> int:
-        nodes = onnx.load(quantized[name] / "decoder_step.onnx").graph.node
-        return sum(node.op_type == "ReduceMax" for node in nodes)
+def test_calibrated_scales_need_no_pass_over_the_rows(
+    checkpoint: Path, quantized: dict[str, Path], tmp_path: Path
+) -> None:
+    model, manifest = load_checkpoint(checkpoint).model, Manifest.read(quantized["int8"])
+    calibrate(model, [(4, 5, 6), (7,)], Plan.of(manifest, cache_specs(manifest.dimensions)))
+    step = StepGraph(model, OrtOperators(model), manifest.features)
+    write_onnx(step, tmp_path / STEP_FILE, widths=PRECISIONS["int8"].step)
+    calibrated, int8 = (
+        collections.Counter(node.op_type for node in onnx.load(folder / STEP_FILE).graph.node)
+        for folder in (tmp_path, quantized["int8"])
+    )
+    assert calibrated["MatMulIntegerToFloat"] == int8["MatMulIntegerToFloat"] > 0
+    assert calibrated["ReduceMax"] == 0 < int8["ReduceMax"]
 
-    assert maxima("calibrated") == 0 < maxima("int8")
+
+@pytest.mark.proof
+def test_an_export_that_was_calibrated_has_no_pass_over_the_rows(quantized: dict[str, Path]) -> None:
+    nodes = onnx.load(quantized["calibrated"] / STEP_FILE).graph.node
+    assert not [node for node in nodes if node.op_type == "ReduceMax"]
 
 
-@pytest.mark.parametrize("name", ["int8", "calibrated"])
+@pytest.mark.parametrize("name", ["int8", CALIBRATED])
 def test_a_sentence_keeps_its_translation_whoever_is_beside_it(quantized: dict[str, Path], name: str) -> None:
     translator = Translator.load(quantized[name], threads=1)
     alone = [translator.translate([text])[0].ids for text in TEXTS]
@@ -146,7 +198,7 @@ def test_a_sentence_keeps_its_translation_whoever_is_beside_it(quantized: dict[s
     assert [found.ids for found in translator.translate(TEXTS[::-1])] == alone[::-1]
 
 
-@pytest.mark.parametrize("name", ["int8", "calibrated", "int4"])
+@pytest.mark.parametrize("name", ["int8", CALIBRATED, "int4"])
 def test_several_tokens_at_once_score_as_one_after_the_other(quantized: dict[str, Path], name: str) -> None:
     translator = Translator.load(quantized[name], threads=1)
     found = translator.translate(TEXTS, scores=True)
@@ -155,30 +207,30 @@ def test_several_tokens_at_once_score_as_one_after_the_other(quantized: dict[str
         assert score.sum == pytest.approx(translation.score, abs=1e-2)  # a byte may round the other way
 
 
-@pytest.mark.parametrize("name", ["int8", "calibrated"])
-def test_weights_are_unsigned_so_that_no_processor_saturates(quantized: dict[str, Path], name: str) -> None:
+@pytest.mark.parametrize("name", ["int8", CALIBRATED])
+def test_weights_have_7_bits_so_that_no_processor_saturates(quantized: dict[str, Path], name: str) -> None:
     for file in ("encoder.onnx", "decoder_step.onnx"):
-        graph = onnx.load(quantized[name] / file, load_external_data=False).graph
-        types = {tensor.name: tensor.data_type for tensor in graph.initializer}
-        products = [node for node in graph.node if node.op_type == "MatMulIntegerToFloat"]
-        assert {types[node.input[1]] for node in products} == {onnx.TensorProto.UINT8}
+        tensors = onnx.load(quantized[name] / file).graph.initializer
+        codes = [onnx.numpy_helper.to_array(tensor) for tensor in tensors if tensor.name.endswith(".weight.int8")]
+        assert codes
+        assert all(one.dtype == np.int8 and np.abs(one.astype(int)).max() <= 63 for one in codes)
 
 
-def test_the_proof_states_what_was_lost(quantized: dict[str, Path]) -> None:
-    for name, path in quantized.items():
-        manifest = Manifest.read(path)
-        assert manifest.precision == ("int4" if name == "int4" else "int8")
-        assert manifest.formats == ("onnx",)
-        assert manifest.parity is not None
-        details = {check["name"]: check["detail"] for check in manifest.parity["checks"]}
-        alone = details["rows alone against rows among others"]
-        assert name == "int4" or alone == "largest difference 0 in logits"
-        assert "of 5 lines equal" in details["greedy lines of the verification text"]
+@pytest.mark.parametrize("name", ["int8", CALIBRATED, "int4"])
+def test_the_proof_states_what_was_lost(quantized: dict[str, Path], name: str) -> None:
+    manifest = Manifest.read(quantized[name])
+    assert manifest.precision == ("int4" if name == "int4" else "int8")
+    assert manifest.formats == ("onnx",)
+    assert manifest.parity is not None
+    details = {check["name"]: check["detail"] for check in manifest.parity["checks"]}
+    alone = details["rows alone against rows among others"]
+    assert name == "int4" or alone == "largest difference 0 in logits"
+    assert "of 5 lines equal" in details["greedy lines of the verification text"]
 
 
 def test_a_bundle_shrinks_with_its_bits(quantized: dict[str, Path], numbers_bundle: Path) -> None:
     def size(folder: Path) -> int:
-        return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".onnx", ".data"))
+        return sum(path.stat().st_size for path in folder.iterdir() if path.suffix == ".data")  # the weights
 
     assert size(quantized["int4"]) < size(quantized["int8"]) < size(numbers_bundle) / 2
 
@@ -210,8 +262,9 @@ def test_references_show_what_bleu_loses(
     reference.write_text("eins\nzweihundert\nneunhundertneunundneunzig\nzwölftausenddreihundertvier\nsiebzig\n")
     options = ParityOptions(bleu_lost=100.0, equal_lines=0.0, verify_text=text, verify_reference=reference)
     report = verify(quantized["int8"], checkpoint, options)
-    [check] = [check for check in report.checks if check.name.startswith("BLEU")]
-    assert check.detail.endswith("chrF 100.00 and 100.00; at most 100 of BLEU may be lost")
+    details = [check.detail for check in report.checks if check.name.startswith("BLEU")]
+    assert details
+    assert all(one.endswith("chrF 100.00 and 100.00; at most 100 of BLEU may be lost") for one in details)
 
 
 TEXT, REFERENCE = {"verify_text": Path("text")}, {"verify_reference": Path("references")}

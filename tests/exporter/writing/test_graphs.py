@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import getpass
+import shutil
 import sys
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from torch.onnx._internal.exporter import _onnx_program
 
 from kvx.exporter.lowerings.standard import StandardOperators
 from kvx.exporter.writing import onnx as writing
-from kvx.exporter.writing.graphs import EncoderGraph, StepGraph
+from kvx.exporter.writing.graphs import StepGraph
 from kvx.exporter.writing.onnx import LARGEST_INSIDE, write_onnx
 from kvx.models.eager import TorchBackend
 from kvx.models.transformer import Transformer
@@ -186,17 +187,23 @@ def test_the_free_axes_are_free(
     np.testing.assert_allclose(logits["onnx"], logits["torch"], rtol=0, atol=FLOAT32_NOISE)
 
 
-def test_large_weights_lie_beside_the_graph(tiny: Transformer, tmp_path: Path) -> None:
-    write_onnx(EncoderGraph(tiny, StandardOperators()), tmp_path / ENCODER_FILE)
-    write_onnx(StepGraph(tiny, StandardOperators()), tmp_path / STEP_FILE)
-    for name in (ENCODER_FILE, STEP_FILE):
+@pytest.fixture(scope="module")
+def step_alone(tiny: Transformer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a step that shares no weights."""
+    folder: Path = tmp_path_factory.mktemp("step")
+    write_onnx(StepGraph(tiny, StandardOperators()), folder / STEP_FILE)
+    return folder
+
+
+def test_large_weights_lie_beside_the_graph(standard_bundle: Path, step_alone: Path) -> None:
+    for path in (standard_bundle / ENCODER_FILE, standard_bundle / STEP_FILE, step_alone / STEP_FILE):
         external = [
             entry.value
-            for tensor in onnx.load(tmp_path / name, load_external_data=False).graph.initializer
+            for tensor in onnx.load(path, load_external_data=False).graph.initializer
             for entry in tensor.external_data
             if entry.key == "location"
         ]
-        assert set(external) == {f"{name}.data"}
+        assert set(external) == {f"{path.name}.data"}
 
 
 def inside(path: Path) -> dict[str, int]:
@@ -208,12 +215,12 @@ def inside(path: Path) -> dict[str, int]:
 
 
 def test_large_weights_that_cannot_be_shared_lie_beside_their_graph_too(
-    tiny: Transformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Transformer, step_alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writing, "LARGEST_INSIDE", 512)
+    shutil.copytree(step_alone, tmp_path, dirs_exist_ok=True)
     other = copy.deepcopy(tiny)
     other.head.weight = torch.nn.Parameter(tiny.head.weight * 2, requires_grad=False)
-    write_onnx(StepGraph(tiny, StandardOperators()), tmp_path / STEP_FILE)
     write_onnx(StepGraph(other, StandardOperators()), tmp_path / CHUNK_FILE, weights_of=tmp_path / STEP_FILE)
     assert max(inside(tmp_path / CHUNK_FILE).values()) < 1024
     assert external_files(tmp_path / CHUNK_FILE) == {f"{STEP_FILE}.data", f"{CHUNK_FILE}.data"}
@@ -229,12 +236,12 @@ def test_large_weights_that_cannot_be_shared_lie_beside_their_graph_too(
 
 
 def test_a_large_model_does_not_store_what_it_shares(
-    tiny: Transformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Transformer, step_alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Beyond this size torch's own writing copies every weight beside each graph."""
     monkeypatch.setattr(_onnx_program, "_LARGE_MODEL_THRESHOLD", 0)
-    for name, shared in ((STEP_FILE, None), (CHUNK_FILE, tmp_path / STEP_FILE)):
-        write_onnx(StepGraph(tiny, StandardOperators()), tmp_path / name, weights_of=shared)
+    shutil.copytree(step_alone, tmp_path, dirs_exist_ok=True)
+    write_onnx(StepGraph(tiny, StandardOperators()), tmp_path / CHUNK_FILE, weights_of=tmp_path / STEP_FILE)
     assert {path.name for path in tmp_path.iterdir()} == {STEP_FILE, f"{STEP_FILE}.data", CHUNK_FILE}
 
 

@@ -14,10 +14,8 @@ import onnx
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from kvx.exporter.export import export
 from kvx.exporter.lowerings.cuda import CudaOperators
 from kvx.exporter.lowerings.standard import StandardOperators
-from kvx.exporter.options import ExportOptions
 from kvx.exporter.proof.bundle import verify
 from kvx.exporter.proof.greedy import translations
 from kvx.exporter.proof.limits import ParityOptions
@@ -33,6 +31,7 @@ from kvx.runtime.bundle.signature import Dimensions, StepFeatures, step_signatur
 from kvx.runtime.decoding.cache import Capacity, EncodedSource, KVCache
 from kvx.runtime.decoding.device_loop import LoopState
 from kvx.runtime.decoding.plan import Plan
+from kvx.tests.conftest import NUMBERS
 
 BOS, PAD, EOS = 1, 0, 2
 LOOP_FEATURES = StepFeatures().loop
@@ -232,16 +231,12 @@ def test_the_proof_finds_other_special_ids(tiny: Transformer, folder: Path, plan
     assert not check_loop(Trial(tiny, ParityOptions(), 1e-4), TorchBackend(tiny), folder, other).passed
 
 
-def test_a_bundle_declares_and_proves_its_loop(tiny_checkpoint_folder: Path, tmp_path: Path) -> None:
-    checkpoint = tiny_checkpoint_folder / "model.pt"
-    options = ExportOptions(checkpoint=checkpoint, output=tmp_path / "looped", format="onnx", loop=True, verify=False)
-    manifest = export(options)
-    assert "decoder_loop" in manifest.graphs
-    assert manifest == Manifest.read(tmp_path / "looped")
-    weights = onnx.load(tmp_path / "looped" / LOOP_FILE, load_external_data=False).graph.initializer
+def test_a_bundle_declares_and_proves_its_loop(loop_bundle: Path) -> None:
+    assert "decoder_loop" in Manifest.read(loop_bundle).graphs
+    weights = onnx.load(loop_bundle / LOOP_FILE, load_external_data=False).graph.initializer
     places = {entry.value for tensor in weights for entry in tensor.external_data if entry.key == "location"}
     assert places == {"decoder_step.onnx.data"}
-    report = verify(tmp_path / "looped", checkpoint, ParityOptions(steps=4))
+    report = verify(loop_bundle, NUMBERS / "model.pt", ParityOptions(steps=4))
     assert [check.passed for check in report.checks if check.name.startswith("the loop")] == [True]
 
 

@@ -42,30 +42,13 @@ NAME = "a part of the vocabulary"
 
 
 @pytest.fixture(scope="module")
-def shortlisted(tiny_checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Lowering, Path]:
-    folder = tmp_path_factory.mktemp("shortlisted")
-    lowerings: tuple[Lowering, ...] = ("ort", "standard")
-    return {name: exported(tiny_checkpoint_folder, folder / name, lowering=name) for name in lowerings}
+def shortlisted(attended_bundle: Path, attended_standard_bundle: Path) -> dict[Lowering, Path]:
+    return {"ort": attended_bundle, "standard": attended_standard_bundle}
 
 
 @pytest.fixture(params=["ort", "standard"])
 def bundle(request: pytest.FixtureRequest, shortlisted: dict[Lowering, Path]) -> Path:
     return shortlisted[request.param]
-
-
-def exported(checkpoint: Path, folder: Path, *, lowering: Lowering = "ort", precision: Precision = "fp32") -> Path:
-    options = ExportOptions(
-        checkpoint=checkpoint / "model.pt",
-        output=folder,
-        format="onnx",
-        lowering=lowering,
-        precision=precision,
-        parity=ParityOptions(steps=4),
-        attention=True,
-        shortlist=True,
-    )
-    export(options)
-    return folder
 
 
 def open_bundle(folder: Path) -> tuple[OnnxBackend, Shortlisting]:
@@ -92,8 +75,8 @@ def cache_of(
 @pytest.mark.parametrize("beams", [1, 2, 5])
 @pytest.mark.parametrize("count", [1, 2, 31, 10_000])
 def test_logits_are_eagers_columns(tiny: Transformer, bundle: Path, beams: int, count: int) -> None:
-    eager = TorchBackend(tiny, attention_layer=tiny.config.decoder_layers - 1)
-    _, shortlisting = open_bundle(bundle)
+    backend, shortlisting = open_bundle(bundle)
+    eager = TorchBackend(tiny, attention_layer=backend.features.attention)
     truth = cache_of(eager, eager.cache_specs, beams)
     tried = cache_of(eager, shortlisting.cache_specs, beams, poison=1e30)
     eager_step, step, random = eager.bind(truth), shortlisting.bind(tried), np.random.default_rng(1)
@@ -180,8 +163,17 @@ def test_other_bundles_have_neither(tiny_bundle: Path) -> None:
 def test_quantised_graphs_are_proven_too(
     tiny: Transformer, tiny_checkpoint_folder: Path, tmp_path: Path, precision: Precision
 ) -> None:
-    bundle = exported(tiny_checkpoint_folder, tmp_path / "bundle", precision=precision)
-    parity = Manifest.read(bundle).parity
+    bundle = tmp_path / "bundle"
+    options = ExportOptions(
+        checkpoint=tiny_checkpoint_folder / "model.pt",
+        output=bundle,
+        format="onnx",
+        precision=precision,
+        parity=ParityOptions(steps=4),
+        attention=True,
+        shortlist=True,
+    )
+    parity = export(options).parity
     assert parity is not None
     [check] = [check for check in parity["checks"] if check["name"] == NAME]
     assert check["passed"]

@@ -21,13 +21,14 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("subword_nmt")
 
 from kvx.exporter.export import export  # noqa: E402
-from kvx.exporter.options import ExportOptions  # noqa: E402
+from kvx.exporter.options import ExportOptions, Format  # noqa: E402
 from kvx.models.importers import languages as known  # noqa: E402
 from kvx.models.importers import load_checkpoint  # noqa: E402
 from kvx.runtime.errors import CheckpointError, TokenizerError  # noqa: E402
 from kvx.runtime.text.tokenizers.protocol import Tokenizer  # noqa: E402
 from kvx.tests.families import BEAMS, Exported, make, opened, sentences, train_sentencepiece  # noqa: E402
 
+WRITTEN = pytest.mark.parametrize("written", ["torchscript", pytest.param("onnx", marks=pytest.mark.proof)])
 WORDS = ["eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht"]
 SIZE = 4 + len(WORDS)
 SIZES = {
@@ -206,10 +207,11 @@ def test_names_of_old_files_are_read(tmp_path: Path) -> None:
     assert_same_logits(folder / "checkpoint_best.pt", model)
 
 
-def test_words_are_translated(tmp_path: Path) -> None:
+@WRITTEN
+def test_words_are_translated(tmp_path: Path, written: Format) -> None:
     model = original("post")
-    export(ExportOptions(checkpoint=write(tmp_path / "de-en", model), output=tmp_path / "bundle", format="onnx"))
-    translator = Translator.load(tmp_path / "bundle", threads=1)
+    export(ExportOptions(checkpoint=write(tmp_path / "de-en", model), output=tmp_path / "bundle", format=written))
+    translator = Translator.load(tmp_path / "bundle", backend=written, threads=1)
     [found] = translator.translate(["zwei  drei neunzig"], max_new_tokens=6)
     source, ids = torch.tensor([[5, 6, 3, 2]]), [2]
     with torch.inference_mode():
@@ -290,11 +292,12 @@ def many_languages(folder: Path, **settings: Any) -> Path:  # noqa: ANN401
     return folder
 
 
-def test_languages_stand_before_the_source_and_first_in_the_target(tmp_path: Path) -> None:
+@WRITTEN
+def test_languages_stand_before_the_source_and_first_in_the_target(tmp_path: Path, written: Format) -> None:
     told = {"langs": ["fr", "de", "nl"], "encoder_langtok": "src", "decoder_langtok": True}
     folder = many_languages(tmp_path / "many", **told, fixed_dictionary="/training/dict.fr.txt")
-    export(ExportOptions(checkpoint=folder, output=tmp_path / "bundle", format="onnx"))
-    translator = Translator.load(tmp_path / "bundle", threads=1)
+    export(ExportOptions(checkpoint=folder, output=tmp_path / "bundle", format=written))
+    translator = Translator.load(tmp_path / "bundle", backend=written, threads=1)
     assert translator.manifest.languages.target == {"fr": 7, "de": 8, "nl": 9}
     [found] = translator.translate(["zwei eins"], source_language="de", target_language="nl", max_new_tokens=5)
     source, ids = torch.tensor([[8, 5, 4, 2]]), [2, 9]

@@ -14,7 +14,7 @@ from kvx import Translator
 torch = pytest.importorskip("torch")
 
 from kvx.exporter.export import export  # noqa: E402
-from kvx.exporter.options import ExportOptions  # noqa: E402
+from kvx.exporter.options import ExportOptions, Format  # noqa: E402
 from kvx.models.importers import Checkpoint, detect, load_checkpoint  # noqa: E402
 from kvx.models.importers.detect import draft_of  # noqa: E402
 from kvx.runtime.errors import CheckpointError, TokenizerError  # noqa: E402
@@ -96,15 +96,16 @@ def test_the_modules_of_the_tutorial_are_read(
     assert_same_logits(load_checkpoint(tmp_path / "model.pt", layout=path), model)
 
 
-def test_they_are_exported_with_their_words(tmp_path: Path) -> None:
+@pytest.mark.parametrize("written", ["torchscript", pytest.param("onnx", marks=pytest.mark.proof)])
+def test_they_are_exported_with_their_words(tmp_path: Path, written: Format) -> None:
     model = saved(tmp_path)
     options = ExportOptions(
-        checkpoint=tmp_path / "model.pt", output=tmp_path / "bundle", layout=layout(tmp_path), format="onnx"
+        checkpoint=tmp_path / "model.pt", output=tmp_path / "bundle", layout=layout(tmp_path), format=written
     )
     manifest = export(options)
     assert manifest.parity is not None
     assert manifest.parity["passed"]
-    [found] = Translator.load(tmp_path / "bundle", threads=1).translate(["a b unheard c"], max_new_tokens=8)
+    [found] = Translator.load(tmp_path / "bundle", backend=written).translate(["a b unheard c"], max_new_tokens=8)
     source = torch.tensor([WORDS.index(word) for word in ("<bos>", "a", "b", "<unk>", "c", "<eos>")])
     ids = [WORDS.index("<bos>")]
     with torch.inference_mode():

@@ -24,7 +24,7 @@ transformers = pytest.importorskip("transformers")
 from safetensors.torch import save_file  # noqa: E402
 
 from kvx.exporter.export import export  # noqa: E402
-from kvx.exporter.options import ExportOptions  # noqa: E402
+from kvx.exporter.options import ExportOptions, Format  # noqa: E402
 from kvx.models.importers import load_checkpoint  # noqa: E402
 from kvx.models.layers import inclusive_positions, interleaved_positions  # noqa: E402
 from kvx.runtime.bundle.folder import Bundle  # noqa: E402
@@ -303,10 +303,11 @@ def test_vocabularies_before_version_3_are_read_and_nothing_of_them_runs(
     assert_same_logits(path, model, 0.0)
 
 
-def test_a_source_has_nothing_around_it(tmp_path: Path) -> None:
-    model = original()
-    export(ExportOptions(checkpoint=eole_folder(tmp_path / "eole", model), output=tmp_path / "bundle", format="onnx"))
-    translator = Translator.load(tmp_path / "bundle", threads=1)
+@pytest.mark.parametrize("written", ["torchscript", pytest.param("onnx", marks=pytest.mark.proof)])
+def test_a_source_has_nothing_around_it(tmp_path: Path, written: Format) -> None:
+    folder = eole_folder(tmp_path / "eole", original())
+    export(ExportOptions(checkpoint=folder, output=tmp_path / "bundle", format=written))
+    translator = Translator.load(tmp_path / "bundle", backend=written, threads=1)
     framing = translator.manifest.framing
     assert (framing.prefix, framing.suffix, framing.start, framing.eos, framing.pad) == ((), (), 2, 3, 1)
     assert load_tokenizer(Bundle.open(tmp_path / "bundle"), "source").encode("a z b") == [4, 0, 5]

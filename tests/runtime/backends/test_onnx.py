@@ -12,6 +12,7 @@ from kvx.runtime.backends.device import HOST, Device
 from kvx.runtime.backends.onnx import STEP_FILE, BoundChunk, BoundStep, OnnxBackend
 from kvx.runtime.backends.sessions import Bound, Failing, Graph, SessionSettings
 from kvx.runtime.bundle.files import Files
+from kvx.runtime.bundle.graphs import OWN_STEP_FILE
 from kvx.runtime.bundle.manifest import Manifest
 from kvx.runtime.decoding.cache import Capacity, KVCache
 
@@ -29,11 +30,10 @@ def test_one_token_and_several_are_two_bound_steps(backend: OnnxBackend) -> None
 
 
 def test_what_onnx_runtime_raises_in_a_run_is_an_error_that_names_the_file(backend: OnnxBackend) -> None:
-    feeds = {
-        spec.name: np.zeros(spec.shape({"B": 1, "T": 4, "S": 4}), spec.dtype) for spec in backend.step_signature.inputs
-    }
+    sizes = {"B": 1, "G": 1, "T": 4, "S": 4}
+    feeds = {spec.name: np.zeros(spec.shape(sizes), spec.dtype) for spec in backend.step_signature.inputs}
     feeds["past_lengths"] = np.array([4])  # beyond the capacity
-    with pytest.raises(BundleError, match=f"cannot run {STEP_FILE}") as caught:
+    with pytest.raises(BundleError, match=f"cannot run ({STEP_FILE}|{OWN_STEP_FILE})") as caught:
         backend.run_step(feeds)
     assert caught.value.__cause__ is not None
     assert "\n" not in str(caught.value)
@@ -99,7 +99,7 @@ def test_inputs_are_bound_again_for_every_run_where_binding_copies_them(device: 
         def bind_ortvalue_input(self, name: str, value: object) -> None:
             calls.append(name)
 
-    settings = SessionSettings(threads=1, spin=False, device=device, tf32=False)
+    settings = SessionSettings(threads=1, spin=False, device=device, tf32=False, widened=False, own=None)
     step = Bound(Session(), Binding(), {"input_ids": object()}, settings)
     step.run()
     step.run()

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 from kvx import BundleError, DeviceError, OptionError, Translator
+from kvx.runtime import kernels
 from kvx.runtime.backends import registry
 from kvx.runtime.backends.device import HOST, Device
 from kvx.runtime.backends.registry import backend_names, backend_row, check_files, load_backends, place, register
 from kvx.runtime.bundle.folder import Bundle
+from kvx.runtime.bundle.graphs import OWN_STEP_FILE
 from kvx.runtime.engine.loaded import LoadedModel
 
 
@@ -140,9 +142,11 @@ def test_loading_is_logged_once_and_graphs_that_are_loaded_late_when_they_are(
         backends = load_backends(bundle, "onnx", [HOST], threads=1, workers=None, spin=False)
         translator = Translator(LoadedModel(bundle, *backends))
         assert [message.split(" in ")[0] for message in told(logging.INFO)] == [
-            f"loaded {bundle.folder} with onnx on cpu, 1 threads,"
+            f"kvx's own operators: {kernels.instructions() or 'none'}",
+            f"loaded {bundle.folder} with onnx on cpu, 1 threads,",
         ]
-        assert sum("decoder_step.onnx" in message for message in told(logging.DEBUG)) == 1
+        step = OWN_STEP_FILE if kernels.library() else "decoder_step.onnx"
+        assert sum(step in message for message in told(logging.DEBUG)) == 1
         caplog.clear()
         for _ in range(2):
             translator.translate(["one"])

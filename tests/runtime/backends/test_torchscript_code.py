@@ -153,6 +153,7 @@ def test_an_archive_with_more_in_it_is_refused(numbers_bundle: Path, tmp_path: P
         check_module(tmp_path / STEP)
 
 
+@pytest.mark.usefixtures("plain_graphs")
 def test_a_module_that_fails_while_it_runs_is_an_error_that_names_the_file(tiny_bundle: Path, tmp_path: Path) -> None:
     bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
     manifest = Manifest.read(bundle)

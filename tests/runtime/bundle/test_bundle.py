@@ -21,6 +21,8 @@ from kvx.runtime.bundle.signature import Dimensions, StepFeatures, cache_specs, 
 from kvx.runtime.decoding.cache import Capacity
 from kvx.runtime.text.tokenizers.sentencepiece import SentencePiece
 
+pytestmark = pytest.mark.usefixtures("plain_graphs")
+
 MODEL_SIZES = [
     "source_vocab_size",
     "target_vocab_size",
@@ -83,6 +85,8 @@ def derive(values: dict[str, Any]) -> None:
         "decoder_chunk": step_signature(dimensions, StepFeatures(query_tokens=True)),
         "decoder_beams": step_signature(dimensions, StepFeatures(**values["features"]).beams),
     }
+    if "decoder_kernels.onnx" in values["files"]:
+        graphs["decoder_kernels"] = graphs["decoder_beams"]
     values["graphs"] = {
         name: {
             side: [{"name": spec.name, "type": spec.dtype, "axes": list(spec.axes)} for spec in getattr(graph, side)]

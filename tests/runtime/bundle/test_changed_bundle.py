@@ -14,6 +14,8 @@ from kvx.runtime.bundle.files import FileEntry, Files
 from kvx.runtime.bundle.folder import Bundle
 from kvx.runtime.decoding.backend import shortlisting_of
 
+pytestmark = pytest.mark.usefixtures("plain_graphs")
+
 WEIGHTS = "decoder_step.onnx.data"
 CHANGED = r"has changed on disk since the bundle was loaded\. .* Load the bundle again\."
 

@@ -33,6 +33,7 @@ from kvx.runtime.decoding.plan import Plan
 from kvx.runtime.decoding.results import Sentence
 from kvx.runtime.decoding.rows import Choice, Rows, Seat
 from kvx.runtime.decoding.search import Greedy
+from kvx.runtime.decoding.seat_options import SeatOptions
 from kvx.runtime.options import TranslateOptions, filters_of
 from kvx.runtime.text.targets import TargetReader
 
@@ -58,7 +59,7 @@ READER = cast("TargetReader", types.SimpleNamespace(pieces=lambda tokens, option
 
 def seat(number: int, fixed: tuple[int, ...]) -> Seat:
     source = EncodedSource({"source": np.zeros((1, 1, 1, 1), np.float32)}, 0, 1)
-    return Seat(Sentence(number, (1,), (fixed,)), 0, source)
+    return Seat(Sentence(number, (1,), (fixed,), options=SeatOptions(Greedy(), LIMIT)), 0, source)
 
 
 def rows_with(targets: Sequence[Sequence[int]], given: Sequence[Sequence[int]] | None = None) -> Rows:
@@ -74,11 +75,12 @@ def rows_with(targets: Sequence[Sequence[int]], given: Sequence[Sequence[int]] |
         target_bytes=4,
         source_bytes=4,
     )
-    rows = Rows(KVCache(SPECS, Capacity(len(targets), LIMIT, 4)), plan, scored=False)
+    rows = Rows(KVCache(SPECS, Capacity(len(targets), LIMIT, 4)), plan)
     for row, target in enumerate(targets):
-        rows.take(row, seat(row, tuple(given[row]) if given else ()), LIMIT)
+        rows.take(row, seat(row, tuple(given[row]) if given else ()))
         rows.tokens[row, 1 : len(target) + 1] = target
         rows.cache.lengths[row] = len(target)
+    rows.regroup()
     return rows
 
 
@@ -228,7 +230,7 @@ def test_what_is_given_belongs_to_the_target_and_moves_with_it() -> None:
     assert [each.tolist() for each in rows.fixed_next()] == [[0, 1], [5, 3], [False, False]]
     rows.append(Choice(np.array([5, 3]), np.zeros(2, bool)), None)
     assert [each.tolist() for each in rows.fixed_next()] == [[0, 1], [5, 4], [False, False]]
-    rows.take(0, seat(9, ()), LIMIT)
+    rows.take(0, seat(9, ()))
     assert [each.tolist() for each in rows.fixed_next()] == [[1], [4], [False]]
 
 

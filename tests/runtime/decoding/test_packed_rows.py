@@ -2,10 +2,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-import resource
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,11 +21,12 @@ from kvx.runtime.decoding.plan import Plan
 from kvx.runtime.decoding.results import DecodeStats, Sentence
 from kvx.runtime.decoding.search import Greedy
 from kvx.runtime.options import TranslateOptions
+from kvx.tests.memory import resident_bytes
+from kvx.tests.poison import POISON, poison
 
 if TYPE_CHECKING:
     from kvx.tests.conftest import Seed
 
-POISON = 1e30
 WORDS = [
     "one",
     "two",
@@ -65,21 +64,12 @@ class Poisoner:
         step = self.backend.bind(cache)
 
         def poisoned(input_ids: IntArray) -> StepOutput:
-            _fill(cache, beyond=POISON, idle=np.nan)
+            poison(cache, beyond=POISON, idle=np.nan)
             output = step(input_ids)
-            _fill(cache, beyond=-POISON, idle=POISON)
+            poison(cache, beyond=-POISON, idle=POISON)
             return output
 
         return poisoned
-
-
-def _fill(cache: KVCache, *, beyond: float, idle: float) -> None:
-    for spec in cache.specs:
-        buffer = cache.buffers[spec.name]
-        lengths = cache.source_lengths if "S" in spec.axes else cache.lengths + 1
-        outside = np.arange(buffer.shape[2]) >= lengths[: len(buffer), None]
-        np.copyto(buffer, np.float32(beyond), where=outside[:, None, :, None])
-        buffer[cache.active :] = idle
 
 
 @pytest.fixture(scope="module")
@@ -215,10 +205,5 @@ def _memory_stays(translator: Translator, texts: Sequence[str], sentences: int) 
     for number, _ in enumerate(translator.translate_iter(stream)):
         if number % 100 == 0:
             half = int(number >= sentences // 2)
-            halves[half] = max(halves[half], _resident_bytes())
+            halves[half] = max(halves[half], resident_bytes())
     assert halves[1] - halves[0] < 0.02 * halves[0] + 2 * 2**20
-
-
-def _resident_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * resource.getpagesize()

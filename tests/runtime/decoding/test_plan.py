@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from kvx import CapacityError, InputError, OptionError, Translator
 from kvx.runtime.bundle.signature import Dimensions, TensorSpec, cache_specs
-from kvx.runtime.decoding.cache import KVCache
+from kvx.runtime.decoding.cache import Capacity, KVCache
 from kvx.runtime.decoding.plan import DEFAULT_ROWS, SMALLEST_CAPACITY, Plan
 from kvx.runtime.decoding.results import DecodeStats
 from kvx.runtime.options import TranslateOptions
@@ -25,6 +25,12 @@ def _plan(
     return Plan.of(translator.manifest, specs, rows=rows, cache_bytes=cache_bytes, max_new_tokens=max_new_tokens)
 
 
+def whole_capacity(plan: Plan, source: int) -> Capacity:
+    """With all seats that fit, at their full length."""
+    seats = plan.seats_that_fit(longest=plan.target_positions, source=source)
+    return plan.capacity(seats=seats, target=plan.max_new_tokens, source=source, longest=plan.target_positions)
+
+
 def test_a_plan_takes_as_many_rows_as_fit_up_to_the_default(numbers_translator: Translator) -> None:
     plan = _plan(numbers_translator)
     smallest = plan.seat_bytes(SMALLEST_CAPACITY)
@@ -37,7 +43,7 @@ def test_what_a_plan_allows_is_never_more_than_its_bytes(numbers_translator: Tra
     budget = 10 * _plan(numbers_translator).seat_bytes(40)
     plan = _plan(numbers_translator, cache_bytes=budget)
     for source in range(1, plan.source_positions + 1):
-        capacity = plan.capacity(target=plan.max_new_tokens, source=source)
+        capacity = whole_capacity(plan, source)
         assert capacity.rows >= 1
         assert capacity.source >= source
         assert KVCache(specs, capacity).bytes == capacity.bytes(specs) <= budget
@@ -105,24 +111,22 @@ def _specs(translator: Translator, *, shared: bool) -> tuple[TensorSpec, ...]:
 @given(
     beams=st.integers(1, 70),
     shared=st.booleans(),
-    sentences=st.integers(1, 20),
     workers=st.integers(1, 4),
     room=st.integers(1, 12),
 )
 def test_what_a_plan_with_beams_allows_is_never_more_than_its_bytes(
-    numbers_translator: Translator, beams: int, shared: bool, sentences: int, workers: int, room: int
+    numbers_translator: Translator, beams: int, shared: bool, workers: int, room: int
 ) -> None:
     specs = _specs(numbers_translator, shared=shared)
     one = Plan.of(numbers_translator.manifest, specs, rows=beams, beams=beams)
     budget = room * workers * one.seat_bytes(SMALLEST_CAPACITY) + 1
     whole = Plan.of(numbers_translator.manifest, specs, cache_bytes=budget, beams=beams)
     assert whole.seats == min(max(1, DEFAULT_ROWS // beams), room * workers)
-    plan = whole.for_sentences(sentences).share_of(workers)
+    plan = whole.share_of(workers)
     assert plan.rows == plan.seats * beams
-    assert plan.seats == min(whole.seats, sentences, room)
-    assert plan.group <= max(1, sentences)
+    assert plan.seats == min(whole.seats, room)
     for source in range(1, plan.source_positions + 1):
-        capacity = plan.capacity(target=plan.max_new_tokens, source=source)
+        capacity = whole_capacity(plan, source)
         assert (capacity.beams, capacity.rows % beams) == (beams, 0)
         assert 1 <= capacity.seats <= plan.seats
         assert capacity.source >= source

@@ -427,7 +427,7 @@ def test_attention_is_that_of_each_hypothesis_own_tokens(search: Search, shared:
 
         def bind(self, cache: KVCache) -> Step:
             step = super().bind(cache)
-            weights = np.zeros((cache.capacity.rows, 50), np.float32)  # used again and again, as a graph's outputs are
+            weights = np.zeros((64, 50), np.float32)  # used again and again, as a graph's outputs are
 
             def attentive(input_ids: IntArray) -> StepOutput:
                 output = step(input_ids)

@@ -5,17 +5,22 @@ import itertools
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import cast
 
 import pytest
 
 from kvx import Translator
-from kvx.runtime.decoding import schedule
+from kvx.runtime.arrays import IntArray
+from kvx.runtime.backends.device import HOST
+from kvx.runtime.backends.registry import load_backends
+from kvx.runtime.bundle.folder import Bundle
+from kvx.runtime.decoding import lane
+from kvx.runtime.decoding.backend import Backend, Step, StepOutput
 from kvx.runtime.decoding.cache import KVCache
-from kvx.runtime.decoding.decode import Cancelled
-from kvx.runtime.decoding.results import DecodeStats, Hypothesis, Outcome, Sentence
-from kvx.runtime.engine.workers import run_in_parallel, side_by_side
+from kvx.runtime.decoding.results import DecodeStats
+from kvx.runtime.engine.loaded import LoadedModel
 from kvx.runtime.errors import CapacityError
 from kvx.runtime.options import TranslateOptions
 
@@ -35,52 +40,65 @@ def test_results_are_in_order_and_the_same_for_any_number_of_workers(
     assert stats.row_steps == stats.tokens
 
 
-@dataclass(frozen=True)
-class Running:
-    """A loop that is this function of its sentences."""
+def stepping(bundle: Path, each: Callable[[int], None]) -> Translator:
+    """A translator of the bundle whose steps first call this with the number of active rows."""
 
-    each: Callable[[Sentence], None]
+    opened = Bundle.open(bundle)
+    (backend,) = load_backends(opened, "onnx", [HOST], threads=1, workers=None, spin=False)
 
-    def run(self, sentences: Iterable[Sentence], stats: DecodeStats, cancelled: Cancelled) -> Iterator[Outcome]:
-        for sentence in sentences:
-            self.each(sentence)
-            yield Outcome(sentence, 0, (Hypothesis((), True),))
+    class Stepping:
+        def __getattr__(self, name: str) -> object:
+            return getattr(backend, name)
+
+        def bind(self, cache: KVCache) -> Step:
+            step = backend.bind(cache)
+
+            def watched(input_ids: IntArray) -> StepOutput:
+                each(len(input_ids))
+                return step(input_ids)
+
+            return watched
+
+    return Translator(LoadedModel(opened, cast("Backend", Stepping())))
 
 
-def test_all_workers_take_part() -> None:
+def test_all_workers_take_part(numbers_translator: Translator, numbers_bundle: Path) -> None:
     seen = set()
     together = threading.Barrier(3, timeout=10)
 
-    def each(sentence: Sentence) -> None:
+    def each(_: int) -> None:
         if threading.current_thread() not in seen:
             seen.add(threading.current_thread())
             together.wait()
 
-    sentences = [Sentence(index, (1,)) for index in range(300)]
-    found = run_in_parallel([Running(each)] * 3, sentences, DecodeStats())
-    assert sorted(outcome.sentence.number for outcome in found) == list(range(300))
+    found = stepping(numbers_bundle, each).translate(TEXTS, rows=4, workers=3)
+    assert found == numbers_translator.translate(TEXTS)
     assert len(seen) == 3
 
 
-def test_an_error_in_one_worker_ends_all_and_reaches_the_consumer() -> None:
-    def each(sentence: Sentence) -> None:
-        if sentence.number == 5:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_error_in_one_worker_ends_all_and_reaches_the_consumer(numbers_bundle: Path, workers: int) -> None:
+    steps = itertools.count()
+
+    def each(_: int) -> None:
+        if next(steps) == 5:
             raise OSError("broken")
 
-    endless = (Sentence(index, (1,)) for index in itertools.count())
-    before = threading.active_count()
+    before = set(threading.enumerate())
+    broken = stepping(numbers_bundle, each)
     with pytest.raises(OSError, match="broken"):
-        list(run_in_parallel([Running(each)] * 2, endless, DecodeStats()))
-    assert threading.active_count() == before
+        list(broken.translate_iter(itertools.cycle(TEXTS), TranslateOptions(rows=4, workers=workers)))
+    assert set(threading.enumerate()) <= before
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_memory_that_runs_out_is_an_error_that_names_what_to_lower(workers: int) -> None:
-    def each(sentence: Sentence) -> None:
+def test_memory_that_runs_out_is_an_error_that_names_what_to_lower(numbers_bundle: Path, workers: int) -> None:
+    def each(_: int) -> None:
         raise MemoryError("Unable to allocate 3.00 GiB")
 
+    short = stepping(numbers_bundle, each)
     with pytest.raises(CapacityError, match=r"not enough memory .*3.00 GiB.*`rows`") as caught:
-        list(side_by_side([Running(each)] * workers, [Sentence(0, (1,))], DecodeStats()))
+        short.translate(["one"], rows=2, workers=workers)
     assert caught.value.option == "rows"
 
 
@@ -89,7 +107,7 @@ def test_a_limit_on_threads_is_an_error_that_names_what_to_lower(
     numbers_translator: Translator, monkeypatch: pytest.MonkeyPatch, allowed: int
 ) -> None:
     """Python raises this where the system gives no thread."""
-    left, start, before = itertools.count(), threading.Thread.start, threading.active_count()
+    left, start, before = itertools.count(), threading.Thread.start, set(threading.enumerate())
 
     def limited(thread: threading.Thread) -> None:
         if next(left) >= allowed:
@@ -103,7 +121,7 @@ def test_a_limit_on_threads_is_an_error_that_names_what_to_lower(
     assert caught.value.option == "threads"
     with pytest.raises(CapacityError, match="no more threads"):
         numbers_translator.translate(["one"] * 9, options)
-    assert threading.active_count() == before
+    assert set(threading.enumerate()) <= before
 
 
 def test_an_error_in_the_sources_reaches_the_consumer(numbers_translator: Translator) -> None:
@@ -143,8 +161,8 @@ def test_the_cache_is_released_however_a_stream_ends(
             super().__init__(*arguments)  # type: ignore[arg-type]
             caches.append(weakref.ref(self))
 
-    monkeypatch.setattr(schedule, "KVCache", Remembered)
-    before = threading.active_count()
+    monkeypatch.setattr(lane, "KVCache", Remembered)
+    before = set(threading.enumerate())
 
     def texts() -> Iterator[str]:
         yield from ["one", "forty-two"] * 50
@@ -164,4 +182,4 @@ def test_the_cache_is_released_however_a_stream_ends(
     gc.collect()
     assert len(caches) >= workers
     assert [cache() for cache in caches] == [None] * len(caches)
-    assert threading.active_count() == before
+    assert set(threading.enumerate()) <= before

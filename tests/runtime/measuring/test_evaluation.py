@@ -14,8 +14,9 @@ import sacrebleu
 from kvx import InputError, OptionError, Translation
 from kvx.runtime.bundle.folder import Bundle
 from kvx.runtime.decoding.results import DecodeStats
-from kvx.runtime.engine.call import translate
+from kvx.runtime.engine.core import Core
 from kvx.runtime.engine.loaded import LoadedModel
+from kvx.runtime.engine.translating import translate
 from kvx.runtime.measuring import evaluation
 from kvx.runtime.measuring.evaluation import ParallelText, evaluate
 from kvx.runtime.options import TranslateOptions
@@ -58,9 +59,9 @@ def test_metrics_are_sacrebleus(numbers: LoadedModel) -> None:
 
 def test_an_interrupted_run_says_what_it_had(numbers: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(
-        loaded: LoadedModel, texts: tuple[str, ...], options: TranslateOptions, stats: DecodeStats
+        core: Core, texts: tuple[str, ...], options: TranslateOptions, *, stats: DecodeStats
     ) -> Iterator[Translation]:
-        for number, translation in enumerate(translate(loaded, texts, options, stats)):
+        for number, translation in enumerate(translate(core, texts, options, stats=stats)):
             if number == 2:
                 raise KeyboardInterrupt
             yield translation
@@ -174,6 +175,7 @@ def _same_bleu_on_every_backend(bundle: Path, seed: Seed, folder: Path, expected
     assert [figure["bleu"]["score"] for figure in figures] == pytest.approx([expected] * 4, abs=0.05)
 
 
+@pytest.mark.proof
 def test_the_reference_model_scores_the_same_on_every_backend(seed_bundle: Path, seed: Seed, tmp_path: Path) -> None:
     texts = [str(line["text"]) for line in seed.greedy[:40]]
     expected = sacrebleu.corpus_bleu(texts, [seed.references[:40]]).score
