@@ -9,7 +9,7 @@ from pathlib import Path
 
 import kvx
 from kvx.exporter.folder import check_output, whole_or_nothing
-from kvx.exporter.graphs import write_graphs
+from kvx.exporter.graphs import check_own, write_graphs
 from kvx.exporter.lowerings.standard import OPSET
 from kvx.exporter.options import ExportOptions
 from kvx.exporter.precision.calibrate import calibrate
@@ -39,6 +39,7 @@ def export(options: ExportOptions, progress: Progress | None = None) -> Manifest
     progress.phase("reading the checkpoint")
     checkpoint, text = read_checkpoint(options, progress)
     features = options.features(checkpoint.model.config.decoder_layers, forced=len(text.framing.forced))
+    check_own(checkpoint.model, options)
     with whole_or_nothing(options.folder, force=options.force) as folder:
         tokenizers = write_tokenizers(folder, text)
         manifest = _describe(options, checkpoint, text, tokenizers, features)

@@ -24,6 +24,7 @@ from kvx.runtime.bundle.framing import Framing
 from kvx.runtime.bundle.graphs import BEAMS, CHUNK, ENCODER, LOOP, OWN_ENCODER, OWN_STEP, SHORTLIST, STEP, Graph
 from kvx.runtime.bundle.precision import Arithmetic, Widths
 from kvx.runtime.bundle.signature import StepFeatures
+from kvx.runtime.errors import OptionError
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +157,26 @@ def _write_onnx(recipe: Recipe, made: Material, folder: Path, options: ExportOpt
         weights_of=shared,
         tied_bits=None if step is None else step.products,
         own=own,
+        coded_cache=made.features.cache_bits is not None,
     )
     recipe.beside(made, folder)
+
+
+def check_own(model: Transformer, options: ExportOptions) -> None:
+    """Raises OptionError where kvx's own operators must be in the bundle and cannot be."""
+    if not options.coded_cache:
+        return
+    lacks = None if kernels.library() is not None else "kvx has been installed without them"
+    width = model.config.decoder_head_width
+    if width % GROUPED_WIDTH:
+        lacks = f"they have no heads of {width} channels"
+    if lacks is not None:
+        raise OptionError(
+            f"`cache_precision` needs kvx's own operators, and {lacks}",
+            expected=f"an installation with a compiler, and heads of a multiple of {GROUPED_WIDTH} channels",
+            remedy="Install kvx again where there is a C compiler, or leave it out.",
+            option="cache_precision",
+        )
 
 
 def _has_own(recipe: Recipe, made: Material, options: ExportOptions) -> bool:

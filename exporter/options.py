@@ -11,7 +11,7 @@ from typing import Annotated, Literal, get_args
 from kvx.exporter.proof.limits import ParityOptions
 from kvx.runtime.bundle.framing import MOST_PREFIX
 from kvx.runtime.bundle.graphs import FORMATS
-from kvx.runtime.bundle.precision import PRECISIONS, Arithmetic, Lowering, Precision
+from kvx.runtime.bundle.precision import PRECISIONS, Arithmetic, CachePrecision, Lowering, Precision
 from kvx.runtime.bundle.signature import StepFeatures
 from kvx.runtime.errors import OptionError
 from kvx.runtime.rules import (
@@ -121,6 +121,15 @@ class ExportOptions:
             f"The number format of weights and arithmetic: {PURPOSES}. All but fp32 may change translations.",
         ),
     ] = "fp32"
+    cache_precision: Annotated[
+        CachePrecision | None,
+        Option(
+            choice(get_args(CachePrecision)),
+            "Keep what was translated so far in 8 bits, a quarter of the memory, which speeds up long translations. It "
+            "may change them, and needs kvx's own operators: elsewhere the bundle works as if this was not set.",
+            unset="as the precision computes",
+        ),
+    ] = None
     calibration: Annotated[
         Path | None,
         Option(
@@ -221,6 +230,13 @@ class ExportOptions:
                 f"`precision` {self.precision} does not go together with `format` {self.format}",
                 "`format` onnx with fewer bits",
             )
+        elif self.cache_precision is not None and (self.operators != "ort" or self.arithmetic.halved):
+            yield Problem(
+                "cache_precision",
+                f"`cache_precision` {self.cache_precision} does not go together with `precision` {self.precision} and "
+                f"`lowering` {self.operators}",
+                "`lowering` ort and `precision` fp32, int8 or int4 with `cache_precision`",
+            )
         elif self.lowering == "cuda" and self.format == "both":
             yield Problem(
                 "lowering", "`lowering` cuda does not go together with `format` both", "`format` onnx with cuda"
@@ -248,10 +264,15 @@ class ExportOptions:
             )
         if "onnx" not in self.formats:
             yield from self._only_of_onnx()
-        yield from self.parity.without_effect(self.precision) if self.verify else self._only_of_proofs()
+        yield from (
+            self.parity.without_effect(self.precision, coded_cache=self.coded_cache)
+            if self.verify
+            else self._only_of_proofs()
+        )
 
     def _only_of_onnx(self) -> Iterator[Problem]:
-        for name, value in (("lowering", self.lowering), ("loop", self.loop)):
+        only = ("lowering", self.lowering), ("loop", self.loop), ("cache_precision", self.cache_precision)
+        for name, value in only:
             if value:
                 yield Problem(
                     name, f"`{name}` has no effect with `format` {self.format}", f"`{name}` only with `format` onnx"
@@ -266,6 +287,11 @@ class ExportOptions:
     def arithmetic(self) -> Arithmetic:
         """What the precision does to the numbers of the model."""
         return PRECISIONS[self.precision]
+
+    @property
+    def coded_cache(self) -> bool:
+        """Whether graphs with kvx's own operators keep their cache in codes."""
+        return self.cache_precision is not None
 
     @property
     def operators(self) -> Lowering:
@@ -294,7 +320,12 @@ class ExportOptions:
                 option="attention_layer",
             )
         presents = self.operators == "ort" and "onnx" in self.formats
-        return StepFeatures(source_presents=presents, attention=layer if self.attention else None, forced=forced)
+        return StepFeatures(
+            source_presents=presents,
+            attention=layer if self.attention else None,
+            forced=forced,
+            cache_bits=8 if self.coded_cache else None,
+        )
 
     @property
     def folder(self) -> Path:

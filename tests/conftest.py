@@ -226,6 +226,14 @@ def loop_bundle(exported: Exported) -> Path:
 
 
 @pytest.fixture(scope="session")
+def coded_bundle(exported: Exported) -> Path:
+    """The demo with a cache in codes of 8 bits, and its proof."""
+    if kernels.library() is None:
+        pytest.skip("kvx was installed without its own operators")
+    return exported("coded", NUMBERS / "model.pt", format="onnx", cache_precision="int8")
+
+
+@pytest.fixture(scope="session")
 def tiny_checkpoint_folder(bundles: Path) -> Path:
     """A random model of a few thousand weights with the demo's tokenizers, in kvx's own format."""
     folder = bundles / "tiny-checkpoint"

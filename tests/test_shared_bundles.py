@@ -6,7 +6,7 @@ import pytest
 
 from kvx.runtime.bundle.folder import Bundle
 
-OF_NUMBERS = ("numbers", "shortlist", "attention", "loop")
+OF_NUMBERS = ("numbers", "shortlist", "attention", "loop", "coded")
 OF_TINY = ("attended", "attended_standard", "tiny", "standard")
 
 

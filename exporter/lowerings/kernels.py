@@ -1,6 +1,7 @@
 """A graph with kvx's own operators (runtime/kernels): the encoder, or the step for one row a sentence or several.
 
-`SelfAttention` takes the place of `GroupQueryAttention`, `SourceAttention` that of `Attention` over the source with all
+`SelfAttention`, or `CodedSelfAttention` where the cache is in codes, takes the place of `GroupQueryAttention`,
+`SourceAttention` that of `Attention` over the source with all
 that brings the rows of a sentence together for it. Either takes lengths as the contract has them, and rows as products
 give them. Products are kvx's own where they are quantised (exporter/precision/quantize.py).
 
@@ -14,22 +15,22 @@ from collections.abc import Sequence
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from kvx.runtime.bundle.signature import PAST
+from kvx.runtime.bundle.signature import PAST, STEP_BYTES
 
 OWN_DOMAIN = "kvx"
 BIAS = 10  # the place of the bias of scores among the inputs of GroupQueryAttention
 
 
-def with_kernels(model: ir.Model) -> ir.Model:
-    """A copy of the graph of the encoder or of that for several rows a sentence, with kvx's own attention to the cache
-    and to the source.
+def with_kernels(model: ir.Model, *, coded: bool = False) -> ir.Model:
+    """A copy of the graph of the encoder or of that for several rows a sentence, with kvx's own attention to the cache,
+    in numbers or in codes, and to the source.
     """
     made = model.clone()
     graph = made.graph
     inputs = {value.name: value for value in graph.inputs}
     for node in list(graph):
         if node.op_type == "GroupQueryAttention":
-            new, replaced = _self_attention(node, inputs["past_lengths"])
+            new, replaced = _self_attention(node, inputs["past_lengths"], coded=coded)
         elif node.op_type == "Attention" and _reads_source(node):
             new, replaced = _source_attention(node, inputs["source_lengths"])
         else:
@@ -40,13 +41,27 @@ def with_kernels(model: ir.Model) -> ir.Model:
     return made
 
 
-def _self_attention(node: ir.Node, lengths: ir.Value) -> tuple[ir.Node, Sequence[ir.Value]]:
+def _self_attention(node: ir.Node, lengths: ir.Value, *, coded: bool) -> tuple[ir.Node, Sequence[ir.Value]]:
     """Packed queries, keys and values [B, 1, 3·E] → what replaces it, and what its outputs replace."""
     packed, past = _before(node, "Unsqueeze"), node.inputs[3:5]
     bias = node.inputs[BIAS:]
     heads = {"num_heads": node.attributes["num_heads"].as_int()}
-    new = ir.node("SelfAttention", [packed, *past, lengths, *bias], heads, domain=OWN_DOMAIN, num_outputs=3)
+    called = "CodedSelfAttention" if coded else "SelfAttention"
+    new = ir.node(called, [packed, *past, lengths, *bias], heads, domain=OWN_DOMAIN, num_outputs=3)
+    if coded:
+        for value in (*past, *node.outputs[1:]):
+            _become_codes(value)
     return new, [_after(node, "Reshape"), *node.outputs[1:]]
+
+
+def _become_codes(value: ir.Value | None) -> None:
+    """Gives a key or value of the cache [B, H, T, D] the type and shape that it has in codes."""
+    assert value is not None
+    assert value.shape is not None
+    *axes, width = value.shape
+    assert isinstance(width, int)
+    value.type = ir.TensorType(ir.DataType.INT8)
+    value.shape = ir.Shape([*axes, width + STEP_BYTES])
 
 
 def _source_attention(node: ir.Node, lengths: ir.Value) -> tuple[ir.Node, Sequence[ir.Value]]:

@@ -50,7 +50,7 @@ def verify(folder: Path, checkpoint: Path, options: ParityOptions, progress: Pro
     """
     progress = progress or Progress()
     manifest = Manifest.read(folder)
-    refuse(options.without_effect(manifest.precision))
+    refuse(options.without_effect(manifest.precision, coded_cache=manifest.features.cache_bits is not None))
     progress.phase("comparing the files with their hashes")
     checks = [_check_files(folder)]
     if checks[-1].passed:

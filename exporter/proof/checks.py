@@ -51,6 +51,7 @@ class Case:
         self.folder = folder
         self.files = files
         self.own = False
+        self.precision = precision
         self.trial = Trial(model, options, self.limits.tolerance, graphs.features.attention)
 
     def holds(self, graph: Graph) -> bool:
@@ -65,7 +66,18 @@ class Case:
         vars(self).pop("got", None)
         self.own = True
         self.graphs = load()
+        self.limits = self.options.limits(self.precision, coded_cache=self.coded)
         self.trial = Trial(self.model, self.options, self.limits.tolerance, self.graphs.features.attention)
+
+    @property
+    def coded(self) -> bool:
+        """Whether the cache is in codes."""
+        return self.own and self.graphs.features.cache_bits is not None
+
+    @property
+    def exact(self) -> bool:
+        """Whether translations must be those of float32."""
+        return not (self.arithmetic.reduced or self.coded)
 
     @cached_property
     def expected(self) -> dict[int, Ids]:
@@ -182,11 +194,11 @@ SOURCE_TABLES = Proof(_source_tables)
 TARGET_TABLES = Proof(_target_tables, phase="proving every token and position")
 DISTANCES = Proof(_distances, lambda case: case.model.config.positions == "relative")
 # Quantised products move logits too far for greedy translations of noise.
-DRAWN = Proof(_drawn, lambda case: not case.arithmetic.quantized)
+DRAWN = Proof(_drawn, lambda case: not (case.arithmetic.quantized or case.coded))
 RANGE = Proof(_range, lambda case: any(spec.dtype == "float16" for spec in case.graphs.cache_specs))
-TEXT = Proof(_greedy, lambda case: bool(case.text.sources) and not case.arithmetic.reduced)
-LINES = Proof(_lines, lambda case: bool(case.text.sources) and case.arithmetic.reduced)
-SCORES = Proof(_scores, lambda case: bool(case.text.references) and case.arithmetic.reduced)
+TEXT = Proof(_greedy, lambda case: bool(case.text.sources) and case.exact)
+LINES = Proof(_lines, lambda case: bool(case.text.sources) and not case.exact)
+SCORES = Proof(_scores, lambda case: bool(case.text.references) and not case.exact)
 LOOPED = Proof(_loop, lambda case: case.holds(LOOP), phase="proving the decoder that feeds itself")
 
 CHECKS = (

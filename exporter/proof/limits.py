@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, get_args
 
-from kvx.runtime.bundle.precision import PRECISIONS, Limits, Precision
+from kvx.runtime.bundle.precision import CODED_CACHE, PRECISIONS, Limits, Precision
 from kvx.runtime.rules import Option, Problem, Rule, count, number, path, refuse, wrong_values
 
 MOST_STEPS = 10_000
@@ -75,9 +75,11 @@ class ParityOptions:
     def __post_init__(self) -> None:
         refuse(wrong_values(self))
 
-    def limits(self, precision: Precision) -> Limits:
-        """The limits, with the precision's own where none is set."""
+    def limits(self, precision: Precision, *, coded_cache: bool = False) -> Limits:
+        """The limits, with the precision's own where none is set, and those of a cache in codes."""
         default = PRECISIONS[precision].limits
+        if coded_cache:
+            default = default.with_those(CODED_CACHE)
         return Limits(
             default.tolerance if self.tolerance is None else self.tolerance,
             default.equal_lines if self.equal_lines is None else self.equal_lines,
@@ -85,11 +87,11 @@ class ParityOptions:
             default.neighbours,
         )
 
-    def without_effect(self, precision: Precision) -> Iterator[Problem]:
+    def without_effect(self, precision: Precision, *, coded_cache: bool = False) -> Iterator[Problem]:
         """The limits and files that would judge nothing, and what they need."""
         missing = [
             *(["without `verify_text`"] if self.verify_text is None else []),
-            *([] if PRECISIONS[precision].reduced else [f"with `precision` {precision}"]),
+            *([] if PRECISIONS[precision].reduced or coded_cache else [f"with `precision` {precision}"]),
         ]
         for name in ("verify_reference", "equal_lines") if missing else ():
             if getattr(self, name) is not None:

@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from kvx.exporter.proof.caches import held_as, numbers
 from kvx.exporter.proof.report import Check, Differences
 from kvx.exporter.proof.trial import ExportedGraphs, Trial, release_large
 from kvx.models.transformer import Transformer
@@ -147,7 +148,7 @@ def check_distances(trial: Trial, backend: ExportedGraphs, graphs: Iterable[Fed]
             found.add(f"{graph.name}, logits", expected.logits[:, :columns], logits[:, :columns])
         written = np.arange(FAR_ROWS), slice(None), truth.lengths
         for name in (spec.name for spec in trial.eager.cache_specs if "T" in spec.axes):
-            found.add(f"{graph.name}, {name}", truth.buffers[name][written], cache.buffers[name][written])
+            found.add(f"{graph.name}, {name}", truth.buffers[name][written], numbers(cache.buffers[name][written]))
     return found.check(backend, f"every distance up to {farthest - 1}", trial.tolerance)
 
 
@@ -160,7 +161,7 @@ def _fill(trial: Trial, truth: KVCache, cache: KVCache, ids: IntArray) -> None:
     for name, size in zip(names, itertools.cycle(sizes), strict=False):
         held = truth.buffers[name]
         held[:] = trial.random.standard_normal(held.shape) * size
-        cache.buffers[name][:] = held
+        cache.buffers[name][:] = held_as(cache.buffers[name], held)
 
 
 def _tokens(trial: Trial, size: int, work: float) -> IntArray:
@@ -241,7 +242,7 @@ def _compare_targets(
     with torch.inference_mode():
         first = model.first_keys_values(torch.from_numpy(ids), torch.from_numpy(positions))
     for name, expected in zip(key_value_names(PAST, 0, "decoder"), first, strict=True):
-        got = cache.buffers[name][np.arange(len(ids)), :, positions]
+        got = numbers(cache.buffers[name][np.arange(len(ids)), :, positions])
         rows = ids if what == "tokens" else positions
         found.add(f"{graph.name}, {name} of {what}", rows, _flat(expected.numpy()), got.reshape(len(ids), -1))
 

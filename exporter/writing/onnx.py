@@ -37,20 +37,21 @@ def write_onnx(
     weights_of: Path | None = None,
     tied_bits: int | None = None,
     own: Path | None = None,
+    coded_cache: bool = False,
 ) -> None:
     """One graph → an ONNX file that the checker passes, its weights beside it as `<path>.data`, which runtimes map into
     memory. With `widths` they are quantised.
 
     With `weights_of`, another graph in the same folder, they are shared with that one; `<path>.data` then has those
     that differ, but for the small ones, if there are any. To `own` goes the same graph with kvx's own operators, which
-    shares the weights too.
+    shares the weights too, and whose cache is in codes where it is `coded_cache`.
     """
     model = _exported(graph)
     names = _shared_names(graph)
     _rename(model, names)
     weights = _weights(graph)
     tied = {HEAD: tied_bits or widths.products} if widths is not None and HEAD in names else {}
-    owning, packing = None if own is None else with_kernels(model), Packing()
+    owning, packing = None if own is None else with_kernels(model, coded=coded_cache), Packing()
     if widths is not None:
         quantize(model, widths, weights, tied, packing=packing)
     _save(model, path, weights_of)

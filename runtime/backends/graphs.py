@@ -32,7 +32,7 @@ class GraphBackend(ABC):
     def __init__(self, dimensions: Dimensions, features: StepFeatures) -> None:
         self.features = features
         self.encoder_signature = encoder_signature(dimensions)
-        self.step_signature = step_signature(dimensions, features)
+        self.step_signature = step_signature(dimensions, features.step)
         self.cache_specs: tuple[TensorSpec, ...] = cache_specs(dimensions)
         self.beam_cache_specs = self.cache_specs
 

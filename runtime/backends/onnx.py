@@ -85,8 +85,10 @@ class OnnxBackend(GraphBackend):
         )
         _log.info("kvx's own operators: %s", self.instructions or "none")
         self._open(held, dimensions)
-        self.query_tokens = self._chunk.exists
-        self.beam_cache_specs = cache_specs(dimensions, shared_sources=self._beams.exists)
+        bits = None if self.instructions is None else features.cache_bits
+        self.query_tokens = self._chunk.exists and bits is None  # it knows no codes
+        self.cache_specs = cache_specs(dimensions, cache_bits=bits)
+        self.beam_cache_specs = cache_specs(dimensions, shared_sources=self._beams.exists, cache_bits=bits)
         self.loops = self._loop.exists and not on_host
         self._capture = capture and not on_host
         self._idle_rows = IdleRows(self._new_rows, device)
@@ -103,8 +105,8 @@ class OnnxBackend(GraphBackend):
         own = self.instructions is not None
         encoder = OWN_ENCODER_FILE if own and OWN_ENCODER_FILE in files else ENCODER_FILE
         self._encoder = Graph(files, encoder, self.encoder_signature, self._settings)
-        self._beams = step(OWN_STEP_FILE if own else BEAMS_FILE, self.features.beams)
-        self._step = self._beams if own else step(STEP_FILE, self.features)
+        self._beams = step(OWN_STEP_FILE, self.features.own) if own else step(BEAMS_FILE, self.features.beams)
+        self._step = self._beams if own else step(STEP_FILE, self.features.step)
         self.step_signature = self._step.signature
         self._chunk = step(CHUNK_FILE, CHUNK_FEATURES)
         self._loop = step(LOOP_FILE, self.features.loop, captured=True)

@@ -41,6 +41,7 @@ OUT_OF_MEMORY = ("failed to allocate", "out of memory", "bad_alloc", "bad alloca
 LONGEST_REASON = 300
 ELEMENT_TYPES = {
     "tensor(int64)": "int64",
+    "tensor(int8)": "int8",
     "tensor(bool)": "bool",
     "tensor(float)": "float32",
     "tensor(float16)": "float16",

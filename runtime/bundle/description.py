@@ -60,6 +60,9 @@ def describe(bundle: Bundle) -> Iterator[str]:
         f"  cache bytes per source token {manifest.cache_bytes(target=0, source=1):,}, "
         f"per target token {manifest.cache_bytes(target=1, source=0):,}"
     )
+    if (bits := manifest.features.cache_bits) is not None:
+        coded = manifest.cache_bytes(target=1, source=0, cache_bits=bits)
+        yield f"  cache bytes per target token {coded:,} in codes of {bits} bits, where kvx's own operators are used"
     yield ""
     yield from describe_parity(manifest.parity)
 

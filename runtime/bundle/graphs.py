@@ -52,7 +52,7 @@ ENCODER = Graph(
 STEP = Graph(
     name="decoder_step",
     files={"onnx": "decoder_step.onnx", "torchscript": "decoder_step.ts"},
-    features=lambda features: features,
+    features=lambda features: features.step,
     required=True,
 )
 CHUNK = Graph(
@@ -84,7 +84,7 @@ OWN_ENCODER = Graph(
 OWN_STEP = Graph(  # for one row a sentence or several
     name="decoder_kernels",
     files={"onnx": "decoder_kernels.onnx"},
-    features=lambda features: features.beams,
+    features=lambda features: features.own,
 )
 GRAPHS = (ENCODER, STEP, CHUNK, BEAMS, SHORTLIST, LOOP, OWN_ENCODER, OWN_STEP)
 

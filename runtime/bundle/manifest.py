@@ -22,7 +22,7 @@ from kvx.runtime.bundle.graphs import (
 )
 from kvx.runtime.bundle.model import upgraded
 from kvx.runtime.bundle.precision import PRECISIONS, Precision, precision_named
-from kvx.runtime.bundle.signature import Dimensions, Signature, StepFeatures, cache_specs
+from kvx.runtime.bundle.signature import CACHE_BITS, Dimensions, Signature, StepFeatures, cache_specs
 from kvx.runtime.errors import BundleError
 
 __all__ = [
@@ -149,9 +149,10 @@ class Manifest:
         """The formats of which the bundle has a graph."""
         return tuple(name for name, files in GRAPH_FILES.items() if not self.files.keys().isdisjoint(files))
 
-    def cache_bytes(self, *, target: int, source: int) -> int:
-        """Cache bytes of one row with room for these numbers of target and source positions."""
-        return sum(spec.bytes({"B": 1, "T": target, "S": source}) for spec in cache_specs(self.dimensions))
+    def cache_bytes(self, *, target: int, source: int, cache_bits: int | None = None) -> int:
+        """Cache bytes of one row with room for these numbers of target and source positions, with or without codes."""
+        specs = cache_specs(self.dimensions, cache_bits=cache_bits)
+        return sum(spec.bytes({"B": 1, "T": target, "S": source}) for spec in specs)
 
     def write(self, folder: Path) -> None:
         """Writes manifest.json into the folder."""
@@ -205,6 +206,8 @@ class Manifest:
             yield "attention"
         flags = ("query_tokens", "source_presents", "shared_sources", "shortlist", "looped")
         yield from (name for name in flags if type(getattr(self.features, name)) is not bool)
+        if self.features.cache_bits not in CACHE_BITS:
+            yield "cache_bits"
         if self.features.forced != len(self.framing.forced):
             yield "forced"
 

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 Lowering = Literal["ort", "standard", "cuda"]
+CachePrecision = Literal["int8"]
 FULL = "float32"  # what a checkpoint is in, and what eager computes in
 
 
@@ -32,6 +33,15 @@ class Limits(NamedTuple):
     equal_lines: float
     bleu_lost: float
     neighbours: float
+
+    def with_those(self, other: Limits) -> Limits:
+        """What may be lost where both cost something."""
+        return Limits(
+            max(self.tolerance, other.tolerance),
+            min(self.equal_lines, other.equal_lines),
+            max(self.bleu_lost, other.bleu_lost),
+            max(self.neighbours, other.neighbours),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +119,8 @@ PRECISIONS: dict[Precision, Arithmetic] = {
         lowerings=("ort",),
     ),
 }
+
+CODED_CACHE = Limits(0.1, 0.9, 0.2, neighbours=1e-4)  # where keys and values are codes of 8 bits
 
 
 def precision_named(written: object) -> Precision:

@@ -14,7 +14,9 @@ from typing import Any, Self
 
 Axis = str | int
 
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "bool": 1}  # numpy has no bfloat16
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int8": 1, "bool": 1}  # numpy has no bfloat16
+STEP_BYTES = 4  # of the step behind a key or value in codes
+CACHE_BITS = (None, 8)
 PAST = "past_key_values"
 PRESENT = "present"
 PAST_FINISHED = "past_finished"
@@ -97,7 +99,8 @@ class StepFeatures:
     finished writes its next token into present_ids at past_lengths, advances present_lengths by one and is finished
     with eos or when that reaches its limit; a finished one gives the pad id and advances nothing. T must be above every
     limit. Where `forced`, the number of tokens that are not chosen, is above 0, it also takes forced_ids [B, forced],
-    which come first.
+    which come first. `cache_bits`: in the graph with kvx's own operators the self keys and values are codes of this
+    many bits, int8 [B, H, T, D + 4], each D codes and then, as the bytes of a float32, the step that they count.
     """
 
     query_tokens: bool = False
@@ -107,6 +110,17 @@ class StepFeatures:
     shortlist: bool = False
     looped: bool = False
     forced: int = 0
+    cache_bits: int | None = None
+
+    @property
+    def step(self) -> StepFeatures:
+        """Those of the graph that every bundle has."""
+        return replace(self, cache_bits=None)
+
+    @property
+    def own(self) -> StepFeatures:
+        """Those of the graph with kvx's own operators, for one row a sentence or several."""
+        return replace(self.beams, cache_bits=self.cache_bits)
 
     @property
     def beams(self) -> StepFeatures:
@@ -160,7 +174,7 @@ def step_signature(dimensions: Dimensions, features: StepFeatures) -> Signature:
                 else ()
             ),
             *((TensorSpec("projection", "float32", ("C", dimensions.projection)),) if features.shortlist else ()),
-            *_keys_values(dimensions, PAST, "decoder", "T"),
+            *_own_keys_values(dimensions, PAST, features.cache_bits),
             *_keys_values(dimensions, PAST, "encoder", "S", sources),
         ),
         outputs=(
@@ -168,7 +182,7 @@ def step_signature(dimensions: Dimensions, features: StepFeatures) -> Signature:
             *next_ids,
             *((TensorSpec("present_lengths", "int64", ("B",)), *_loop_state("present")) if features.looped else ()),
             *attention,
-            *_keys_values(dimensions, PRESENT, "decoder", "T"),
+            *_own_keys_values(dimensions, PRESENT, features.cache_bits),
             *(_keys_values(dimensions, PRESENT, "encoder", "S", sources) if features.source_presents else ()),
         ),
     )
@@ -184,10 +198,20 @@ def _becomes(output: str) -> str:
     return past + output.removeprefix(PRESENT)
 
 
-def cache_specs(dimensions: Dimensions, *, shared_sources: bool = False) -> tuple[TensorSpec, ...]:
+def cache_specs(
+    dimensions: Dimensions, *, shared_sources: bool = False, cache_bits: int | None = None
+) -> tuple[TensorSpec, ...]:
     """The buffers that a decode keeps from step to step."""
-    step = step_signature(dimensions, StepFeatures(shared_sources=shared_sources))
+    step = step_signature(dimensions, StepFeatures(shared_sources=shared_sources, cache_bits=cache_bits))
     return tuple(spec for spec in step.inputs if spec.name.startswith(PAST))
+
+
+def _own_keys_values(dimensions: Dimensions, prefix: str, bits: int | None) -> tuple[TensorSpec, ...]:
+    """Those of self-attention, in codes where they have `bits`."""
+    coded = dimensions
+    if bits is not None:
+        coded = replace(dimensions, element="int8", head_width=dimensions.head_width + STEP_BYTES)
+    return _keys_values(coded, prefix, "decoder", "T")
 
 
 def _keys_values(

@@ -6,6 +6,8 @@
  *   SelfAttention    packed queries, keys, values [B, 3·E], past key, value [B, H, T, D], past lengths [B] int64, a bias
  *                    of scores [B or 1, H, 1, T] or nothing → attended [B, E], present key, value [B, H, T, D], which
  *                    may be the very past: one position of each row is written.
+ *   CodedSelfAttention  the same with past and present key, value [B, H, T, D + 4] int8: each in codes of 8 bits, and
+ *                    behind them their step, a float32.
  *   SourceAttention  query [B, E], key, value [G, H, S, D], source lengths [G] int64 → attended [B, E].
  *   BytesProduct     x [..., K], weights of 7 bits in panels [N/16, K/4, 16, 4] int8, their sums [N] int32 and scales
  *                    [N], a bias [N] or nothing, a residual [..., N] or nothing, a step or nothing → [..., N]. Each row
@@ -39,6 +41,7 @@
 #define HALF_NIBBLE 8  /* the weight of 4 bits that stands for 0 */
 #define TILE_ROWS 4
 #define MOST_CODE 127  /* of a signed code of 8 bits */
+#define STEP_BYTES 4   /* of the step behind a key or value in codes */
 #define ROUNDING 12582912.0f /* 1.5 · 2^23: what is added to it is rounded to a whole number */
 #define WORTH_A_THREAD 300000 /* multiplications below which other threads are not woken */
 #define MOST_AXES 8
@@ -49,6 +52,7 @@ typedef int32_t words __attribute__((vector_size(32)));
 typedef uint8_t bytes __attribute__((vector_size(32)));
 typedef float loose_floats __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int32_t loose_words __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int8_t loose_codes __attribute__((vector_size(8), aligned(1), may_alias));
 
 #define ALL(x) ((floats){x, x, x, x, x, x, x, x})
 #define ALL_WORDS(x) ((words){x, x, x, x, x, x, x, x})
@@ -87,7 +91,8 @@ typedef struct Product {
 
 typedef struct Arithmetic {
     const char *name;
-    void (*attend)(const float *, const float *, const float *, const float *, int64_t, int64_t, float *);
+    void (*attend)(const float *, const void *, const void *, const float *, int64_t, int64_t, float *);
+    void (*attend_coded)(const float *, const void *, const void *, const float *, int64_t, int64_t, float *);
     float (*peak)(const float *, int64_t);
     void (*quantize)(const float *, int64_t, float, int32_t, int32_t, uint8_t *);
     int32_t (*quantize_block)(const float *, float, int8_t *);
@@ -97,8 +102,8 @@ typedef struct Arithmetic {
 
 #define ARITHMETIC(set, called)                                                                              \
     {                                                                                                        \
-        called, attend_##set, peak_##set, quantize_##set, quantize_block_##set, bytes_panel_##set,           \
-            nibbles_panel_##set                                                                              \
+        called, attend_##set, attend_coded_##set, peak_##set, quantize_##set, quantize_block_##set,          \
+            bytes_panel_##set, nibbles_panel_##set                                                           \
     }
 
 /* One set of instructions after the other; GCC and Clang spell it differently. */
@@ -195,29 +200,47 @@ static OrtStatus *share(
     return NULL;
 }
 
+static bool is_finite(float peak) { return peak <= 3.4028235e38f; }
+
 /* Attention of each row and head. */
 
 typedef struct Attending {
     const float *query, *bias;
-    float *key, *value, *attended;
+    char *key, *value;
+    float *attended;
     const int64_t *lengths;
     int64_t heads, width, capacity, query_stride, rows_a_sentence;
+    int64_t held;       /* bytes of a key or value in the cache */
     bool caching;       /* the new key and value stand behind the query */
+    bool coded;         /* keys and values are in codes */
     bool biased_by_row; /* the bias is not that of all rows */
 } Attending;
+
+/* A key or value [width] → what the cache holds of it: the numbers, or codes in steps of the largest magnitude / 127. */
+static void hold(const Attending *of, const float *from, char *to) {
+    if (!of->coded) {
+        memcpy(to, from, (size_t)of->held);
+        return;
+    }
+    const float peak = use->peak(from, of->width);
+    const float step = (peak > 0 ? peak : 1.0f) / MOST_CODE, kept = is_finite(peak) ? step : NAN;
+    use->quantize(from, of->width, 1.0f / step, MOST_CODE + 1, 1, (uint8_t *)to);
+    for (int64_t d = 0; d < of->width; d++) to[d] = (char)(to[d] ^ 0x80); /* the code of 0 is 0 */
+    memcpy(to + of->width, &kept, STEP_BYTES);
+}
 
 static void attend_head(void *data, size_t index) {
     const Attending *of = data;
     const int64_t row = (int64_t)index / of->heads, head = (int64_t)index % of->heads, width = of->width;
     const int64_t sentence = row / of->rows_a_sentence, size = of->heads * width;
     const float *query = of->query + row * of->query_stride + head * width;
-    float *key = of->key + (sentence * of->heads + head) * of->capacity * width;
-    float *value = of->value + (sentence * of->heads + head) * of->capacity * width;
+    char *key = of->key + (sentence * of->heads + head) * of->capacity * of->held;
+    char *value = of->value + (sentence * of->heads + head) * of->capacity * of->held;
     float *attended = of->attended + row * size + head * width;
     int64_t count = of->lengths[sentence];
     if (of->caching) {
-        memcpy(key + count * width, query + size, (size_t)width * sizeof(float));
-        memcpy(value + count * width, query + 2 * size, (size_t)width * sizeof(float));
+        hold(of, query + size, key + count * of->held);
+        hold(of, query + 2 * size, value + count * of->held);
         count++;
     }
     const float *bias = NULL;
@@ -225,7 +248,7 @@ static void attend_head(void *data, size_t index) {
     if (count == 0)
         memset(attended, 0, (size_t)width * sizeof(float));
     else
-        use->attend(query, key, value, bias, count, width, attended);
+        (of->coded ? use->attend_coded : use->attend)(query, key, value, bias, count, width, attended);
 }
 
 static OrtStatus *attend_heads(OrtKernelContext *context, Attending *of, int64_t rows, int64_t sentences) {
@@ -243,13 +266,15 @@ typedef struct Kernel {
     int64_t positive_in, positive_out;
 } Kernel;
 
-static bool is_cache(const Tensor *key, const Tensor *value, int64_t heads) {
-    const int64_t width = key->axes == 4 ? key->sizes[3] : 0;
+/* Whether key and value are a cache of so many heads; `beside` is how much wider than a head its rows are. */
+static bool is_cache(const Tensor *key, const Tensor *value, int64_t heads, int64_t beside) {
+    const int64_t width = key->axes == 4 ? key->sizes[3] - beside : 0;
     return width >= LANES && width <= LARGEST && width % LANES == 0 && heads >= 1 && heads <= LARGEST &&
            value->axes == 4 && memcmp(key->sizes, value->sizes, 4 * sizeof(int64_t)) == 0 && key->sizes[1] == heads;
 }
 
-static OrtStatus *self_attention(void *kernel, OrtKernelContext *context) {
+static OrtStatus *attend_cached(void *kernel, OrtKernelContext *context, bool coded) {
+    const int64_t beside = coded ? STEP_BYTES : 0;
     const int64_t heads = ((Kernel *)kernel)->heads;
     Tensor packed, key, value, lengths, bias;
     TRY(get_input(context, 0, &packed));
@@ -257,9 +282,9 @@ static OrtStatus *self_attention(void *kernel, OrtKernelContext *context) {
     TRY(get_input(context, 2, &value));
     TRY(get_input(context, 3, &lengths));
     TRY(get_input(context, 4, &bias));
-    if (!is_cache(&key, &value, heads))
-        return refuse("kvx.SelfAttention: the cache is not [B, H, T, D], D a multiple of 8");
-    const int64_t rows = key.sizes[0], capacity = key.sizes[2], width = key.sizes[3], size = heads * width;
+    if (!is_cache(&key, &value, heads, beside))
+        return refuse("kvx.SelfAttention: the cache is not [B, H, T, D], D a multiple of 8, or [B, H, T, D + 4] in codes");
+    const int64_t rows = key.sizes[0], capacity = key.sizes[2], width = key.sizes[3] - beside, size = heads * width;
     if (elements(&packed) != rows * 3 * size || elements(&lengths) != rows)
         return refuse("kvx.SelfAttention: queries, lengths and cache are of different sizes");
     if (bias.data && elements(&bias) != heads * capacity && elements(&bias) != rows * heads * capacity)
@@ -269,15 +294,25 @@ static OrtStatus *self_attention(void *kernel, OrtKernelContext *context) {
     TRY(get_output(context, 0, sizes, 2, &attended));
     TRY(get_output(context, 1, key.sizes, 4, &present_key));
     TRY(get_output(context, 2, value.sizes, 4, &present_value));
-    const size_t held = (size_t)(rows * size * capacity) * sizeof(float);
-    if (present_key != key.data) memcpy(present_key, key.data, held);
-    if (present_value != value.data) memcpy(present_value, value.data, held);
+    const int64_t held = coded ? width + STEP_BYTES : width * (int64_t)sizeof(float);
+    const size_t all = (size_t)(rows * heads * capacity * held);
+    if (present_key != key.data) memcpy(present_key, key.data, all);
+    if (present_value != value.data) memcpy(present_value, value.data, all);
     Attending of = {
         .query = packed.data, .bias = bias.data, .key = present_key, .value = present_value, .attended = attended,
         .lengths = lengths.data, .heads = heads, .width = width, .capacity = capacity, .query_stride = 3 * size,
-        .rows_a_sentence = 1, .caching = true, .biased_by_row = elements(&bias) != heads * capacity,
+        .rows_a_sentence = 1, .held = held, .caching = true, .coded = coded,
+        .biased_by_row = elements(&bias) != heads * capacity,
     };
     return attend_heads(context, &of, rows, rows);
+}
+
+static OrtStatus *self_attention(void *kernel, OrtKernelContext *context) {
+    return attend_cached(kernel, context, false);
+}
+
+static OrtStatus *coded_self_attention(void *kernel, OrtKernelContext *context) {
+    return attend_cached(kernel, context, true);
 }
 
 static OrtStatus *source_attention(void *kernel, OrtKernelContext *context) {
@@ -287,7 +322,7 @@ static OrtStatus *source_attention(void *kernel, OrtKernelContext *context) {
     TRY(get_input(context, 1, &key));
     TRY(get_input(context, 2, &value));
     TRY(get_input(context, 3, &lengths));
-    if (!is_cache(&key, &value, heads))
+    if (!is_cache(&key, &value, heads, 0))
         return refuse("kvx.SourceAttention: keys are not [G, H, S, D], D a multiple of 8");
     const int64_t sentences = key.sizes[0], width = key.sizes[3], size = heads * width;
     const int64_t rows = size ? elements(&query) / size : 0;
@@ -299,7 +334,7 @@ static OrtStatus *source_attention(void *kernel, OrtKernelContext *context) {
     Attending of = {
         .query = query.data, .key = key.data, .value = value.data, .attended = attended, .lengths = lengths.data,
         .heads = heads, .width = width, .capacity = key.sizes[2], .query_stride = size,
-        .rows_a_sentence = rows / sentences,
+        .rows_a_sentence = rows / sentences, .held = width * (int64_t)sizeof(float),
     };
     return attend_heads(context, &of, rows, sentences);
 }
@@ -311,8 +346,6 @@ typedef struct Multiplying {
     const float *x;
     const float *fixed; /* the step of all rows, or NULL */
 } Multiplying;
-
-static bool is_finite(float peak) { return peak <= 3.4028235e38f; }
 
 /* A row in codes: by its own largest magnitude, or in fixed steps. What is not finite makes all its outputs NaN. */
 static void quantize_row(void *data, size_t index) {
@@ -554,6 +587,8 @@ static OrtStatus *create(const OrtCustomOp *op, const OrtApi *of, const OrtKerne
 
 static const Operator operators[] = {
     OPERATOR(self_attention, "SelfAttention", 4, 5, 3, {FLOAT, FLOAT, FLOAT, INT64, FLOAT}, {FLOAT, FLOAT, FLOAT}),
+    OPERATOR(coded_self_attention, "CodedSelfAttention", 4, 5, 3, {FLOAT, INT8, INT8, INT64, FLOAT},
+             {FLOAT, INT8, INT8}),
     OPERATOR(source_attention, "SourceAttention", 4, 4, 1, {FLOAT, FLOAT, FLOAT, INT64}, {FLOAT}),
     OPERATOR(bytes_product, "BytesProduct", 4, 7, 1, {FLOAT, INT8, INT32, FLOAT, FLOAT, FLOAT, FLOAT}, {FLOAT}),
     OPERATOR(bytes_lookup, "BytesLookup", 3, 3, 1, {INT64, INT8, FLOAT}, {FLOAT}),

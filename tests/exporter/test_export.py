@@ -616,6 +616,13 @@ def test_a_folder_that_only_looks_like_a_bundle_is_never_replaced(options: Expor
     assert (tmp_path / "work" / "thesis.txt").read_text() == "years of work"
 
 
+def test_a_cache_in_8_bits_needs_kvxs_own_operators(options: ExportOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(kernels.SWITCH, "0")
+    with pytest.raises(OptionError, match="needs kvx's own operators"):
+        export(dataclasses.replace(options, format="onnx", cache_precision="int8"))
+    assert not options.folder.exists()
+
+
 def test_heads_that_contradict_the_checkpoint_are_refused(options: ExportOptions) -> None:
     with pytest.raises(OptionError, match=r"`heads` is 1\. Expected the checkpoint's own 2"):
         export(dataclasses.replace(options, heads=1))

@@ -10,7 +10,7 @@ import pytest
 from kvx import OptionError
 from kvx.exporter.options import ExportOptions
 from kvx.exporter.proof.limits import ParityOptions
-from kvx.runtime.bundle.precision import PRECISIONS
+from kvx.runtime.bundle.precision import CODED_CACHE, PRECISIONS
 from kvx.runtime.rules import described
 
 FLAGS = {
@@ -49,6 +49,28 @@ def test_the_defaults_of_the_lowering_are_those_of_the_precisions() -> None:
     assert described(ExportOptions)["lowering"].unset == "ort; cuda with fp16 and bf16"
     for name, arithmetic in PRECISIONS.items():
         assert ExportOptions(checkpoint=Path("x"), precision=name).operators == arithmetic.lowerings[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"lowering": "standard"}, "does not go together with `precision` fp32 and `lowering` standard"),
+        ({"precision": "fp16"}, "does not go together with `precision` fp16 and `lowering` cuda"),
+        ({"precision": "fp16", "lowering": "ort"}, "does not go together with `precision` fp16 and `lowering` ort"),
+        ({"format": "torchscript"}, "has no effect with `format` torchscript"),
+        ({"cache_precision": "int4"}, "`cache_precision` is"),
+    ],
+)
+def test_a_cache_in_8_bits_where_nothing_has_it_is_refused(options: dict[str, str], why: str) -> None:
+    with pytest.raises(OptionError, match=why):
+        ExportOptions(checkpoint=Path("x"), **{"cache_precision": "int8", **options})  # type: ignore[arg-type]
+
+
+def test_its_limits_are_the_wider_ones_of_cache_and_precision() -> None:
+    parity = ParityOptions()
+    assert parity.limits("fp32", coded_cache=True) == CODED_CACHE
+    assert parity.limits("int8", coded_cache=True) == PRECISIONS["int8"].limits
+    assert ParityOptions(tolerance=0.01).limits("fp32", coded_cache=True).tolerance == 0.01
 
 
 @pytest.mark.parametrize("linked", ["file", "folder"])

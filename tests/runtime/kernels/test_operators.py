@@ -21,6 +21,7 @@ if kernels.library() is None:
 
 Array = NDArray[Any]
 FLOATS = np.float32
+FLOAT = onnx.TensorProto.FLOAT
 
 
 def session(
@@ -39,7 +40,10 @@ def session(
         onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), [None] * array.ndim)
         for name, array in given.items()
     ]
-    results = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in node.output]
+    kinds = [onnx.TensorProto.INT8 if operator.startswith("Coded") and number else FLOAT for number in range(outputs)]
+    results = [
+        onnx.helper.make_tensor_value_info(name, kind, None) for name, kind in zip(node.output, kinds, strict=True)
+    ]
     graph = onnx.helper.make_graph([node], "one", values, results)
     versions = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("kvx", 1)]
     options = ort.SessionOptions()
@@ -138,6 +142,90 @@ class TestSelfAttention:
     def test_sizes_that_do_not_fit_are_refused(self, name: str, array: Array, why: str) -> None:
         with pytest.raises(Exception, match=why):
             run("SelfAttention", self.inputs(1, 1, 8, 5) | {name: array}, outputs=3, num_heads=1)
+
+
+class TestCodedSelfAttention:
+    """The same where keys and values are codes of 8 bits with their step behind them."""
+
+    @staticmethod
+    def codes(array: Array) -> Array:
+        """[..., D] → [..., D + 4]."""
+        steps = (np.abs(array).max(axis=-1, keepdims=True) / FLOATS(127)).astype(FLOATS)
+        return np.concatenate([np.rint(array / steps).astype(np.int8), steps.view(np.int8)], axis=-1)
+
+    @staticmethod
+    def numbers(codes: Array) -> Array:
+        """[..., D + 4] → [..., D]."""
+        return codes[..., :-4] * np.ascontiguousarray(codes[..., -4:]).view(FLOATS)
+
+    @classmethod
+    def inputs(cls, rows: int, heads: int, width: int, capacity: int, bias: str = "none") -> dict[str, Array | None]:
+        given = TestSelfAttention.inputs(rows, heads, width, capacity, bias)
+        for name in ("key", "value"):
+            array = given[name]
+            assert array is not None
+            given[name] = cls.codes(np.nan_to_num(array, nan=1e30))
+        return given
+
+    @pytest.mark.parametrize("bias", ["none", "shared", "own"])
+    @pytest.mark.parametrize(("heads", "width"), [(1, 8), (3, 24), (2, 64), (2, 72), (1, 128)])
+    @pytest.mark.parametrize("capacity", [1, 7, 8, 33, 1100])
+    def test_it_attends_and_writes_one_position(self, heads: int, width: int, capacity: int, bias: str) -> None:
+        rows = 3
+        given = self.inputs(rows, heads, width, capacity, bias)
+        packed, key, value, lengths = (given[name] for name in ("packed", "key", "value", "lengths"))
+        assert packed is not None
+        assert key is not None
+        assert value is not None
+        assert lengths is not None
+        result, new_key, new_value = run("CodedSelfAttention", given, outputs=3, num_heads=heads)
+        query, own_key, own_value = packed.reshape(rows, 3, heads, width).transpose(1, 0, 2, 3)
+        for row, length in enumerate(lengths.tolist()):
+            for own, new in ((own_key, new_key), (own_value, new_value)):
+                step = np.abs(own[row]).max(axis=-1, keepdims=True) / 127
+                assert (np.abs(self.numbers(new[row, :, length]) - own[row]) <= 0.501 * step).all()
+            beside = given["bias"]
+            added = 0.0 if beside is None else beside[row % len(beside), :, 0]
+            held = self.numbers(new_key[row]), self.numbers(new_value[row])
+            expected = attended(query[row], *held, length + 1, added)
+            np.testing.assert_allclose(result[row].reshape(heads, width), expected, rtol=2e-5, atol=2e-6)
+            for old, new in ((key, new_key), (value, new_value)):
+                others = np.arange(capacity) != length
+                np.testing.assert_array_equal(new[row][:, others], old[row][:, others])
+
+    def test_a_row_is_the_same_alone_and_among_others_whatever_the_threads(self) -> None:
+        given = self.inputs(40, 8, 64, 90)
+        one, two = (run("CodedSelfAttention", given, outputs=3, threads=threads, num_heads=8)[0] for threads in (1, 2))
+        np.testing.assert_array_equal(one, two)
+        for row in range(40):
+            alone = {name: None if array is None else array[[row]] for name, array in given.items()}
+            np.testing.assert_array_equal(run("CodedSelfAttention", alone, outputs=3, num_heads=8)[0][0], one[row])
+
+    def test_a_key_of_zeros_stays_one(self) -> None:
+        given = self.inputs(1, 1, 8, 1) | {"packed": np.zeros((1, 24), FLOATS)}
+        result, key, _ = run("CodedSelfAttention", given, outputs=3, num_heads=1)
+        np.testing.assert_array_equal(self.numbers(key), np.zeros((1, 1, 1, 8)))
+        np.testing.assert_array_equal(result, np.zeros((1, 8)))
+
+    @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+    def test_what_is_not_finite_does_not_get_lost(self, bad: float) -> None:
+        given = self.inputs(1, 1, 8, 3)
+        assert given["packed"] is not None
+        given["packed"][0, 8 + 3] = bad  # of the key
+        assert not np.isfinite(run("CodedSelfAttention", given, outputs=3, num_heads=1)[0]).all()
+
+    @pytest.mark.parametrize(
+        ("name", "array", "why"),
+        [
+            ("lengths", np.zeros(2, np.int64), "of different sizes"),
+            ("key", np.zeros((1, 1, 5, 8), np.int8), "a multiple of 8"),
+            ("key", np.zeros((1, 1, 5, 4), np.int8), "a multiple of 8"),
+            ("lengths", np.array([5]), "a length beyond the cache"),
+        ],
+    )
+    def test_sizes_that_do_not_fit_are_refused(self, name: str, array: Array, why: str) -> None:
+        with pytest.raises(Exception, match=why):
+            run("CodedSelfAttention", self.inputs(1, 1, 8, 5) | {name: array}, outputs=3, num_heads=1)
 
 
 class TestSourceAttention:
