@@ -147,19 +147,23 @@ class KVCache:
         self.lengths[self._rows(destination)] = self.lengths[self._rows(origin)]
         self.source_lengths[self._source_places(destination)] = self.source_lengths[self._source_places(origin)]
 
-    def follow(self, parents: NDArray[np.int64]) -> None:
+    def follow(self, parents: NDArray[np.int64], common: NDArray[np.int64] | None = None) -> None:
         """Every active row becomes a copy of its parent [n], another row of its seat or itself; only the others are
-        copied, and of them only what was written.
+        copied, and of them only what was written, after as many positions as a row and its parent have in `common` [n].
         """
         children = np.flatnonzero(parents != np.arange(len(parents)))
         if not children.size:
             return
         origins = parents[children]
-        longest = int(self.lengths[origins].max())
+        chained = bool((parents[origins] != origins).any())  # some parent becomes another itself
+        first = np.zeros_like(children) if common is None else common[children]
+        ranges = [slice(*ends) for ends in zip(first.tolist(), self.lengths[origins].tolist(), strict=True)]
         for spec in self.specs:
             if "T" in spec.axes:
-                written = self.buffers[spec.name][_positions(spec, longest)]
-                written[children] = written[origins]
+                buffer = self.buffers[spec.name].swapaxes(1, spec.axes.index("T"))
+                source = buffer.copy() if chained else buffer
+                for child, origin, positions in zip(children.tolist(), origins.tolist(), ranges, strict=True):
+                    buffer[child, positions] = source[origin, positions]
         self.lengths[children] = self.lengths[origins]
 
     def advance(self) -> None:

@@ -333,12 +333,26 @@ class Rows:
         return bool(self.ends[row] and length >= self.limits[row])
 
     def _follow(self, parents: IntArray) -> None:
-        self.cache.follow(parents)
-        children = np.flatnonzero(parents != np.arange(len(parents)))
+        children = np.flatnonzero(parents != self.numbers)
+        if not children.size:
+            return
+        self.cache.follow(parents, self._in_common(parents))
         for array in (self.tokens, self.log_probabilities):
             array[children] = array[parents[children]]
         if self._attends:
             self._attention[: self.n] = [self._attention[parent] for parent in parents.tolist()]
+
+    def _in_common(self, parents: IntArray) -> IntArray:
+        """With how many of the same tokens each row and its parent begin [n].
+
+        Whatever two beams have in common comes from one row, and is the same to the last bit in their caches. Not so in
+        rows that are no beams, whose score is −∞: they have nothing in common with any other.
+        """
+        tokens = self.tokens[: self.n, : int(self.lengths.max()) + 1]
+        same = tokens == tokens[parents]
+        same[:, -1] = False
+        common: IntArray = np.where(self.scores[: self.n] > -np.inf, same.argmin(axis=1), 0)
+        return common
 
     def _note(self, attention: FloatArray) -> None:
         for row in range(self.n):

@@ -36,6 +36,11 @@ def full_cache(*source_lengths: int, target: int = 3, source: int = 4) -> KVCach
     return cache
 
 
+def _common(one: list[float], other: list[float]) -> int:
+    """How many values two rows begin with alike."""
+    return next((at for at, (left, right) in enumerate(zip(one, other, strict=True)) if left != right), len(one))
+
+
 class PackedRows(RuleBasedStateMachine):
     """The cache against lists: row i of the model is row i of the cache, position by position."""
 
@@ -172,7 +177,8 @@ class Seats(RuleBasedStateMachine):
         choices = data.draw(st.lists(beams, min_size=self.cache.active, max_size=self.cache.active))
         parents = [row // self.beams * self.beams + choice for row, choice in enumerate(choices)]
         before = [list(written) for written in self.written()]
-        self.cache.follow(np.array(parents))
+        common = [_common(before[row], before[parent]) for row, parent in enumerate(parents)]
+        self.cache.follow(np.array(parents), data.draw(st.none() | st.just(np.array(common))))
         for written, parent in zip(self.written(), parents, strict=True):
             written[:] = before[parent]
 
@@ -271,6 +277,20 @@ def test_following_touches_neither_sources_nor_what_is_not_written() -> None:
         if "T" in spec.axes:
             assert (cache.buffers[spec.name][1, :, :1] == 5).all()
             assert (cache.buffers[spec.name][1, :, 1:] == 7).all()
+
+
+def test_following_copies_nothing_that_a_row_and_its_parent_have_in_common() -> None:
+    cache = KVCache(SPECS, Capacity(2, 4, 4, 2))
+    cache.admit(encoded(2))
+    own = [cache.buffers[spec.name] for spec in SPECS if "T" in spec.axes]
+    for _ in range(3):
+        cache.advance()
+    for buffer in own:
+        buffer[0], buffer[1] = 5, 7
+    cache.follow(np.array([0, 0]), np.array([3, 2]))
+    for buffer in own:
+        assert (buffer[1, :, 2] == 5).all()
+        assert (buffer[1, :, [0, 1, 3]] == 7).all()
 
 
 @pytest.mark.parametrize("beams", [1, 2, 3, 5])

@@ -450,6 +450,41 @@ def test_attention_is_that_of_each_hypothesis_own_tokens(search: Search, shared:
             np.testing.assert_array_equal(one.attention, np.stack(own))
 
 
+@pytest.mark.parametrize("given_ids", [(), (5, 6, 5)])
+def test_what_beams_have_in_common_is_the_same_to_the_last_bit_in_their_caches(given_ids: Ids) -> None:
+    class Marking(FakeBackend):
+        """What a step writes has a fraction of its own, as if rows of the same tokens were rounded differently."""
+
+        written, checked = 0, 0
+
+        def bind(self, cache: KVCache) -> Step:
+            step = super().bind(cache)
+
+            def marking(input_ids: IntArray) -> StepOutput:
+                self.check(cache)
+                output = step(input_ids)
+                for row in range(cache.active):
+                    self.written += 1
+                    cache.buffers["past"][row, 0, cache.lengths[row], 0] += self.written / 2**17
+                return output
+
+            return marking
+
+        def check(self, cache: KVCache) -> None:
+            """All rows are beams as soon as one token has been chosen."""
+            for row, other in itertools.combinations(range(cache.active), 2):
+                length = int(cache.lengths[row])
+                if row // cache.capacity.beams == other // cache.capacity.beams and length > len(given_ids):
+                    one, two = cache.buffers["past"][[row, other], 0, :length, 0]
+                    common = int(np.cumprod(one.astype(int) == two.astype(int)).sum())
+                    np.testing.assert_array_equal(one[:common], two[:common])
+                    self.checked += common
+
+    backend = Marking(40, spread=0.5)
+    backend.run([replace(source, targets=(given_ids,)) for source in sources_of(range(8))], BeamSearch(4), 12)
+    assert backend.checked > 0
+
+
 def test_a_search_over_many_positions_keeps_its_beams_apart_while_the_cache_grows() -> None:
     backend, limit = FakeBackend(40, spread=0.5), 40
     sources = [Sentence(index, (2, *[3 + index] * (1 + 11 * (index % 4)), 4)) for index in range(6)]
