@@ -27,7 +27,8 @@ MOST_BEAMS = 2**16
 MOST_SAMPLES = 2**16
 BLOCK = 64  # logits among which one maximum is looked for first
 FIRST_CANDIDATES = 64  # of a nucleus, which is seldom larger
-ROWS_AT_ONCE = 2
+FEW_BLOCKS = 4  # up to so many are not looked at block by block
+MASSES_AT_ONCE = 2**16  # which stay in the processor's cache
 
 
 class Search(Protocol):
@@ -317,18 +318,14 @@ class BeamSearch:
             broken = ~finite
             failed = (broken & (rows.scores[: rows.n] > -np.inf)).reshape(-1, k).max(axis=-1)
             logits, normalizers = np.where(broken[:, None], 0, logits), np.where(broken, 0.0, normalizers)
-        values, ids = largest(logits, min(2 * k, logits.shape[1]))
-        totals = rows.scores[: rows.n, None] + values - normalizers[:, None]  # [n, m]
-        order = (-totals.reshape(-1, k * ids.shape[1])).argsort(axis=-1, kind="stable")[:, : 2 * k]
-        parents = order // ids.shape[1] + k * np.arange(len(order))[:, None]  # [G, 2·k], as rows
-        tokens = np.take_along_axis(ids.reshape(len(order), -1), order, axis=-1)
-        totals = np.take_along_axis(totals.reshape(len(order), -1), order, axis=-1)
+        parents, tokens, totals = best_continuations(logits, rows.scores[: rows.n], normalizers, k)
         if rows.begun:
             self._go_on_as_fixed(rows, output, normalizers, (parents, tokens, totals))
         ends = tokens == rows.eos
         self._close(output, normalizers, rows, parents, np.where(ends, totals, -np.inf)[:, :k])
         kept = ends.argsort(axis=-1, kind="stable")[:, :k]
-        parents, tokens, totals = (np.take_along_axis(each, kept, axis=-1) for each in (parents, tokens, totals))
+        parents, tokens = np.take_along_axis(parents, kept, axis=-1), np.take_along_axis(tokens, kept, axis=-1)
+        totals = np.take_along_axis(totals, kept, axis=-1)
         if self.rules == "transformers":
             totals[self._at_limit(rows)[:, None] & (kept >= k)] = -np.inf
         rows_of = _stay_with_parents(parents % k) + k * np.arange(len(parents))[:, None]
@@ -483,6 +480,66 @@ def _chosen(
     return _placed(logits[parents, tokens] - normalizers[parents], rows)
 
 
+def best_continuations(
+    logits: FloatArray, scores: NDArray[np.float64], normalizers: NDArray[np.float64], k: int
+) -> tuple[IntArray, IntArray, NDArray[np.float64]]:
+    """logits [n, V], scores and normalizers [n], k rows a seat → the 2·k best continuations of each seat: the rows that
+    they go on from, their tokens and their totals in falling order, score + logit − normalizer, each [G, 2·k].
+
+    On ties lower rows come first, then larger logits, then lower ids. Where fewer are possible, the others have −∞.
+    """
+    n, vocabulary = logits.shape
+    count, first = min(2 * k, k * vocabulary), np.arange(0, n, k)
+    rows, tokens, totals = _contenders(logits, scores, normalizers, k, count)
+    seats = rows // k
+    ranks = np.arange(len(seats)) - np.searchsorted(seats, np.arange(len(first)))[seats]
+    kept = ranks < count
+    places = seats[kept], ranks[kept]
+    parents, ids = first[:, None].repeat(count, axis=1), np.zeros((len(first), count), np.int64)
+    best = np.full(ids.shape, -np.inf)
+    parents[places], ids[places], best[places] = rows[kept], tokens[kept], totals[kept]
+    return parents, ids, best
+
+
+def _contenders(
+    logits: FloatArray, scores: NDArray[np.float64], normalizers: NDArray[np.float64], k: int, count: int
+) -> tuple[IntArray, IntArray, NDArray[np.float64]]:
+    """Rows, tokens and totals, seat by seat and the best first, of at least the `count` best of each that are possible:
+    all that reach the place of `count` among the seat's maxima of blocks, which leaves little to sort.
+    """
+    n, vocabulary = logits.shape
+    blocks = vocabulary // BLOCK if vocabulary > FEW_BLOCKS * BLOCK else 0
+    bounds = scores[:, None] + block_maxima(logits, blocks) - normalizers[:, None]
+    reached = -np.partition(-bounds.reshape(n // k, -1), count - 1, axis=-1)[:, count - 1]  # see _places_of_largest
+    floors = np.maximum(reached, np.finfo(np.float64).min).repeat(k)  # above −∞
+    rows, places = np.divmod(np.flatnonzero(bounds >= floors[:, None]), bounds.shape[1])
+    rows, tokens = _members(rows, places, blocks)
+    values = np.take(logits, rows * vocabulary + tokens)
+    totals = scores[rows] + values - normalizers[rows]
+    found = np.flatnonzero(totals >= floors[rows])
+    order = found[np.lexsort((tokens[found], -values[found], rows[found], -totals[found], rows[found] // k))]
+    return rows[order], tokens[order], totals[order]
+
+
+def block_maxima(logits: FloatArray, blocks: int) -> FloatArray:
+    """logits [n, V] → the maxima of so many blocks of each row, which take logits at equal distances, so that one pass
+    finds them side by side, and behind them the logits that are in no block.
+    """
+    held = blocks * BLOCK
+    if not held:
+        return logits
+    maxima = logits[:, :held].reshape(len(logits), BLOCK, blocks).max(axis=1)
+    return np.concatenate([maxima, logits[:, held:]], axis=1)
+
+
+def _members(rows: IntArray, places: IntArray, blocks: int) -> tuple[IntArray, IntArray]:
+    """Rows and places among their block maxima → the rows and ids of all logits that these stand for."""
+    whole = places < blocks
+    ids = places[whole, None] + blocks * np.arange(BLOCK)
+    single = places[~whole] + blocks * (BLOCK - 1)
+    return np.concatenate([rows[whole].repeat(BLOCK), rows[~whole]]), np.concatenate([ids.reshape(-1), single])
+
+
 def largest(logits: FloatArray, count: int) -> tuple[FloatArray, IntArray]:
     """logits [n, V] → the `count` largest of each row in falling order, and their ids, lower ones first on ties.
 
@@ -527,17 +584,19 @@ def log_normalizers(logits: FloatArray) -> NDArray[np.float64]:
     """logits [n, V] → log Σ exp [n], in float64; a few rows at a time, which stay in the processor's cache. NaN where
     any of them is NaN or +∞, or all are −∞.
     """
-    peaks = logits.max(axis=-1)
-    totals = np.empty(len(logits))
-    masses = np.empty((min(ROWS_AT_ONCE, len(logits)), logits.shape[1]), np.float32)
+    n, vocabulary = logits.shape
+    at_once = max(1, MASSES_AT_ONCE // vocabulary)
+    peaks, totals = np.empty(n, logits.dtype), np.empty(n)
+    masses = np.empty((min(at_once, n), vocabulary), np.float32)
     with np.errstate(invalid="ignore"):
-        for first in range(0, len(logits), ROWS_AT_ONCE):
-            some = slice(first, first + ROWS_AT_ONCE)
+        for first in range(0, n, at_once):
+            some = slice(first, first + at_once)
             part = masses[: len(peaks[some])]
+            logits[some].max(axis=-1, out=peaks[some])
             np.subtract(logits[some], peaks[some, None], out=part)
             np.exp(part, out=part)
             part.sum(axis=-1, out=totals[some])
-    normalizers: NDArray[np.float64] = peaks + np.log(totals)
+    normalizers: NDArray[np.float64] = np.log(totals) + peaks
     return normalizers
 
 

@@ -29,7 +29,16 @@ from kvx.runtime.decoding.decode import decode
 from kvx.runtime.decoding.filters import UNFILTERED, Filters, LeastTokens
 from kvx.runtime.decoding.plan import Plan
 from kvx.runtime.decoding.results import DecodeStats, Hypothesis, Sentence
-from kvx.runtime.decoding.search import BLOCK, BeamSearch, Greedy, Sampling, Search, largest, log_probabilities
+from kvx.runtime.decoding.search import (
+    BLOCK,
+    BeamSearch,
+    Greedy,
+    Sampling,
+    Search,
+    best_continuations,
+    largest,
+    log_probabilities,
+)
 from kvx.runtime.engine.loaded import LoadedModel
 from kvx.runtime.options import TranslateOptions, filters_of
 
@@ -726,6 +735,47 @@ def test_the_largest_are_those_of_a_sort(
     assert [len(set(row)) for row in ids.tolist()] == [count] * n
     possible = values > -np.inf
     np.testing.assert_array_equal(ids[possible], expected[possible])
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 10_000),
+    seats=st.integers(1, 3),
+    k=st.integers(1, 5),
+    vocabulary=st.integers(1, 3) | st.integers(1, 20 * BLOCK),
+    levels=st.sampled_from([1, 2, 5, 50, 2**20]),
+    banned=st.sampled_from([0.0, 0.5, 0.999, 1.0]),
+    idle=st.sampled_from([0.0, 0.5]),
+)
+@example(seed=0, seats=2, k=3, vocabulary=4 * BLOCK + 1, levels=2, banned=0.0, idle=0.5)
+@example(seed=0, seats=2, k=4, vocabulary=5 * BLOCK - 1, levels=2**20, banned=0.9, idle=0.0)
+def test_the_best_continuations_are_those_of_a_sort(
+    seed: int, seats: int, k: int, vocabulary: int, levels: int, banned: float, idle: float
+) -> None:
+    chance, n = np.random.default_rng(seed), seats * k
+    logits = chance.integers(-levels, levels, (n, vocabulary)).astype(np.float32)
+    logits[chance.random(logits.shape) < banned] = -np.inf
+    scores, normalizers = chance.integers(-2, 1, n).astype(np.float64), chance.integers(0, 2, n).astype(np.float64)
+    scores[chance.random(n) < idle] = -np.inf
+    parents, tokens, totals = best_continuations(logits, scores, normalizers, k)
+    every = (scores[:, None] + logits - normalizers[:, None]).reshape(seats, -1)
+    order = np.argsort(-every, axis=-1, kind="stable")[:, : 2 * k]  # of whole numbers, which are not rounded
+    expected = np.take_along_axis(every, order, axis=-1)
+    np.testing.assert_array_equal(totals, expected)
+    assert (parents // k == np.arange(seats)[:, None]).all()
+    assert ((tokens >= 0) & (tokens < vocabulary)).all()
+    possible = expected > -np.inf
+    numbers = parents % k * vocabulary + tokens
+    np.testing.assert_array_equal(numbers[possible], order[possible])
+
+
+def test_equal_totals_come_in_the_order_of_rows_then_of_logits_then_of_ids() -> None:
+    logits = np.full((2, 20 * BLOCK), -9, np.float32)
+    logits[0, [7, 9]], logits[0, 3], logits[1, 1] = 2e-20, 1e-20, 0  # beside −1 all of these are 0
+    parents, tokens, totals = best_continuations(logits, np.full(2, -1.0), np.zeros(2), 2)
+    assert parents.tolist() == [[0, 0, 0, 1]]
+    assert tokens.tolist() == [[7, 9, 3, 1]]
+    assert totals.tolist() == [[-1.0] * 4]
 
 
 def test_log_probabilities_are_those_of_a_softmax_in_float64() -> None:
