@@ -58,7 +58,7 @@ def main() -> None:
         for rows in ROWS:
             options = TranslateOptions(rows=rows, workers=1, window=rows, beam_size=1)
             seconds(translator, texts[:rows], options)  # warms up
-            taken, steps = seconds(translator, texts[:rows], options)
+            taken, _, steps = seconds(translator, texts[:rows], options)
             least[name, rows] = min(least[name, rows], 1000 * taken / steps)
     table = [
         (rows, *(f"{least[name, rows]:.2f}" for name in CONFIGURATIONS), f"{_ratio(least, rows):.3f}") for rows in ROWS
