@@ -14,7 +14,6 @@ from kvx.runtime.bundle.folder import Bundle
 from kvx.runtime.engine.core import EngineOptions
 from kvx.runtime.serving.keys import Keys, new_key
 from kvx.runtime.serving.settings import ServeOptions
-from kvx.runtime.serving.work import AHEAD
 
 if TYPE_CHECKING:
     from kvx import Translator
@@ -47,13 +46,13 @@ def serve(
     require("onnxruntime", extra="gpu")
     from kvx.runtime.serving.models import check_places, load_models, places_of
     from kvx.runtime.serving.server import serve as run
-    from kvx.runtime.serving.service import Service
+    from kvx.runtime.serving.service import Service, engine_options
 
     check_places(places_of(bundles))
     keys = None if options.keys is None else Keys.read(options.keys)
     if keys is None and not options.is_local:
         say(f"warning: {options.host} can be reached by others, and nobody needs a key (--keys)")
-    size = EngineOptions(rows=engine.rows, cache_bytes=engine.cache_bytes, max_waiting=(options.requests + 1) * AHEAD)
+    size = engine_options(options, rows=engine.rows, cache_bytes=engine.cache_bytes)
     load = partial(_load, machine, size)
     run(Service(options, keys=keys), lambda: load_models(places_of(bundles), load), _said)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from kvx.runtime.engine.core import EngineOptions
 from kvx.runtime.errors import OptionError
 from kvx.runtime.options import TranslateOptions
 from kvx.runtime.serving.admission import Admission, Refused, TooLarge
@@ -19,7 +20,7 @@ from kvx.runtime.serving.metrics import Metrics
 from kvx.runtime.serving.models import Leg, Model, Models, Route
 from kvx.runtime.serving.schema import size_of
 from kvx.runtime.serving.settings import ServeOptions
-from kvx.runtime.serving.work import Way
+from kvx.runtime.serving.work import AHEAD, Way
 
 KEPT_WAYS = 1024
 KEPT_LENGTH = 64  # of each of their options: clients could fill the memory with long ones
@@ -28,6 +29,11 @@ PROBE_SECONDS = 2.0  # in which an engine has to get on for the service to be re
 PROBE = "."
 
 _log = logging.getLogger("kvx")
+
+
+def engine_options(options: ServeOptions, *, rows: int | None, cache_bytes: int | None) -> EngineOptions:
+    """How large the engines of a service are: they hold all that its requests may ask for at a time."""
+    return EngineOptions(rows=rows, cache_bytes=cache_bytes, max_waiting=(options.requests + 1) * AHEAD)
 
 
 class Service:
