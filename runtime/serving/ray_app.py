@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,6 +22,7 @@ import ray
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
+from ray.serve.schema import LoggingConfig
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kvx.runtime.backends.graphs import THREADS
@@ -43,6 +45,7 @@ from kvx.runtime.translator import Translator
 
 NAME = "kvx"
 OF_SERVE = ("host", "port", "proxies", "connections")  # options of `kvx serve` for what Ray Serve does here
+CONNECT_SECONDS = 5.0  # in which the address of a cluster has to answer
 RETRY_SECONDS = 1.0  # after which a client that was refused may come back
 TARGET_SHARE = 0.5  # of the requests that a replica works on at a time: with more than that, replicas are added
 MIDDLEWARE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"  # where Serve's HTTP proxies look for it
@@ -130,6 +133,7 @@ def deployed(service: ServeOptions, replicas: ReplicaOptions, load: Callable[[],
         max_queued_requests=service.waiting,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_SECONDS),
         graceful_shutdown_timeout_s=service.grace,
+        logging_config=LoggingConfig(enable_access_log=False),  # the service has its own
         **size,
     )
     bound: Application = kind.bind(service, load)
@@ -220,13 +224,15 @@ def check_room(replicas: ReplicaOptions) -> None:
     """Raises DeviceError where Ray's nodes have no room for the replicas: Ray would wait for it without end, and
     without an error.
     """
-    with _cluster() as nodes:
-        needs = {"CPU": float(replicas.cpus), "GPU": float(GPU[replicas.device])}
-        room = sum(_fitting(node, needs) for node in nodes)
-        if room < replicas.replicas:
-            raise _no_room(replicas, room, nodes)
-        if room < (replicas.most_replicas or 0):
-            _log.warning("there is room for %d of up to %d replicas", room, replicas.most_replicas)
+    needs = {"CPU": float(replicas.cpus), "GPU": float(GPU[replicas.device])}
+    nodes, free = _resources()
+    room = sum(_fitting(node, needs) for node in nodes)
+    if room < replicas.replicas:
+        raise _no_room(replicas, room, nodes)
+    if room < (replicas.most_replicas or 0):
+        _log.warning("there is room for %d of up to %d replicas", room, replicas.most_replicas)
+    if free < (wanted := replicas.cpus * replicas.replicas):
+        _log.warning("%g of the %d logical CPUs are free: replicas wait until others give theirs back", free, wanted)
 
 
 def _fitting(node: Mapping[str, float], needs: Mapping[str, float]) -> int:
@@ -246,27 +252,36 @@ def _no_room(replicas: ReplicaOptions, room: int, nodes: Sequence[Mapping[str, f
     )
 
 
-@contextlib.contextmanager
-def _cluster() -> Iterator[list[dict[str, float]]]:
-    """The resources of each node of the cluster that the application will run on. Where none runs, Serve will start
-    one here: what that one will have. Raises DeviceError.
+def _resources() -> tuple[list[dict[str, float]], float]:
+    """What each node has of the cluster that the application will run on, and its logical CPUs that are free now. Where
+    none runs, Serve will start one here: what that one will have. Raises DeviceError.
     """
     if ray.is_initialized():
-        yield _resources()
-        return
+        return _resources_now()
     address = _address()
+    if address is not None:
+        _check_answers(address)
     try:
         ray.init(address or "auto", log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError as error:
         if address is not None:
             raise _no_cluster(address, error) from error
         os.environ.setdefault(MIDDLEWARE, MIDDLEWARES)
-        yield [{"CPU": float(available_threads())}]
-        return
+        cores = float(available_threads())
+        return [{"CPU": cores}], cores
     try:
-        yield _resources()
+        return _resources_now()
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Raises DeviceError where nobody listens at an address: Ray would try for a minute or more."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise _no_cluster(address, error) from error
 
 
 def _no_cluster(address: str, error: Exception) -> DeviceError:
@@ -278,8 +293,9 @@ def _no_cluster(address: str, error: Exception) -> DeviceError:
     )
 
 
-def _resources() -> list[dict[str, float]]:
-    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+def _resources_now() -> tuple[list[dict[str, float]], float]:
+    nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    return nodes, float(ray.available_resources().get("CPU", 0.0))
 
 
 def _address() -> str | None:

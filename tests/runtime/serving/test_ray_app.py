@@ -62,6 +62,7 @@ def address() -> Iterator[str]:
         patched.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patched.setenv(ray_app.MIDDLEWARE, ray_app.MIDDLEWARES)
         ray.init(
+            "local",  # also where another cluster runs
             num_cpus=CPUS,
             include_dashboard=False,
             object_store_memory=STORE,
