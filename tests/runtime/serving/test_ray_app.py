@@ -299,6 +299,18 @@ def test_bundles_that_are_not_there_are_refused(tmp_path: Path) -> None:
         ray_app.app({"bundles": str(tmp_path / "missing")})
 
 
+def test_an_address_where_no_cluster_is_is_refused_at_once(
+    numbers_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    begun = time.monotonic()
+    for wrong in ("127.0.0.1:1", "nowhere"):
+        monkeypatch.setenv("RAY_ADDRESS", wrong)
+        with pytest.raises(DeviceError, match=f"No Ray cluster answers at {wrong}"):
+            ray_app.app({"bundles": str(numbers_bundle), "threads": "1"})
+    assert time.monotonic() - begun < 10
+
+
 def test_replicas_follow_the_load_where_there_may_be_several() -> None:
     size = ReplicaOptions(bundles=("x",), replicas=2, most_replicas=5, threads=1)
     [deployment] = [ray_app.deployed(ServeOptions(requests=10), size, list)._bound_deployment]
