@@ -1,7 +1,7 @@
 """The `kvx` command: its commands, and what becomes of their errors.
 
-Exit codes: 0 success; 1 a proof found a difference; 2 bad input or usage; 70 a fault of kvx; 130 Ctrl-C; 128 + n the
-end by another signal.
+Exit codes: 0 success; 1 a proof found a difference, or rows of `batch --errors fail` have errors; 2 bad input or usage;
+70 a fault of kvx; 130 Ctrl-C; 128 + n the end by another signal.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import typer
 
 import kvx
 from kvx.commands import shortlist
+from kvx.commands.batch import batch
 from kvx.commands.bench import bench
 from kvx.commands.console import drop_output, hold_closed_streams, say, saying_warnings
 from kvx.commands.evaluate import evaluate
@@ -42,7 +43,7 @@ app = typer.Typer(
     help="Export encoder-decoder Transformers to ONNX, prove the export equal to PyTorch, and run it without torch.\n\n"
     "kvx export turns a checkpoint into a bundle: a folder that all other commands work on.",
 )
-for command in (export, verify, inspect, translate, evaluate, score, bench, serve, key):
+for command in (export, verify, inspect, translate, batch, evaluate, score, bench, serve, key):
     app.command(cls=CommandOfTexts if command is translate else None)(command)
 
 shortlists = typer.Typer(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterator, Sequence
 
 from kvx.runtime.decoding.results import DecodeStats
 from kvx.runtime.engine.scoring import Ranking
 from kvx.runtime.text.lines import one_field, one_line
-from kvx.runtime.translation import Translation
+from kvx.runtime.translation import Translation, strict_json
 
 
 def translation_lines(translation: Translation, number: int, *, several: bool) -> Iterator[str]:
@@ -30,22 +28,6 @@ def translation_lines(translation: Translation, number: int, *, several: bool) -
 def translation_json(translation: Translation) -> str:
     """An object a line."""
     return strict_json(translation.to_dict())
-
-
-def strict_json(form: object) -> str:
-    """JSON, in which a number that is not finite, such as the logarithm of no probability, is null."""
-    try:
-        return json.dumps(form, ensure_ascii=False, allow_nan=False)
-    except ValueError:
-        return json.dumps(_finite(form), ensure_ascii=False, allow_nan=False)
-
-
-def _finite(form: object) -> object:
-    if isinstance(form, float):
-        return form if math.isfinite(form) else None
-    if isinstance(form, dict):
-        return {name: _finite(value) for name, value in form.items()}
-    return [_finite(value) for value in form] if isinstance(form, list | tuple) else form
 
 
 def format_ranking(candidates: Sequence[str], ranking: Ranking, *, choices: bool, as_json: bool) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -49,3 +51,19 @@ class Translation:
         if self.others:
             form["others"] = [other.to_dict() for other in self.others]
         return form
+
+
+def strict_json(form: object) -> str:
+    """JSON, in which a number that is not finite, such as the logarithm of no probability, is null."""
+    try:
+        return json.dumps(form, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(form), ensure_ascii=False, allow_nan=False)
+
+
+def _finite(form: object) -> object:
+    if isinstance(form, float):
+        return form if math.isfinite(form) else None
+    if isinstance(form, dict):
+        return {name: _finite(value) for name, value in form.items()}
+    return [_finite(value) for value in form] if isinstance(form, list | tuple) else form

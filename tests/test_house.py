@@ -174,7 +174,7 @@ RUNTIME_ROOMS = (
     ("translation",),
     ("engine",),
     ("translator",),
-    ("measuring", "serving"),
+    ("measuring", "scale", "serving"),
 )
 EXPORTER_ROOMS = (
     ("progress",),

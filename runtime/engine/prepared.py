@@ -122,6 +122,20 @@ class Prepared:
             deadline=deadline,
         )
 
+    def refused(self, error: InputError, owner: Owner, number: int) -> Request:
+        """The request of a text that cannot be translated: it is over, and keeps its place among the others."""
+        return Request(
+            number,
+            (),
+            ((),),
+            options=self.seat,
+            model=self.model,
+            asked_for=self.options,
+            lane=LaneKey(self.seat.search.beams),
+            owner=owner,
+            error=error,
+        )
+
     def _seat(self, ids: tuple[int, ...], *, begun: bool) -> tuple[SeatOptions, LaneKey]:
         """The options of a source's seats, and the lane that has such seats. A source that a shortlist does not know
         has the whole vocabulary.

@@ -72,7 +72,7 @@ class Request(Sentence):
     deadline: float | None = None
     arrival: int = field(default=0, init=False)
     overtaken: int = field(default=0, init=False)
-    error: BaseException | None = field(default=None, init=False)
+    error: BaseException | None = None
 
     @property
     def finished(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from kvx.runtime.decoding.decode import Cancelled
 from kvx.runtime.decoding.results import DecodeStats
@@ -66,6 +67,30 @@ def translate_all(
     return list(call.run(Listed(iter(requests)), stats, progress))
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A text with the languages that it is translated from and to, None for those of the options."""
+
+    text: Source
+    source_language: str | None = None
+    target_language: str | None = None
+
+
+def translate_each(
+    core: Core,
+    texts: Iterable[Asked | InputError],
+    options: TranslateOptions,
+    *,
+    cancelled: Cancelled | None = None,
+    stats: DecodeStats | None = None,
+) -> Iterator[Translation | InputError]:
+    """As `translate`, for texts of which some may be wrong: an error in the place of a text, and that of a text which
+    is refused or whose logits are not finite, comes in the place of its translation. Equal texts have equal samples.
+    """
+    call = _Call(core, options, cancelled)
+    return call.run_each(supply_of(call.requests_of_each(texts), texts), stats)
+
+
 class _Call:
     """Options made ready, and who reads ahead and hears of the requests. Raises OptionError and CapacityError."""
 
@@ -95,6 +120,36 @@ class _Call:
                 request.repeat = self._seen.get(same, 0)
                 self._seen[same] = request.repeat + 1
             yield request
+
+    def requests_of_each(self, texts: Iterable[Asked | InputError]) -> Iterator[Request]:
+        """Each text as a request; one that is refused is over at once, with its error."""
+        options = self._first.options
+        usual = [one if isinstance(one, str) else None for one in (options.source_language, options.target_language)]
+        for number, asked in enumerate(texts, 1):
+            if isinstance(asked, InputError):
+                yield self._first.refused(asked, self._bulk, number)
+                continue
+            source, target = asked.source_language or usual[0], asked.target_language or usual[1]
+            try:
+                yield self._first.request(
+                    asked.text, self._bulk, number=number, source_language=source, target_language=target
+                )
+            except InputError as error:
+                yield self._first.refused(error.at(None), self._bulk, number)
+
+    def run_each(self, requests: Supply[Request], stats: DecodeStats | None) -> Iterator[Translation | InputError]:
+        """The translation of each request or its error, in order."""
+        before, own = self._core.stats, DecodeStats()
+        try:
+            for request in self._bulk.run(requests):
+                _count(request, own)
+                if isinstance(request.error, InputError):
+                    yield request.error
+                else:
+                    yield not_finite(request).at(None) if request.failed else write(request)
+        finally:
+            if stats is not None:
+                stats.add_since(before, self._core.stats, own)
 
     def run(
         self, requests: Supply[Request], stats: DecodeStats | None, progress: Progress | None

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from kvx import BeamSearch, Greedy, InputError, Sampling, Translation, Translator
-from kvx.commands.output import strict_json
 from kvx.runtime.arrays import FloatArray, IntArray
 from kvx.runtime.decoding.cache import Capacity, KVCache
 from kvx.runtime.decoding.decode import decode, score
@@ -22,6 +21,7 @@ from kvx.runtime.decoding.device_loop import LoopState, decode_in_blocks
 from kvx.runtime.decoding.filters import Filters, Suppress
 from kvx.runtime.decoding.results import DecodeStats, Outcome, Sentence
 from kvx.runtime.options import TranslateOptions
+from kvx.runtime.translation import strict_json
 from kvx.tests.runtime.decoding.test_search import EOS, FakeBackend
 
 if TYPE_CHECKING:
