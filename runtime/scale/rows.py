@@ -66,7 +66,9 @@ class Fields:
             return missing(self.text, row)
         text = row[self.text]
         if not isinstance(text, str):
-            return InputError(f"The field {self.text!r} is {text!r:.60}", expected="a text", remedy="Correct the row.")
+            return InputError(
+                f"The field {self.text!r} is {_shown(text)}", expected="a text", remedy="Correct the row."
+            )
         languages = [None if name is None else row.get(name) for name in (self.source_language, self.target_language)]
         for name, code in zip((self.source_language, self.target_language), languages, strict=True):
             if not isinstance(code, str | None):
