@@ -6,7 +6,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,7 +16,9 @@ from kvx.commands.console import say
 from kvx.commands.machine import Machine, MachineOptions, open_bundle
 from kvx.commands.options import Described, ModelOption, with_described_options
 from kvx.commands.translation import OPTIONS_OF_A_TRANSLATION, resolved_options
+from kvx.runtime.rules import Problem, refuse
 from kvx.runtime.scale.job import BatchOptions
+from kvx.runtime.scale.on_ray import ClusterOptions, run_on_ray
 
 if TYPE_CHECKING:
     from kvx.runtime.bundle.folder import Bundle
@@ -53,6 +55,14 @@ def batch(
     ] = False,
     machine: Annotated[MachineOptions, Described(MachineOptions)],
     given: Annotated[dict[str, Any], OPTIONS_OF_A_TRANSLATION],
+    engine: Annotated[
+        Literal["local", "ray"],
+        typer.Option(
+            help="Translate on this machine alone, or on a Ray cluster, with --workers engines in it. On Ray all nodes "
+            "have the input and the output at the same paths."
+        ),
+    ] = "local",
+    cluster: Annotated[ClusterOptions, Described(ClusterOptions)],
 ) -> None:
     """Translate files of any size: JSON lines, Parquet or plain text, compressed or not.
 
@@ -60,29 +70,54 @@ def batch(
     the same command again after an interruption: whole shards are skipped. A row that cannot be translated gets its
     error in a field.
     """
+    from kvx.runtime.scale.batch import conclude
     from kvx.runtime.scale.folder import OutputFolder, check_folder
     from kvx.runtime.scale.job import Job
 
     check_folder(output)
+    _check_engine(engine, machine, cluster)
     bundle = open_bundle(model)
+    if engine == "ray":
+        given.pop("workers", None)  # of the cluster, not of an engine
     job = Job.of(tuple(input_), own, resolved_options(bundle.manifest, given), bundle.manifest)
     with OutputFolder.open(output, job.describe(), restart=restart) as folder, _saying_how_to_go_on(folder):
         if folder.records:
             say(f"whole already, and skipped: {_counted(len(folder.records), 'shard')}")
         with _showing() as told:
-            summary = _on_this_machine(job, bundle, machine, folder, told, named=model is not None)
+            if job.is_done(folder.records):
+                summary = conclude(folder)
+            elif engine == "ray":
+                summary = run_on_ray(job, bundle, folder, cluster, workers=machine.workers, told=told)
+            else:
+                summary = _on_this_machine(job, bundle, machine, folder, told, named=model is not None)
     _conclude(summary, output)
     if summary.errors and errors == "fail":
         raise typer.Exit(FAILED)
 
 
+def _check_engine(engine: str, machine: MachineOptions, cluster: ClusterOptions) -> None:
+    """Raises OptionError for options that the other engine has."""
+    if engine == "ray":
+        usual = MachineOptions()
+        strays = [
+            Problem(name, f"`{name}` is given, but each worker on Ray has its own", f"no `{name}`")
+            for name in ("backend", "device", "threads", "spin")
+            if getattr(machine, name) != getattr(usual, name)
+        ]
+    else:
+        strays = [
+            Problem(one.name, f"`{one.name}` is given, but the job is for this machine", "`engine` ray")
+            for one in fields(cluster)
+            if getattr(cluster, one.name) != one.default
+        ]
+    refuse(strays)
+
+
 def _on_this_machine(
     job: Job, bundle: Bundle, options: MachineOptions, folder: OutputFolder, told: Told, *, named: bool
 ) -> Summary:
-    from kvx.runtime.scale.batch import conclude, run_batch
+    from kvx.runtime.scale.batch import run_batch
 
-    if job.is_done(folder.records):
-        return conclude(folder)
     machine = Machine.of(bundle, options)
     if not named or options.device == "auto":
         say(f"{bundle.folder} on {options.backend}, {', '.join(map(str, machine.devices))}")
@@ -133,11 +168,11 @@ class _Pace:
         if self.started is None:
             self.started, self.bytes, self.rows = now, progress.bytes, progress.rows
         seconds, done = now - self.started, progress.bytes - self.bytes
-        share = progress.bytes / progress.all_bytes if progress.all_bytes else 1.0
         pace = f", {(progress.rows - self.rows) / seconds:.0f} rows/s" if seconds > 0 else ""
         left = f", {_time(seconds * (progress.all_bytes - progress.bytes) / done)} left" if done > 0 else ""
+        share = f", {progress.bytes / progress.all_bytes:.0%} of the input" if progress.all_bytes else ""
         errors = f", {progress.errors} with errors" if progress.errors else ""
-        return f"{progress.rows} rows{errors}, {share:.0%} of the input{pace}{left}"
+        return f"{progress.rows} rows{errors}{share}{pace}{left}"
 
 
 def _time(seconds: float) -> str:

@@ -167,7 +167,7 @@ class Shards:
         """Writes a result to its shard. Raises InputError where it cannot be written."""
         key = ShardKey(row.file.number, row.index // self._job.options.shard_rows)
         if key != self._key:
-            self._end(None)
+            self.finish(last=False)
             self._begin(key, row.file)
         assert self._open is not None
         assert self._writer is not None
@@ -198,11 +198,10 @@ class Shards:
             self._job.output_format, self._open.stream, self._columns, self._job.options.text_field
         )
 
-    def _end(self, end: EndOfFile | None) -> None:
-        """Closes the shard that is open, if there is one, at the end of its file or before."""
-        if self._open is None or self._writer is None or self._key is None:
+    def finish(self, *, last: bool) -> None:
+        """Gives the shard that is open, if there is one, its name. Raises InputError."""
+        if self._open is None or self._writer is None:
             return
-        last = end is not None and (self._key.shard + 1) * self._job.options.shard_rows >= end.rows
         try:
             self._writer.close()
         except OSError as error:
@@ -210,3 +209,8 @@ class Shards:
         record = self._open.finish(last=last)
         self._folder.records[record.key] = record
         self._open = self._key = self._writer = None
+
+    def _end(self, end: EndOfFile) -> None:
+        """Closes the shard that is open, at the end of its file."""
+        shard_rows = self._job.options.shard_rows
+        self.finish(last=self._key is not None and (self._key.shard + 1) * shard_rows >= end.rows)

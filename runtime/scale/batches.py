@@ -54,7 +54,7 @@ class TranslateBatches:
         resolved = self._fields.opened(asked.resolved(model.manifest.defaults))
         sizes = EngineOptions(rows=resolved.rows, cache_bytes=resolved.cache_bytes)
         self._options = resolved.changed(rows=None, workers=None, cache_bytes=None)
-        self._core = Core(model, sizes, sized_for=resolved)
+        self._core = Core(model, sizes, sized_for=resolved.changed(workers=None))
 
     def __call__(self, batch: Any) -> Any:  # noqa: ANN401  # as it is given, so it is given back
         """The batch with its translations. Raises InputError where it lacks a field."""

@@ -71,6 +71,10 @@ class ShardRecord:
         """Which shard it is."""
         return ShardKey(self.file, self.shard)
 
+    def to_json(self) -> str:
+        """Its JSON form."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
     @classmethod
     def of(cls, form: Mapping[str, Any]) -> Self:
         """From its JSON form. Raises TypeError for another."""

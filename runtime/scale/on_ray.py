@@ -1,0 +1,442 @@
+"""A job on a Ray cluster: tasks read the files, actors with an engine each write the shards. Needs the extra `ray`.
+
+Ray Data schedules, transports and retries. A row of its data set is a whole shard, so that no block can tear one apart.
+Who has translated a shard writes it, with its record, before Ray hears of it: shards are the only state, and they
+survive the driver, which Ray's own progress does not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import json
+import logging
+import os
+import pickle
+import secrets
+import shutil
+import socket
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+
+from kvx.runtime.backends.registry import place
+from kvx.runtime.bundle.folder import CHECKPOINT_FILE, Bundle
+from kvx.runtime.bundle.manifest import MANIFEST_FILE
+from kvx.runtime.engine.core import Core, EngineOptions
+from kvx.runtime.engine.loaded import LoadedModel
+from kvx.runtime.engine.translating import translate_each
+from kvx.runtime.errors import BundleError, DeviceError, KvxError, OptionError
+from kvx.runtime.rules import Option, count, flag, refuse, text, wrong_values
+from kvx.runtime.scale.batch import Progress, Shards, Summary, Told, conclude
+from kvx.runtime.scale.folder import OutputFolder, ShardRecord, whole_shards
+from kvx.runtime.scale.inputs import InputFile
+from kvx.runtime.scale.job import Job, bundle_digest
+from kvx.runtime.scale.packages import package
+from kvx.runtime.system import available_threads
+
+NEEDS = "jobs on Ray"
+PROBE_SECONDS = 5.0
+OWN_STORE = 256 * 2**20  # bytes for shards on their way, where Ray is started for the job; by default it is gigabytes
+READING_TASKS = 2
+QUIET = {
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # it tells as errors what Ray Data always does
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # leaves devices alone, and does not warn of it
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterOptions:
+    """What a job takes of a Ray cluster. Raises OptionError."""
+
+    address: Annotated[
+        str | None,
+        Option(
+            text(),
+            "With --engine ray: the cluster, as HOST:PORT of its head, or auto for the one that this machine is in.",
+            unset="a Ray that is started for the job, on this machine",
+        ),
+    ] = None
+    cpus_per_worker: Annotated[
+        int, Option(count(4096), "With --engine ray: logical CPUs of each worker, which are its threads.")
+    ] = 1
+    devices_per_worker: Annotated[int, Option(count(64, least=0), "With --engine ray: GPUs of each worker.")] = 0
+    ship: Annotated[
+        bool,
+        Option(
+            flag(),
+            "With --engine ray: send the bundle to the nodes. Otherwise each has it at the same path.",
+        ),
+    ] = False
+
+    def __post_init__(self) -> None:
+        refuse(wrong_values(self))
+
+
+def run_on_ray(
+    job: Job,
+    bundle: Bundle,
+    folder: OutputFolder,
+    cluster: ClusterOptions,
+    *,
+    workers: int | None = None,
+    told: Told | None = None,
+) -> Summary:
+    """Translates what is missing in the folder, which all nodes have at the same path, as they have the input.
+
+    `workers`: engines in the cluster, by default as many as it has room for. Raises OptionError where Ray is not
+    installed or the cluster lacks room, DeviceError where none answers, and what `run_batch` raises.
+    """
+    before, started = sum(one.rows for one in folder.records.values()), time.perf_counter()
+    with _connected(cluster, workers) as ray:
+        count = _workers_for(_Room.of(ray), cluster, workers)
+        rows = errors = 0
+        for record in _records(ray, job, bundle, folder, cluster, count):
+            folder.records[record.key] = record
+            rows, errors = rows + record.rows, errors + record.errors
+            if told is not None:
+                told(Progress(rows, errors, 0, 0))
+    return conclude(folder, before, time.perf_counter() - started)
+
+
+def _records(
+    ray: Any,  # noqa: ANN401  # the module, which has no types
+    job: Job,
+    bundle: Bundle,
+    folder: OutputFolder,
+    cluster: ClusterOptions,
+    workers: int,
+) -> Iterator[ShardRecord]:
+    """The record of each shard as it is written. Raises what workers raise of kvx's own."""
+    data = package("ray.data", NEEDS)
+    context = data.DataContext.get_current()
+    context.target_max_block_size = 1  # every shard is a block as soon as it is read
+    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    source = _BundleSource.of(ray, bundle, ship=cluster.ship)
+    arguments = (job, source, folder.path.absolute(), cluster.cpus_per_worker, cluster.devices_per_worker)
+    files = sum(whole_shards(file.number, folder.records) is not None for file in job.inputs)
+    shards = data.read_datasource(
+        _datasource(job, folder),
+        ray_remote_args={"num_cpus": 0, "max_retries": -1},
+        concurrency=min(READING_TASKS, files),
+        override_num_blocks=files,
+    ).map_batches(
+        ShardWorker,
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
+        fn_constructor_args=arguments,
+        num_cpus=cluster.cpus_per_worker,
+        num_gpus=cluster.devices_per_worker or None,
+    )
+    _keep_to_files(logging.getLogger("ray.data"))
+    for row in shards.iter_rows():
+        if row["error"]:
+            raise pickle.loads(row["error"])  # of our own workers
+        yield ShardRecord.of(json.loads(row["record"]))
+
+
+def _keep_to_files(log: logging.Logger) -> None:
+    """What Ray Data logs stays in its files. What goes wrong is raised, too."""
+    for handler in log.handlers:
+        if not isinstance(handler, logging.FileHandler):
+            handler.setLevel(logging.CRITICAL + 1)
+
+
+class ShardWorker:
+    """An actor: one engine, which translates a shard at a time and writes it."""
+
+    def __init__(self, job: Job, source: _BundleSource, output: Path, cpus: int, devices: int) -> None:
+        self._job = job
+        self._output = output
+        self._options = job.translate.changed(rows=None, workers=None, cache_bytes=None)
+        self._failure: KvxError | None = None
+        try:
+            self._reader = job.reader
+            self._core = self._load(source.here(), cpus, devices)
+        except KvxError as error:  # Ray would start another, and again
+            self._failure = error
+
+    def __call__(self, batch: Any) -> dict[str, Any]:  # noqa: ANN401  # an Arrow table
+        """A shard as it was read → its record as JSON, or the error of kvx that ends the job, pickled."""
+        record, error = "", b""
+        try:
+            if self._failure is not None:
+                raise self._failure
+            [row] = batch.to_pylist()
+            record = self._written(row).to_json()
+        except KvxError as found:
+            error = pickle.dumps(found)
+        return {"record": np.array([record], dtype=object), "error": np.array([error], dtype=object)}
+
+    def _written(self, row: Mapping[str, Any]) -> ShardRecord:
+        folder = OutputFolder(self._output, {}, {})
+        rows = list(self._reader.rows_of(self._job.inputs[row["file"]], row["shard"], row["piece"]))
+        with contextlib.closing(Shards(self._job, folder)) as shards:
+            results = translate_each(self._core, [one.asked for one in rows], self._options)
+            for one, result in zip(rows, results, strict=True):
+                shards.write(one, result)
+            shards.finish(last=row["last"])
+        [record] = folder.records.values()
+        return record
+
+    def _load(self, bundle: Bundle, cpus: int, devices: int) -> Core:
+        device = ",".join(f"cuda:{number}" for number in range(devices)) or "cpu"
+        placed = place(bundle, "onnx", device)
+        model = LoadedModel.load(bundle, threads=cpus, workers=None if devices else cpus, devices=placed)
+        asked = self._job.translate
+        sizes = EngineOptions(rows=asked.rows, cache_bytes=asked.cache_bytes)
+        return Core(model, sizes, sized_for=asked.changed(workers=None))
+
+
+@dataclass(frozen=True, slots=True)
+class _BundleSource:
+    """Where a worker gets the bundle from: a path, or the files in Ray's object store, by name."""
+
+    path: Path
+    digest: str
+    files: Mapping[str, Any] | None
+
+    @classmethod
+    def of(cls, ray: Any, bundle: Bundle, *, ship: bool) -> _BundleSource:  # noqa: ANN401
+        """Of the driver's bundle. To `ship`, what ONNX Runtime needs of it is put into the object store."""
+        files = None
+        if ship:
+            names = [name for name in bundle.manifest.files if not name.endswith(".ts") and name != CHECKPOINT_FILE]
+            bundle.check_hashes(names)
+            files = {
+                name: ray.put(np.fromfile(bundle.folder / name, dtype=np.uint8)) for name in (MANIFEST_FILE, *names)
+            }
+        return cls(bundle.folder.absolute(), bundle_digest(bundle.manifest), files)
+
+    def here(self) -> Bundle:
+        """The bundle on this node, with the driver's hashes. Raises BundleError."""
+        if self.files is None:
+            return self._checked(self.path)
+        folder = Path(tempfile.gettempdir()) / f"kvx-bundles-{os.getuid()}" / self.digest
+        if not folder.is_dir():
+            self._unpack(folder)
+        bundle = self._checked(folder)
+        bundle.check_hashes()
+        return bundle
+
+    def _checked(self, folder: Path) -> Bundle:
+        bundle = Bundle.open(folder)
+        if bundle_digest(bundle.manifest) != self.digest:
+            raise BundleError(
+                f"The bundle {folder} on {socket.gethostname()} is not the one that the job was started with",
+                expected="the same bundle on every node",
+                remedy="Copy it there, or send it with `ship`.",
+            )
+        return bundle
+
+    def _unpack(self, folder: Path) -> None:
+        """Writes the files to this node, once for all of its workers."""
+        ray = package("ray", NEEDS)
+        partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+        partial.mkdir(mode=0o700, parents=True)
+        try:
+            for name, reference in (self.files or {}).items():
+                ray.get(reference).tofile(partial / name)
+            with contextlib.suppress(OSError):  # another worker was first
+                partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _datasource(job: Job, folder: OutputFolder) -> Any:  # noqa: ANN401
+    """The shards that are missing, as a source of Ray Data with a task for each file."""
+    datasource, block = package("ray.data.datasource", NEEDS), package("ray.data.block", NEEDS)
+    tasks = []
+    for file in job.inputs:
+        skipped = whole_shards(file.number, folder.records)
+        if skipped is not None:
+            reading = _Reading(job, replace(file, path=file.path.absolute()), frozenset(skipped))
+            unknown = block.BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
+            tasks.append(datasource.ReadTask(reading, unknown))
+
+    class Missing(datasource.Datasource):  # type: ignore[misc,name-defined]  # the module has no types
+        def estimate_inmemory_data_size(self) -> None:
+            """Not known."""
+
+        def get_read_tasks(self, *_: object, **__: object) -> list[Any]:
+            return tasks
+
+    return Missing()
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """Reads a file → a table of one row for each shard that is missing."""
+
+    job: Job
+    file: InputFile
+    skipped: frozenset[int]
+
+    def __call__(self) -> Iterator[Any]:
+        """See above. A shard is held back until it is known whether it is the last."""
+        pieces, held = self.job.reader.pieces(self.file, self.skipped), None
+        while True:
+            try:
+                piece = next(pieces)
+            except StopIteration as end:
+                if held is not None:
+                    yield self._table(*held, last=(held[0] + 1) * self.job.options.shard_rows >= end.value)
+                return
+            if held is not None:
+                yield self._table(*held, last=False)
+            held = piece
+
+    def _table(self, shard: int, piece: bytes, *, last: bool) -> Any:  # noqa: ANN401
+        arrow = package("pyarrow", NEEDS)
+        kept = arrow.array([piece], type=arrow.large_binary())
+        return arrow.table({"file": [self.file.number], "shard": [shard], "last": [last], "piece": kept})
+
+
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """Logical CPUs and GPUs of each node that is alive, and how much of all of them is free."""
+
+    nodes: tuple[tuple[float, float], ...]
+    free_cpus: float
+    free_gpus: float
+
+    @classmethod
+    def of(cls, ray: Any) -> _Room:  # noqa: ANN401
+        """That of the cluster which the process is connected to."""
+        held = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        free = ray.available_resources()
+        nodes = tuple((one.get("CPU", 0.0), one.get("GPU", 0.0)) for one in held)
+        return cls(nodes, free.get("CPU", 0.0), free.get("GPU", 0.0))
+
+    def workers(self, cpus: int, devices: int) -> int:
+        """How many workers of this size fit beside what else the cluster does."""
+        most = int(self.free_cpus // cpus)
+        fitting = sum(int(min(node[0] // cpus, node[1] // devices if devices else most)) for node in self.nodes)
+        return min(most, fitting, int(self.free_gpus // devices) if devices else most)
+
+    def __str__(self) -> str:
+        """In words."""
+        cpus, gpus = (sum(node[place] for node in self.nodes) for place in (0, 1))
+        held = f"{len(self.nodes)} node{'s' * (len(self.nodes) != 1)} with {cpus:g} logical CPUs"
+        return f"{held} ({self.free_cpus:g} free) and {gpus:g} GPUs ({self.free_gpus:g} free)"
+
+
+def _workers_for(room: _Room, cluster: ClusterOptions, asked: int | None) -> int:
+    """How many workers there will be. Raises OptionError where Ray would wait for room without a word."""
+    cpus, devices = cluster.cpus_per_worker, cluster.devices_per_worker
+    fitting = room.workers(cpus, devices)
+    if not fitting or (asked or 0) > fitting:
+        size = f"{cpus} logical CPU{'s' * (cpus != 1)}{f' and {devices} GPUs' if devices else ''}"
+        raise OptionError(
+            f"The Ray cluster has {room}, room for {fitting} workers with {size} on one node each",
+            expected=f"room for {asked or 1}",
+            remedy="Use fewer `workers`, fewer `cpus_per_worker` or `devices_per_worker`, add nodes, or start these "
+            "with more logical CPUs (ray start --num-cpus).",
+            option="workers",
+        )
+    return asked or fitting
+
+
+@contextlib.contextmanager
+def _connected(cluster: ClusterOptions, workers: int | None) -> Iterator[Any]:
+    """The module ray, connected to the cluster, or to one that is started for the job. Raises DeviceError."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    ray = package("ray", NEEDS)
+    if cluster.address is None:
+        room = _Room(((float(available_threads()), 0.0),), float(available_threads()), 0.0)
+        if not cluster.devices_per_worker:
+            _workers_for(room, cluster, workers)  # before Ray takes its seconds to start
+        place_ = {"address": "local", "include_dashboard": False, "object_store_memory": OWN_STORE}
+        place_["num_cpus"] = available_threads()
+    else:
+        place_ = {"address": _reachable(ray, cluster.address)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with _hushed():
+                ray.init(**place_, log_to_driver=False, logging_level=logging.ERROR)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise _no_cluster(cluster.address or "on this machine", str(error).partition("\n")[0]) from None
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """Without what Ray prints of its settings; what goes wrong is raised."""
+    with contextlib.ExitStack() as stack:
+        kept = os.dup(2)
+        stack.callback(os.close, kept)
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        stack.callback(os.close, nowhere)
+        os.dup2(nowhere, 2)
+        stack.callback(os.dup2, kept, 2)
+        yield
+
+
+def _reachable(ray: Any, address: str) -> str:  # noqa: ANN401
+    """The address, if a cluster answers there: Ray itself would try for minutes. Raises DeviceError and OptionError."""
+    if address == "auto":
+        return address
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or "/" in host:
+        raise OptionError(
+            f"`address` is {address!r}",
+            expected="HOST:PORT of the head of a Ray cluster, such as 192.0.2.1:6379, or auto",
+            remedy="Use the address that `ray start --head` has printed.",
+            option="address",
+        )
+    asked = ray.util.get_node_ip_address() if _is_loopback(host) else host  # as Ray takes it
+    because = f" ({asked}, for which Ray takes {host})" if asked != host else ""
+    try:
+        socket.create_connection((asked, int(port)), PROBE_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(f"{address}{because}", str(error)) from None
+    _greet(f"{asked}:{port}")
+    return f"{asked}:{port}"
+
+
+def _greet(address: str) -> None:
+    """Raises DeviceError where what listens is no cluster, or one with another token."""
+    raylet = package("ray._raylet", NEEDS)
+    try:
+        raylet.GcsClient(address=address)
+    except Exception as error:
+        if "auth" in str(error).lower():
+            raise DeviceError(
+                f"The Ray cluster at {address} does not let this process in ({str(error).partition(chr(10))[0]})",
+                expected="the cluster's token, where it has RAY_AUTH_MODE=token",
+                remedy="Set RAY_AUTH_MODE as on the cluster, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to its token.",
+                option="address",
+            ) from None
+        raise _no_cluster(address, str(error).partition("\n")[0]) from None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _no_cluster(address: str, reason: str) -> DeviceError:
+    return DeviceError(
+        f"No Ray cluster answers at {address} ({reason.rstrip('.')})",
+        expected="the head of a Ray cluster of the same version of Ray and Python",
+        remedy="Check `address` with `ray status`. A head on 127.0.0.1 cannot be reached: start it with an address of "
+        "its network (ray start --head --node-ip-address).",
+        option="address",
+    )
