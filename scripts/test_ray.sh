@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Tests what runs on Ray, which is larger than all else that the tests need. In an environment of its own, .venv-ray,
-# over that of `make setup`. It takes the bundles of `make test`, or exports them.
+# Tests what runs on Ray, which is larger than all else that the tests need, on clusters of this machine. In an environment
+# of its own, .venv-ray, over that of `make setup`. It takes the bundles of `make test`, or exports them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 environment=.venv-ray
-if [[ ! -e $environment/.installed || pyproject.toml -nt $environment/.installed ]]; then
-    .venv/bin/python -m venv "$environment"
+if [[ ! $environment/.installed -nt pyproject.toml ]]; then
+    .venv/bin/python -m venv --clear "$environment"
     base=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
     own=$("$environment/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
     echo "import site; site.addsitedir('$base')" >"$own/kvx-base.pth"
@@ -15,4 +15,4 @@ fi
 if [[ -e build/test-bundles/.exported ]]; then
     export KVX_TEST_BUNDLES=build/test-bundles
 fi
-"$environment/bin/python" -m pytest tests/runtime/serving/test_ray_app.py "$@"
+"$environment/bin/python" -m pytest tests/runtime/scale/test_on_ray.py tests/runtime/serving/test_ray_app.py "$@"

@@ -117,12 +117,12 @@ class OutputFolder:
                 if restart:
                     _remove(path, SHARD)
                     _remove(path / OWN / "shards", re.compile(".*"))
-                    known = None
-                elif known is not None:
+                records = {} if restart else _whole_shards(path, known)
+                if records and known is not None:
                     _refuse_another(path, known["job"], job)
-                if known is None:
+                else:  # there is nothing that would be lost
                     _write_json(path / MANIFEST, {"kvx_batch": FORMAT_VERSION, "complete": False, "job": job})
-            yield cls(path, job, {} if restart else _whole_shards(path, known))
+            yield cls(path, job, records)
 
     def finish(self, totals: Mapping[str, Any]) -> None:
         """Writes all that is known of the shards into the manifest, where every shard is whole."""

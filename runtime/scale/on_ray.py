@@ -367,7 +367,7 @@ def _connected(cluster: ClusterOptions, workers: int | None) -> Iterator[Any]:
             with _hushed():
                 ray.init(**place_, log_to_driver=False, logging_level=logging.ERROR)
         except (OSError, RuntimeError, ValueError) as error:
-            raise _no_cluster(cluster.address or "on this machine", str(error).partition("\n")[0]) from None
+            raise _no_cluster(cluster.address or "on this machine", " ".join(str(error).split())) from None
     try:
         yield ray
     finally:
@@ -417,12 +417,12 @@ def _greet(address: str) -> None:
     except Exception as error:
         if "auth" in str(error).lower():
             raise DeviceError(
-                f"The Ray cluster at {address} does not let this process in ({str(error).partition(chr(10))[0]})",
+                f"The Ray cluster at {address} does not let this process in ({' '.join(str(error).split())})",
                 expected="the cluster's token, where it has RAY_AUTH_MODE=token",
                 remedy="Set RAY_AUTH_MODE as on the cluster, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to its token.",
                 option="address",
             ) from None
-        raise _no_cluster(address, str(error).partition("\n")[0]) from None
+        raise _no_cluster(address, " ".join(str(error).split())) from None
 
 
 def _is_loopback(host: str) -> bool:

@@ -97,11 +97,12 @@ def test_a_signal_leaves_whole_shards_and_says_how_to_go_on(
 
 def test_a_kill_leaves_no_lock(numbers_bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_text("one\n" * 20_000)
-    line = [*KVX, "batch", "--model", str(numbers_bundle), "--device", "cpu", "-i", "in.txt", "-o", "out"]
-    process = subprocess.Popen(line, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    line = [*KVX, "batch", "--model", numbers_bundle, "--device", "cpu", "-i", "in.txt", "-o", "out"]
+    line += ["--shard-rows", "100"]
+    process = subprocess.Popen([*map(str, line)], cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + PATIENCE
-        while not (tmp_path / "out" / "_manifest.json").exists() and time.monotonic() < deadline:
+        while not list(tmp_path.glob("out/part-*")) and time.monotonic() < deadline:
             time.sleep(0.01)
         out = tmp_path / "out"
         refused(batch(numbers_bundle, "-i", tmp_path / "in.txt", "-o", out), f"process {process.pid} on")

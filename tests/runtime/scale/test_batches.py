@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,7 +54,7 @@ def test_calls_of_any_size_follow_each_other(batches: TranslateBatches, texts: l
 
 
 def test_names_and_options(numbers_bundle: Path) -> None:
-    named = {"text_field": "t", "translation_field": "de", "error_field": "e", "details_field": "d"}
+    named: dict[str, Any] = {"text_field": "t", "translation_field": "de", "error_field": "e", "details_field": "d"}
     with TranslateBatches(numbers_bundle, threads=1, beam_size=2, scores=True, rows=4, **named) as batches:
         found = batches({"t": ["one"]})
     assert list(found) == ["t", "de", "e", "d"]

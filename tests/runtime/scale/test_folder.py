@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from kvx import InputError, TranslateOptions
 from kvx.runtime.engine.loaded import LoadedModel
 from kvx.runtime.scale import folder as folders
 from kvx.runtime.scale.batch import Progress
-from kvx.runtime.scale.folder import OutputFolder
+from kvx.runtime.scale.inputs import InputFile
 from kvx.runtime.scale.job import bundle_digest
-from kvx.runtime.scale.lines import LineReader
+from kvx.runtime.scale.lines import Line, LineReader
 from kvx.tests.runtime.scale.conftest import RunJob, json_lines, no_leftovers, read_rows, shards
 
 ROWS = [{"id": number, "text": text} for number, text in enumerate(["one", "two", "three", "four", "five"] * 4)]
@@ -89,7 +89,12 @@ def test_files_that_are_done_are_not_opened_again(
     monkeypatch.setattr(LineReader, "check", lambda *_: None)
     reading: list[Path] = []
     own = LineReader._lines
-    monkeypatch.setattr(LineReader, "_lines", lambda self, file: (reading.append(file.path), own(self, file))[1])
+
+    def noted(reader: LineReader, file: InputFile) -> Iterator[Line]:
+        reading.append(file.path)
+        return own(reader, file)
+
+    monkeypatch.setattr(LineReader, "_lines", noted)
     run_job(tmp_path / "out", rows, other, shard_rows=8)
     assert reading == [other]
 
@@ -140,14 +145,12 @@ def test_a_bundle_that_has_changed_is_refused(tmp_path: Path, model: LoadedModel
     files = {**manifest.files, name: replace(entry, sha256="0" * 64)}
     assert bundle_digest(replace(manifest, created="2030-01-01T00:00:00", parity=None)) == bundle_digest(manifest)
     assert bundle_digest(replace(manifest, files=files)) != bundle_digest(manifest)
-    job = {"bundle": bundle_digest(manifest), "input": [], "options": {}}
-    with OutputFolder.open(tmp_path / "out", job):
-        pass
-    with (
-        pytest.raises(InputError, match="the bundle is another one or has changed"),
-        OutputFolder.open(tmp_path / "out", {**job, "bundle": "1"}),
-    ):
-        pass
+
+
+def test_options_may_change_as_long_as_no_shard_is_whole(tmp_path: Path, rows: Path, run_job: RunJob) -> None:
+    run_job(tmp_path / "out", rows)
+    shards(tmp_path / "out")[0].unlink()
+    assert run_job(tmp_path / "out", rows, shard_rows=8).shards == 3
 
 
 @pytest.mark.parametrize("restart", [False, True])
@@ -208,8 +211,17 @@ def test_a_shard_is_on_the_disk_before_it_has_its_name(
     tmp_path: Path, rows: Path, run_job: RunJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events, sync, put = list[str](), folders._sync, Path.replace
-    monkeypatch.setattr(folders, "_sync", lambda path: (events.append(f"sync {path.name}"), sync(path))[1])
-    monkeypatch.setattr(Path, "replace", lambda path, to: (events.append(f"name {to.name}"), put(path, to))[1])
+
+    def synced(path: Path) -> None:
+        events.append(f"sync {path.name}")
+        sync(path)
+
+    def named_so(path: Path, to: Path) -> Path:
+        events.append(f"name {to.name}")
+        return put(path, to)
+
+    monkeypatch.setattr(folders, "_sync", synced)
+    monkeypatch.setattr(Path, "replace", named_so)
     run_job(tmp_path / "out", rows)
     named = events.index("name part-00000-00000.jsonl")
     assert any(event.startswith("sync .part-00000-00000.jsonl.") for event in events[:named])

@@ -6,6 +6,7 @@ import bz2
 import datetime
 import decimal
 import gzip
+import importlib
 import io
 import json
 import lzma
@@ -16,7 +17,6 @@ from typing import Any
 import pytest
 
 from kvx import InputError, OptionError, TranslateOptions
-from kvx.runtime.scale import packages
 from kvx.tests.runtime.scale.conftest import RunJob, json_lines, read_rows, shards
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
@@ -148,7 +148,7 @@ def test_rows_name_their_languages(tmp_path: Path, languages_bundle: Path) -> No
 
     translator = Translator.load(languages_bundle, threads=1)
     text = "ein zwei drei"
-    rows = [{"text": text, "to": "fr"}, {"text": text, "to": "nl"}, {"text": text, "to": "xx"}, {"text": text, "to": 3}]
+    rows: list[dict[str, object]] = [{"text": text, "to": to} for to in ("fr", "nl", "xx", 3)]
     json_lines(tmp_path / "in.jsonl", rows)
     options = TranslateOptions(source_language="de").resolved(translator.manifest.defaults)
     own = BatchOptions(to_field="to")
@@ -214,6 +214,6 @@ def test_parquet_without_pyarrow_says_what_to_install(
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
     (tmp_path / "in.parquet").write_bytes(b"PAR1")
-    monkeypatch.setattr(packages.importlib, "import_module", missing)
+    monkeypatch.setattr(importlib, "import_module", missing)
     with pytest.raises(OptionError, match=r"pip install 'kvx\[scale\]'"):
         run_job(tmp_path / "out", tmp_path / "in.parquet")
