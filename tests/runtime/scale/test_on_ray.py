@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 ROWS, SHARD_ROWS = 6000, 250
-PATIENCE = 240  # seconds
+PATIENCE = 120  # seconds
 ENVIRONMENT = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
@@ -74,7 +74,7 @@ def free_port() -> int:
 
 def start_node(*arguments: str) -> subprocess.Popen[bytes]:
     line = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=2", *arguments]
-    line += ["--include-dashboard=false", "--object-store-memory=100000000"]
+    line += ["--object-store-memory=100000000"]
     return subprocess.Popen(
         line, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
@@ -98,10 +98,11 @@ def cluster() -> Iterator[Cluster]:
 
         address = f"{ray.util.get_node_ip_address()}:{free_port()}"
         port = address.rpartition(":")[2]
-        nodes = [start_node("--head", f"--port={port}", f"--temp-dir={folder}")]
+        nodes = [start_node("--head", "--include-dashboard=false", f"--port={port}", f"--temp-dir={folder}")]
         try:
-            wait_for(lambda: is_open(address))
+            wait_for(lambda: is_open(address) and alive(address) == 1)
             nodes.append(start_node(f"--address={address}"))
+            wait_for(lambda: alive(address) == 2)
             yield Cluster(address, nodes)
         finally:
             for node in reversed(nodes):
@@ -116,11 +117,19 @@ def is_open(address: str) -> bool:
     return False
 
 
+def alive(address: str) -> int:
+    """How many nodes a cluster has."""
+    from ray._raylet import GcsClient
+
+    nodes = GcsClient(address=address).get_all_node_info(timeout=10).values()
+    return sum(node.state == 0 for node in nodes)
+
+
 def wait_for(true: Callable[[], bool]) -> None:
     deadline = time.monotonic() + PATIENCE
     while not true():
         assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.02)
+        time.sleep(0.05)
 
 
 @pytest.fixture
