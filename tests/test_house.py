@@ -131,8 +131,16 @@ def test_every_module_lies_in_a_package() -> None:
 def test_importing_kvx_loads_nothing_heavy() -> None:
     loaded = set(python("import kvx, sys; print(*sys.modules)").split())
     assert "kvx.runtime.translator" in loaded
-    heavy = {"onnxruntime", "sentencepiece", "tokenizers", "torch", "onnx", "typer", "ray"}
-    assert loaded.isdisjoint(heavy | {"kvx.models", "kvx.exporter"})
+    heavy = {"onnxruntime", "sentencepiece", "tokenizers", "torch", "onnx", "typer", "ray", "pyarrow", "pandas"}
+    assert loaded.isdisjoint(heavy | {"kvx.models", "kvx.exporter", "kvx.runtime.scale"})
+
+
+@pytest.mark.parametrize("module", ["kvx.runtime.scale", "kvx.cli"])
+def test_packages_of_the_extras_for_files_are_loaded_only_where_they_are_used(module: str) -> None:
+    loaded = set(python(f"import {module}, sys; print(*sys.modules)").split())
+    assert "kvx.runtime.scale.batches" in loaded
+    for name in ("pyarrow", "pandas", "ray", "onnxruntime", "torch"):
+        assert name not in loaded
 
 
 def test_importing_kvx_is_quick() -> None:
