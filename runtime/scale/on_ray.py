@@ -139,10 +139,12 @@ def _records(
         num_gpus=cluster.devices_per_worker or None,
     )
     _keep_to_files(logging.getLogger("ray.data"))
-    for row in shards.iter_rows():
-        if row["error"]:
-            raise pickle.loads(row["error"])  # of our own workers
-        yield ShardRecord.of(json.loads(row["record"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # there may be fewer files or shards than workers
+        for row in shards.iter_rows():
+            if row["error"]:
+                raise pickle.loads(row["error"])  # of our own workers
+            yield ShardRecord.of(json.loads(row["record"]))
 
 
 def _keep_to_files(log: logging.Logger) -> None:
@@ -413,7 +415,8 @@ def _greet(address: str) -> None:
     """Raises DeviceError where what listens is no cluster, or one with another token."""
     raylet = package("ray._raylet", NEEDS)
     try:
-        raylet.GcsClient(address=address)
+        with _hushed():
+            raylet.GcsClient(address=address)
     except Exception as error:
         if "auth" in str(error).lower():
             raise DeviceError(
