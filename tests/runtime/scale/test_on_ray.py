@@ -222,6 +222,28 @@ def test_what_would_make_ray_wait_is_refused_at_once(line: list[str], options: l
     assert time.monotonic() - started < 60
 
 
+PIPELINE = """
+import json, sys, ray
+from kvx.runtime.scale import TranslateBatches
+address, bundle = sys.argv[1:]
+ray.init(address=address, log_to_driver=False)
+rows = ray.data.from_items([{"id": one, "text": text} for one, text in enumerate(["one", "two", "three"] * 40)])
+found = rows.map_batches(
+    TranslateBatches, fn_constructor_args=(bundle,), fn_constructor_kwargs={"threads": 1}, batch_size=50,
+    compute=ray.data.ActorPoolStrategy(size=1), num_cpus=1,
+).take_all()
+print(json.dumps(sorted((row["id"], row["translation"], row["error"]) for row in found)))
+"""
+
+
+def test_translate_batches_is_a_class_for_map_batches(cluster: Cluster, numbers_bundle: Path) -> None:
+    line = [sys.executable, "-c", PIPELINE, cluster.address, str(numbers_bundle)]
+    done = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert done.returncode == 0, done.stderr
+    words = ["eins", "zwei", "drei"] * 40
+    assert json.loads(done.stdout) == [[number, word, None] for number, word in enumerate(words)]
+
+
 def test_a_node_that_is_lost_takes_no_row_with_it(
     line: list[str], tmp_path: Path, cluster: Cluster, expected: list[str]
 ) -> None:
