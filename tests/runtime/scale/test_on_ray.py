@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import json
 import os
@@ -119,9 +120,8 @@ def is_open(address: str) -> bool:
 
 def alive(address: str) -> int:
     """How many nodes a cluster has."""
-    from ray._raylet import GcsClient
-
-    nodes = GcsClient(address=address).get_all_node_info(timeout=10).values()
+    raylet = importlib.import_module("ray._raylet")
+    nodes = raylet.GcsClient(address=address).get_all_node_info(timeout=10).values()
     return sum(node.state == 0 for node in nodes)
 
 

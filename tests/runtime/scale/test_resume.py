@@ -94,7 +94,7 @@ def test_kills_lose_no_row_and_repeat_none(
 @pytest.mark.proof
 def test_twenty_kills_of_a_long_job(tmp_path: Path, seed: Seed, seed_bundle: Path, seed_translator: Translator) -> None:
     """The test set, numbered, many times over: every row is the reference's. KVX_BATCH_ROWS sets how many rows."""
-    rows = int(os.environ.get("KVX_BATCH_ROWS", "12000"))
+    rows = int(os.environ.get("KVX_BATCH_ROWS", "10000"))
     written(tmp_path, seed.sources, rows, files=4)
     assert survives_kills(seed_bundle, tmp_path, rows, rows // 80, kills=20, seed=1) == 20
     greedy = [one["text"] for one in seed.greedy]
