@@ -130,7 +130,7 @@ def _saying_how_to_go_on(folder: OutputFolder) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
-        whole = _counted(len(folder.records), "whole shard")
+        whole = _counted(folder.count_shards(), "whole shard")
         say(f"stopped with {whole} in {folder.path}. Give the same command again to go on")
         raise
 

@@ -124,6 +124,10 @@ class OutputFolder:
                     _write_json(path / MANIFEST, {"kvx_batch": FORMAT_VERSION, "complete": False, "job": job})
             yield cls(path, job, records)
 
+    def count_shards(self) -> int:
+        """How many shards are there, also those that workers elsewhere have written and this process has not heard of."""
+        return sum(SHARD.fullmatch(path.name) is not None for path in self.path.iterdir())
+
     def finish(self, totals: Mapping[str, Any]) -> None:
         """Writes all that is known of the shards into the manifest, where every shard is whole."""
         shards = [asdict(self.records[key]) for key in sorted(self.records)]
