@@ -125,7 +125,7 @@ class OutputFolder:
             yield cls(path, job, records)
 
     def count_shards(self) -> int:
-        """How many shards are there, also those that workers elsewhere have written and this process has not heard of."""
+        """How many shards are there, also those of workers elsewhere that this process has not heard of."""
         return sum(SHARD.fullmatch(path.name) is not None for path in self.path.iterdir())
 
     def finish(self, totals: Mapping[str, Any]) -> None:
