@@ -31,7 +31,8 @@ CELLS: dict[str, dict[str, Any]] = {
     "int4": {"precision": "int4", "shortlist": True},
     "cache in 8 bits": {"format": "onnx", "cache_precision": "int8"},
 }
-GATED = ("flan", "umt5")  # both factors of a gate are in 4 bits, and their errors multiply
+GATED = ("flan", "umt5")  # both factors of a gate have few bits, and their errors multiply
+WIDER = {"int4": 0.5, "int8": 0.2}  # the tolerances for them, whose tiny random weights leave nothing to average
 FAMILIES = ("marian", "marian-apart", "nllb", "bart", "mbart25", "pegasus", "t5", "flan", "umt5")
 # In 16 bits and in standard operators a family is the sum of its parts: norms after or before, of embeddings, relative.
 FEWER: dict[str, tuple[str, ...]] = {
@@ -55,7 +56,7 @@ def test_every_family_has_it_with_its_proof(untrained: Made, cell: str, tmp_path
         pytest.skip(f"{untrained.name} has no part that others do not have in {cell}")
     if "cache_precision" in CELLS[cell] and kernels.library() is None:
         pytest.skip("kvx was installed without its own operators")
-    parity = ParityOptions(tolerance=0.5) if cell == "int4" and untrained.name in GATED else ParityOptions()
+    parity = ParityOptions(tolerance=WIDER.get(cell) if untrained.name in GATED else None)
     options = ExportOptions(checkpoint=untrained.folder, output=tmp_path / "bundle", parity=parity, **CELLS[cell])
     manifest = export(options)
     assert manifest.parity is not None
