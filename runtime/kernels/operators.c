@@ -40,6 +40,8 @@
 #define BLOCK 128      /* inputs with scales of their own where weights have 4 bits */
 #define HALF_NIBBLE 8  /* the weight of 4 bits that stands for 0 */
 #define TILE_ROWS 4
+#define CACHE_LINE 64
+#define MANY_TILES 8 /* of rows: time enough for weights to come */
 #define MOST_CODE 127  /* of a signed code of 8 bits */
 #define STEP_BYTES 4   /* of the step behind a key or value in codes */
 #define ROUNDING 12582912.0f /* 1.5 · 2^23: what is added to it is rounded to a whole number */
