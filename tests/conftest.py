@@ -7,12 +7,13 @@ environment variable KVX_TEST_BUNDLES names. `make bundles` fills it. Tests that
 from __future__ import annotations
 
 import functools
+import gc
 import importlib.util
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,6 +121,17 @@ class Seed:
 def plain_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without kvx's own operators: the graphs that every machine runs."""
     monkeypatch.setenv(kernels.SWITCH, "0")
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """Without garbage collection, which takes a time that grows with all that a process of many tests holds."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -244,6 +244,7 @@ def test_a_page_joined_with_its_own_sentences_says_what_it_said(page: str) -> No
     assert html.unescape(joined(page)).split() == html.unescape(page).split()
 
 
+@pytest.mark.usefixtures("no_collector")
 @pytest.mark.parametrize("unit", HUGE.values(), ids=HUGE.keys())
 def test_a_huge_page_takes_a_time_that_grows_with_its_length(unit: str) -> None:
     def seconds(size: int) -> float:

@@ -106,6 +106,7 @@ def test_what_is_no_text_is_refused(text: str) -> None:
         passage(text)
 
 
+@pytest.mark.usefixtures("no_collector")
 @pytest.mark.parametrize("unit", QUADRATIC)
 def test_a_long_line_takes_a_time_that_grows_with_its_length(unit: str) -> None:
     def seconds(size: int) -> float:

@@ -251,6 +251,7 @@ def test_words_that_change_places_are_all_there(page: str) -> None:
     assert letters(text_of(translated(page, backwards))) == letters(text_of(page))
 
 
+@pytest.mark.usefixtures("no_collector")
 @pytest.mark.parametrize("unit", HUGE)
 def test_a_huge_page_takes_a_time_that_grows_with_its_length(unit: str) -> None:
     def seconds(size: int) -> float:
