@@ -22,7 +22,6 @@ ENDINGS: dict[str, Format] = {
     ".txt": "text",
     ".text": "text",
 }
-NAMED_FILES = 5
 
 
 @dataclass(frozen=True, slots=True)
