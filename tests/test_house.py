@@ -181,7 +181,7 @@ RUNTIME_ROOMS = (
     ("options",),
     ("translation",),
     ("engine",),
-    ("translator",),
+    ("translator", "cluster"),
     ("measuring", "scale", "serving"),
 )
 EXPORTER_ROOMS = (

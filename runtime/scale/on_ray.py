@@ -8,7 +8,6 @@ survive the driver, which Ray's own progress does not.
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import json
 import logging
 import os
@@ -29,10 +28,11 @@ import numpy as np
 from kvx.runtime.backends.registry import place
 from kvx.runtime.bundle.folder import CHECKPOINT_FILE, Bundle
 from kvx.runtime.bundle.manifest import MANIFEST_FILE
+from kvx.runtime.cluster import Room, hushed, no_cluster, reachable, size_in_words
 from kvx.runtime.engine.core import Core, EngineOptions
 from kvx.runtime.engine.loaded import LoadedModel
 from kvx.runtime.engine.translating import translate_each
-from kvx.runtime.errors import BundleError, DeviceError, KvxError, OptionError
+from kvx.runtime.errors import BundleError, KvxError, OptionError
 from kvx.runtime.rules import Option, count, flag, refuse, text, wrong_values
 from kvx.runtime.scale.batch import Progress, Shards, Summary, Told, conclude
 from kvx.runtime.scale.folder import OutputFolder, ShardRecord, whole_shards
@@ -42,7 +42,6 @@ from kvx.runtime.scale.packages import package
 from kvx.runtime.system import available_threads
 
 NEEDS = "jobs on Ray"
-PROBE_SECONDS = 5.0
 OWN_STORE = 256 * 2**20  # bytes for shards on their way, where Ray is started for the job; by default it is gigabytes
 READING_TASKS = 2
 QUIET = {
@@ -97,7 +96,7 @@ def run_on_ray(
     """
     before, started = sum(one.rows for one in folder.records.values()), time.perf_counter()
     with _connected(cluster, workers) as ray:
-        count = _workers_for(_Room.of(ray), cluster, workers)
+        count = _workers_for(Room.of(ray), cluster, workers)
         rows = errors = 0
         for record in _records(ray, job, bundle, folder, cluster, count):
             folder.records[record.key] = record
@@ -126,7 +125,7 @@ def _records(
     files = sum(whole_shards(file.number, folder.records) is not None for file in job.inputs)
     shards = data.read_datasource(
         _datasource(job, folder),
-        ray_remote_args={"num_cpus": 0, "max_retries": -1},
+        num_cpus=0,
         concurrency=min(READING_TASKS, files),
         override_num_blocks=files,
     ).map_batches(
@@ -232,14 +231,20 @@ class _BundleSource:
         return bundle
 
     def _checked(self, folder: Path) -> Bundle:
-        bundle = Bundle.open(folder)
+        try:
+            bundle = Bundle.open(folder)
+        except BundleError as error:
+            raise self._not_here(folder, f"cannot be used ({error.got})") from error
         if bundle_digest(bundle.manifest) != self.digest:
-            raise BundleError(
-                f"The bundle {folder} on {socket.gethostname()} is not the one that the job was started with",
-                expected="the same bundle on every node",
-                remedy="Copy it there, or send it with `ship`.",
-            )
+            raise self._not_here(folder, "is not the one that the job was started with")
         return bundle
+
+    def _not_here(self, folder: Path, what: str) -> BundleError:
+        return BundleError(
+            f"The bundle {folder} on {socket.gethostname()} {what}",
+            expected="the same bundle on every node",
+            remedy="Copy it there, or send it with `ship`.",
+        )
 
     def _unpack(self, folder: Path) -> None:
         """Writes the files to this node, once for all of its workers."""
@@ -304,43 +309,13 @@ class _Reading:
         return arrow.table({"file": [self.file.number], "shard": [shard], "last": [last], "piece": kept})
 
 
-@dataclass(frozen=True, slots=True)
-class _Room:
-    """Logical CPUs and GPUs of each node that is alive, and how much of all of them is free."""
-
-    nodes: tuple[tuple[float, float], ...]
-    free_cpus: float
-    free_gpus: float
-
-    @classmethod
-    def of(cls, ray: Any) -> _Room:  # noqa: ANN401
-        """That of the cluster which the process is connected to."""
-        held = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        free = ray.available_resources()
-        nodes = tuple((one.get("CPU", 0.0), one.get("GPU", 0.0)) for one in held)
-        return cls(nodes, free.get("CPU", 0.0), free.get("GPU", 0.0))
-
-    def workers(self, cpus: int, devices: int) -> int:
-        """How many workers of this size fit beside what else the cluster does."""
-        most = int(self.free_cpus // cpus)
-        fitting = sum(int(min(node[0] // cpus, node[1] // devices if devices else most)) for node in self.nodes)
-        return min(most, fitting, int(self.free_gpus // devices) if devices else most)
-
-    def __str__(self) -> str:
-        """In words."""
-        cpus, gpus = (sum(node[place] for node in self.nodes) for place in (0, 1))
-        held = f"{len(self.nodes)} node{'s' * (len(self.nodes) != 1)} with {cpus:g} logical CPUs"
-        return f"{held} ({self.free_cpus:g} free) and {gpus:g} GPUs ({self.free_gpus:g} free)"
-
-
-def _workers_for(room: _Room, cluster: ClusterOptions, asked: int | None) -> int:
+def _workers_for(room: Room, cluster: ClusterOptions, asked: int | None) -> int:
     """How many workers there will be. Raises OptionError where Ray would wait for room without a word."""
-    cpus, devices = cluster.cpus_per_worker, cluster.devices_per_worker
-    fitting = room.workers(cpus, devices)
+    cpus, gpus = cluster.cpus_per_worker, cluster.devices_per_worker
+    fitting = room.holds_now(cpus, gpus)
     if not fitting or (asked or 0) > fitting:
-        size = f"{cpus} logical CPU{'s' * (cpus != 1)}{f' and {devices} GPUs' if devices else ''}"
         raise OptionError(
-            f"The Ray cluster has {room}, room for {fitting} workers with {size} on one node each",
+            f"The Ray cluster has {room}: room for {fitting} workers with {size_in_words(cpus, gpus)} each",
             expected=f"room for {asked or 1}",
             remedy="Use fewer `workers`, fewer `cpus_per_worker` or `devices_per_worker`, add nodes, or start these "
             "with more logical CPUs (ray start --num-cpus).",
@@ -356,90 +331,20 @@ def _connected(cluster: ClusterOptions, workers: int | None) -> Iterator[Any]:
         os.environ.setdefault(name, value)
     ray = package("ray", NEEDS)
     if cluster.address is None:
-        room = _Room(((float(available_threads()), 0.0),), float(available_threads()), 0.0)
+        cpus = available_threads()
         if not cluster.devices_per_worker:
-            _workers_for(room, cluster, workers)  # before Ray takes its seconds to start
-        place_ = {"address": "local", "include_dashboard": False, "object_store_memory": OWN_STORE}
-        place_["num_cpus"] = available_threads()
+            _workers_for(Room.alone(cpus), cluster, workers)  # before Ray takes its seconds to start
+        where = {"address": "local", "num_cpus": cpus, "include_dashboard": False, "object_store_memory": OWN_STORE}
     else:
-        place_ = {"address": _reachable(ray, cluster.address)}
+        where = {"address": cluster.address if cluster.address == "auto" else reachable(ray, cluster.address)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            with _hushed():
-                ray.init(**place_, log_to_driver=False, logging_level=logging.ERROR)
+            with hushed():
+                ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
         except (OSError, RuntimeError, ValueError) as error:
-            raise _no_cluster(cluster.address or "on this machine", " ".join(str(error).split())) from None
+            raise no_cluster(cluster.address or "on this machine", error) from None
     try:
         yield ray
     finally:
         ray.shutdown()
-
-
-@contextlib.contextmanager
-def _hushed() -> Iterator[None]:
-    """Without what Ray prints of its settings; what goes wrong is raised."""
-    with contextlib.ExitStack() as stack:
-        kept = os.dup(2)
-        stack.callback(os.close, kept)
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        stack.callback(os.close, nowhere)
-        os.dup2(nowhere, 2)
-        stack.callback(os.dup2, kept, 2)
-        yield
-
-
-def _reachable(ray: Any, address: str) -> str:  # noqa: ANN401
-    """The address, if a cluster answers there: Ray itself would try for minutes. Raises DeviceError and OptionError."""
-    if address == "auto":
-        return address
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or "/" in host:
-        raise OptionError(
-            f"`address` is {address!r}",
-            expected="HOST:PORT of the head of a Ray cluster, such as 192.0.2.1:6379, or auto",
-            remedy="Use the address that `ray start --head` has printed.",
-            option="address",
-        )
-    asked = ray.util.get_node_ip_address() if _is_loopback(host) else host  # as Ray takes it
-    because = f" ({asked}, for which Ray takes {host})" if asked != host else ""
-    try:
-        socket.create_connection((asked, int(port)), PROBE_SECONDS).close()
-    except (OSError, OverflowError) as error:
-        raise _no_cluster(f"{address}{because}", str(error)) from None
-    _greet(f"{asked}:{port}")
-    return f"{asked}:{port}"
-
-
-def _greet(address: str) -> None:
-    """Raises DeviceError where what listens is no cluster, or one with another token."""
-    raylet = package("ray._raylet", NEEDS)
-    try:
-        with _hushed():
-            raylet.GcsClient(address=address)
-    except Exception as error:
-        if "auth" in str(error).lower():
-            raise DeviceError(
-                f"The Ray cluster at {address} does not let this process in ({' '.join(str(error).split())})",
-                expected="the cluster's token, where it has RAY_AUTH_MODE=token",
-                remedy="Set RAY_AUTH_MODE as on the cluster, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to its token.",
-                option="address",
-            ) from None
-        raise _no_cluster(address, " ".join(str(error).split())) from None
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _no_cluster(address: str, reason: str) -> DeviceError:
-    return DeviceError(
-        f"No Ray cluster answers at {address} ({reason.rstrip('.')})",
-        expected="the head of a Ray cluster of the same version of Ray and Python",
-        remedy="Check `address` with `ray status`. A head on 127.0.0.1 cannot be reached: start it with an address of "
-        "its network (ray start --head --node-ip-address).",
-        option="address",
-    )

@@ -12,8 +12,7 @@ import asyncio
 import contextlib
 import logging
 import os
-import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any
@@ -28,6 +27,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from kvx.runtime.backends.graphs import THREADS
 from kvx.runtime.backends.registry import place
 from kvx.runtime.bundle.folder import Bundle
+from kvx.runtime.cluster import Room, no_cluster, reachable, size_in_words
 from kvx.runtime.engine.core import EngineOptions
 from kvx.runtime.engine.loaded import LoadedModel
 from kvx.runtime.errors import DeviceError
@@ -45,7 +45,6 @@ from kvx.runtime.translator import Translator
 
 NAME = "kvx"
 OF_SERVE = ("host", "port", "proxies", "connections")  # options of `kvx serve` for what Ray Serve does here
-CONNECT_SECONDS = 5.0  # in which the address of a cluster has to answer
 RETRY_SECONDS = 1.0  # after which a client that was refused may come back
 TARGET_SHARE = 0.5  # of the requests that a replica works on at a time: with more than that, replicas are added
 MIDDLEWARE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"  # where Serve's HTTP proxies look for it
@@ -224,78 +223,41 @@ def check_room(replicas: ReplicaOptions) -> None:
     """Raises DeviceError where Ray's nodes have no room for the replicas: Ray would wait for it without end, and
     without an error.
     """
-    needs = {"CPU": float(replicas.cpus), "GPU": float(GPU[replicas.device])}
-    nodes, free = _resources()
-    room = sum(_fitting(node, needs) for node in nodes)
-    if room < replicas.replicas:
-        raise _no_room(replicas, room, nodes)
-    if room < (replicas.most_replicas or 0):
-        _log.warning("there is room for %d of up to %d replicas", room, replicas.most_replicas)
-    if free < (wanted := replicas.cpus * replicas.replicas):
-        _log.warning("%g of the %d logical CPUs are free: replicas wait until others give theirs back", free, wanted)
+    cpus, gpus, room = replicas.cpus, GPU[replicas.device], _room()
+    there = room.holds(cpus, gpus)
+    if there < replicas.replicas:
+        raise DeviceError(
+            f"{replicas.replicas} replicas need {size_in_words(cpus, gpus)} each, and Ray has {room}: room for {there}",
+            expected="nodes with room for all replicas",
+            remedy="Ask for fewer `replicas` or `threads`, or add nodes.",
+            option="threads",
+        )
+    if there < (replicas.most_replicas or 0):
+        _log.warning("there is room for %d of up to %d replicas", there, replicas.most_replicas)
+    if room.holds_now(cpus, gpus) < replicas.replicas:
+        _log.warning("Ray has %s: replicas wait until others give theirs back", room)
 
 
-def _fitting(node: Mapping[str, float], needs: Mapping[str, float]) -> int:
-    """How many replicas fit on a node."""
-    return min(int(node.get(name, 0.0) // count) for name, count in needs.items() if count)
-
-
-def _no_room(replicas: ReplicaOptions, room: int, nodes: Sequence[Mapping[str, float]]) -> DeviceError:
-    gpu = GPU[replicas.device]
-    each = f"{replicas.cpus} logical CPUs" + (f" and {gpu} GPU" if gpu else "")
-    had = "; ".join(f"{node.get('CPU', 0.0):g} CPUs and {node.get('GPU', 0.0):g} GPUs" for node in nodes[:8])
-    return DeviceError(
-        f"{replicas.replicas} replicas need {each} each, and Ray's {len(nodes)} nodes have room for {room} ({had})",
-        expected="nodes with room for all replicas",
-        remedy="Ask for fewer `replicas` or `threads`, or add nodes.",
-        option="threads",
-    )
-
-
-def _resources() -> tuple[list[dict[str, float]], float]:
-    """What each node has of the cluster that the application will run on, and its logical CPUs that are free now. Where
-    none runs, Serve will start one here: what that one will have. Raises DeviceError.
+def _room() -> Room:
+    """That of the cluster which the application will run on. Where none runs, Serve will start one here: what that one
+    will have. Raises DeviceError and OptionError.
     """
     if ray.is_initialized():
-        return _resources_now()
+        return Room.of(ray)
     address = _address()
     if address is not None:
-        _check_answers(address)
+        reachable(ray, address)
     try:
         ray.init(address or "auto", log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError as error:
         if address is not None:
-            raise _no_cluster(address, error) from error
+            raise no_cluster(address, error) from error
         os.environ.setdefault(MIDDLEWARE, MIDDLEWARES)
-        cores = float(available_threads())
-        return [{"CPU": cores}], cores
+        return Room.alone(available_threads())
     try:
-        return _resources_now()
+        return Room.of(ray)
     finally:
         ray.shutdown()
-
-
-def _check_answers(address: str) -> None:
-    """Raises DeviceError where nobody listens at an address: Ray would try for a minute or more."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
-    except (OSError, ValueError) as error:
-        raise _no_cluster(address, error) from error
-
-
-def _no_cluster(address: str, error: Exception) -> DeviceError:
-    return DeviceError(
-        f"No Ray cluster answers at {address} ({str(error).splitlines()[0]:.200})",
-        expected="the address of a cluster that runs, as `ray start --head` says it",
-        remedy="Check the address, and that RAY_AUTH_MODE and the token (~/.ray/auth_token) are those of the cluster.",
-        option="address",
-    )
-
-
-def _resources_now() -> tuple[list[dict[str, float]], float]:
-    nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-    return nodes, float(ray.available_resources().get("CPU", 0.0))
 
 
 def _address() -> str | None:

@@ -82,6 +82,8 @@ class Watched:
         self.pause = 0.0
         self.encoded: list[int] = []
         self.failing = threading.Event()
+        self.held_at = 0  # the step that waits until it is let go
+        self.let_go = threading.Event()
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
         return getattr(self._backend, name)
@@ -99,6 +101,8 @@ class Watched:
                 self.failing.clear()
                 raise OSError("the device is gone")
             time.sleep(self.pause)
+            if self.steps == self.held_at:
+                assert self.let_go.wait(PATIENCE)
             poison(cache, beyond=POISON, idle=np.nan)
             output = step(input_ids)
             poison(cache, beyond=-POISON, idle=POISON)
@@ -218,16 +222,21 @@ def check_events(events: list[Event], found: Translation) -> None:
 
 @pytest.mark.parametrize("name", ["plain", "scores", "two beams", "patient beams", "samples"])
 def test_tokens_come_while_the_rest_is_still_decoded(bundle: Bundle, watched: Watched, name: str) -> None:
-    watched.pause = 0.002
     with engine_on(bundle, watched) as engine:
+        alone = engine.submit(LONG, **OPTIONS[name]).result(PATIENCE)
+        watched.held_at = 2 * watched.steps  # the last one of the same again
+        least = len(alone.ids) // 3 + 1 if "beam_size" not in OPTIONS[name] else 1
         handle = engine.submit(LONG, **OPTIONS[name])
-        early = [isinstance(event, Token) and not handle.done for event in handle]
-    assert sum(early) > (len(handle.result().ids) // 3 if "beam_size" not in OPTIONS[name] else 0)
+        for number, event in enumerate(handle, 1):
+            if number == least:
+                assert isinstance(event, Token)
+                assert not handle.done
+                watched.let_go.set()
     check_events(list(handle), handle.result())
 
 
 def test_a_text_that_comes_later_is_let_in_while_another_is_decoded(bundle: Bundle, watched: Watched) -> None:
-    watched.pause = 0.005
+    watched.pause = 0.02
     with engine_on(bundle, watched, rows=2) as engine:
         long = engine.submit(LONG, **ENDLESS)
         next(iter(long))
@@ -237,7 +246,7 @@ def test_a_text_that_comes_later_is_let_in_while_another_is_decoded(bundle: Bund
 
 
 def test_newcomers_are_encoded_together_and_wait_no_longer_than_they_may(bundle: Bundle, watched: Watched) -> None:
-    watched.pause = 0.002
+    watched.pause = 0.01
     with engine_on(bundle, watched, rows=64) as engine:
         long = engine.submit(LONG, **ENDLESS)
         next(iter(long))
@@ -279,7 +288,7 @@ class TestLife:
         assert handle.result(0).finish_reason == "cancelled"
 
     def test_a_broken_step_reaches_those_who_were_in_it_and_nobody_else(self, bundle: Bundle, watched: Watched) -> None:
-        watched.pause = 0.002
+        watched.pause = 0.01
         with engine_on(bundle, watched) as engine:
             beams = engine.submit(LONG, beam_size=2, **ENDLESS)
             next(iter(beams))

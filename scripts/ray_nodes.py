@@ -1,0 +1,218 @@
+"""A Ray cluster of several nodes on one machine, each with an address, a host name and temporary files of its own.
+
+    python scripts/ray_nodes.py --nodes 2 -- kvx batch … --engine ray --address auto
+
+Runs a command on the head of such a cluster, for tests and to measure. The nodes share all other files and the
+processors. Nothing of them is left when it ends. It needs Linux and root.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+NETWORK = "10.77.0."  # which exists inside the nodes alone
+PORT = 6379
+FILES = "/tmp/ray"  # where Ray keeps its files, and these nodes all temporary ones
+SHARED_MEMORY = "64m"  # of a node, as containers have it
+STORE = 100_000_000  # bytes for objects, which Ray then keeps below /tmp
+PATIENCE = 120.0
+ENVIRONMENT = os.environ | {
+    "RAY_AUTH_MODE": "disabled",  # it would write a token into the home of whoever tests
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TMPDIR": FILES,
+}
+COUNT = """
+import ray._raylet
+nodes = ray._raylet.GcsClient(address={address!r}).get_all_node_info(timeout=10).values()
+print(sum(node.state == 0 for node in nodes))
+"""
+
+
+def is_possible() -> bool:
+    """Whether this process may make networks, and has the commands for it."""
+    line = ["unshare", "--net", "--mount", "--uts", "ip", "link", "add", "kvx", "type", "bridge"]
+    tools = all(shutil.which(one) for one in ("unshare", "nsenter", "ip"))
+    return tools and subprocess.run(line, capture_output=True, check=False).returncode == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A node of the cluster: namespaces, which live as long as one idle process in them."""
+
+    number: int
+    idle: subprocess.Popen[bytes]
+    started: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    @property
+    def ip(self) -> str:
+        """Its address among the nodes."""
+        return f"{NETWORK}{self.number}"
+
+    def line(self, *command: str) -> list[str]:
+        """A command → the same, to be run on the node."""
+        spaces = ["--net", "--mount", "--uts", f"--wdns={Path.cwd()}"]
+        return ["nsenter", "--target", str(self.idle.pid), *spaces, "--", *command]
+
+    def run(self, *command: str) -> None:
+        """Runs a command on the node. Raises CalledProcessError."""
+        subprocess.run(self.line(*command), check=True, capture_output=True, timeout=PATIENCE)
+
+    def processes(self) -> list[int]:
+        """All that runs on the node."""
+        network = Path(f"/proc/{self.idle.pid}/ns/net").readlink()
+        found = []
+        for path in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if (path / "ns/net").readlink() == network:
+                    found.append(int(path.name))
+        return found
+
+    def end(self) -> None:
+        """Kills all that runs on the node, as a loss of power would."""
+        with contextlib.suppress(FileNotFoundError):
+            for pid in sorted(self.processes(), key=lambda one: one == self.idle.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        for process in (*self.started, self.idle):
+            process.wait()
+
+
+@dataclass(slots=True)
+class Cluster:
+    """A head, nodes[0], and further nodes."""
+
+    nodes: list[Node] = field(default_factory=list)
+    _numbers: int = 0
+
+    @property
+    def address(self) -> str:
+        """Of the head, for drivers on any of the nodes."""
+        return f"{NETWORK}1:{PORT}"
+
+    def start_head(self, **resources: str) -> Node:
+        """Starts the head, whose network connects all nodes."""
+        head = self._made()
+        head.run("ip", "link", "add", "kvx", "type", "bridge")
+        _set_up(head, "kvx")
+        self._start(head, "--head", f"--port={PORT}", "--include-dashboard=false", **resources)
+        return head
+
+    def start_node(self, **resources: str) -> Node:
+        """Starts a further node → when the cluster has it."""
+        node, head = self._made(), self.nodes[0]
+        there = f"kvx{node.number}"
+        head.run("ip", "link", "add", there, "type", "veth", "peer", "name", "kvx", "netns", str(node.idle.pid))
+        head.run("ip", "link", "set", there, "master", "kvx", "up")
+        _set_up(node, "kvx")
+        self._start(node, f"--address={self.address}", **resources)
+        return node
+
+    def lose(self, node: Node) -> None:
+        """Ends a node without notice."""
+        node.end()
+        self.nodes.remove(node)
+
+    def size(self) -> int:
+        """How many nodes the cluster counts; none where no head answers."""
+        if not self.nodes:
+            return 0
+        line = self.nodes[0].line(sys.executable, "-c", COUNT.format(address=self.address))
+        done = subprocess.run(line, capture_output=True, check=False, timeout=PATIENCE, env=ENVIRONMENT)
+        return int(done.stdout or 0)
+
+    def close(self) -> None:
+        """Ends all nodes."""
+        for node in reversed(self.nodes):
+            node.end()
+        self.nodes.clear()
+
+    def _made(self) -> Node:
+        self._numbers += 1
+        line = ["unshare", "--net", "--mount", "--uts", "sleep", "infinity"]
+        idle = subprocess.Popen(line, stdin=subprocess.DEVNULL, start_new_session=True)
+        own = Path("/proc/self/ns/uts").readlink()
+        wait_for(lambda: Path(f"/proc/{idle.pid}/ns/uts").readlink() != own)
+        self.nodes.append(node := Node(self._numbers, idle))
+        node.run("hostname", f"kvx-{node.number}")
+        node.run("mount", "-t", "tmpfs", "-o", f"size={SHARED_MEMORY}", "tmpfs", "/dev/shm")
+        Path(FILES).mkdir(exist_ok=True)
+        node.run("mount", "-t", "tmpfs", "tmpfs", FILES)
+        return node
+
+    def _start(self, node: Node, *arguments: str, **resources: str) -> None:
+        before, cores = self.size(), resources.pop("cores", None)
+        line = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--node-ip-address={node.ip}"]
+        line += [f"--object-store-memory={STORE}", *arguments]
+        line += [f"--{name.replace('_', '-')}={value}" for name, value in resources.items()]
+        if cores is not None:
+            line = ["taskset", "--cpu-list", cores, *line]
+        node.started.append(
+            subprocess.Popen(
+                node.line(*line),
+                env=ENVIRONMENT,
+                start_new_session=True,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+        )
+        wait_for(lambda: self.size() == before + 1)
+
+
+def _set_up(node: Node, device: str) -> None:
+    """Gives the node its address. All others, and the world, are beyond the same device."""
+    node.run("ip", "link", "set", "lo", "up")
+    node.run("ip", "address", "add", f"{node.ip}/24", "dev", device)
+    node.run("ip", "link", "set", device, "up")
+    node.run("ip", "route", "add", "default", "dev", device)
+
+
+def wait_for(true: Callable[[], bool], seconds: float = PATIENCE) -> None:
+    """Returns when it is true. Raises TimeoutError after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"It did not come within {seconds:g} s.")
+        time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def cluster_of(count: int, **resources: str) -> Iterator[Cluster]:
+    """A cluster of so many nodes. `resources` are options of `ray start`, such as num_cpus, and `cores`, the processors
+    that a node may use, as taskset has them.
+    """
+    cluster = Cluster()
+    try:
+        cluster.start_head(**resources)
+        for _ in range(count - 1):
+            cluster.start_node(**resources)
+        yield cluster
+    finally:
+        cluster.close()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command → its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nodes", type=int, default=2)
+    parser.add_argument("--cpus", type=int, default=2, help="logical CPUs of each node")
+    parser.add_argument("command", nargs="+")
+    given = parser.parse_args(arguments)
+    if not is_possible():
+        parser.error("this process may not make networks, or has no unshare, nsenter or ip: be root on Linux")
+    with cluster_of(given.nodes, num_cpus=str(given.cpus)) as cluster:
+        return subprocess.run(cluster.nodes[0].line(*given.command), env=ENVIRONMENT, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
