@@ -94,13 +94,27 @@ def reachable(ray: Any, address: str) -> str:  # noqa: ANN401
     asked = ray.util.get_node_ip_address() if _is_loopback(host) and not address.startswith(CLIENT) else host
     because = f" ({asked}, for which Ray takes {host})" if asked != host else ""
     try:
-        socket.create_connection((asked, int(port)), PROBE_SECONDS).close()
+        _connect(asked, port)
     except (OSError, OverflowError) as error:
         raise no_cluster(f"{address}{because}", error) from None
     if address.startswith(CLIENT):
         return address
     _greet(found := f"{asked}:{port}")
     return found
+
+
+def answers(head: str) -> bool:
+    """Whether something listens at the address of a head."""
+    host, _, port = head.rpartition(":")
+    try:
+        _connect(host.strip("[]"), port)
+    except OSError:
+        return False
+    return True
+
+
+def _connect(host: str, port: str) -> None:
+    socket.create_connection((host, int(port)), PROBE_SECONDS).close()
 
 
 def _greet(address: str) -> None:

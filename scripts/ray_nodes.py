@@ -1,4 +1,4 @@
-"""A Ray cluster of several nodes on one machine, each with an address, a host name and temporary files of its own.
+"""A Ray cluster of several nodes on one machine, each with an address, processes and temporary files of its own.
 
     python scripts/ray_nodes.py --nodes 2 -- kvx batch … --engine ray --address auto
 
@@ -25,6 +25,7 @@ PORT = 6379
 FILES = "/tmp/ray"  # where Ray keeps its files, and these nodes all temporary ones
 SHARED_MEMORY = "64m"  # of a node, as containers have it
 STORE = 100_000_000  # bytes for objects, which Ray then keeps below /tmp
+SPACES = ("--net", "--mount", "--uts", "--pid")
 PATIENCE = 120.0
 ENVIRONMENT = os.environ | {
     "RAY_AUTH_MODE": "disabled",  # it would write a token into the home of whoever tests
@@ -47,30 +48,47 @@ def is_possible() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A node of the cluster: namespaces, which live as long as one idle process in them."""
+    """A node of the cluster: namespaces, which live as long as their first process, which does nothing."""
 
     number: int
-    idle: subprocess.Popen[bytes]
+    maker: subprocess.Popen[bytes]
+    first: int
     started: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    @classmethod
+    def made(cls, number: int) -> Node:
+        """A node without a network or Ray."""
+        line = ["unshare", *SPACES, "--fork", "--mount-proc", "sleep", "infinity"]
+        maker = subprocess.Popen(line, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        wait_for(lambda: any("sleep" in command_of(one) for one in children(maker.pid)))
+        node = cls(number, maker, children(maker.pid)[0])
+        node.run("hostname", f"kvx-{node.number}")
+        node.run("mount", "-t", "tmpfs", "-o", f"size={SHARED_MEMORY}", "tmpfs", "/dev/shm")
+        Path(FILES).mkdir(exist_ok=True)
+        node.run("mount", "-t", "tmpfs", "tmpfs", FILES)
+        return node
 
     @property
     def ip(self) -> str:
         """Its address among the nodes."""
         return f"{NETWORK}{self.number}"
 
+    @property
+    def files(self) -> Path:
+        """Its temporary files, as they are seen from outside."""
+        return Path(f"/proc/{self.first}/root{FILES}")
+
     def line(self, *command: str) -> list[str]:
-        """A command → the same, to be run on the node."""
-        spaces = ["--net", "--mount", "--uts", f"--wdns={Path.cwd()}"]
-        return ["nsenter", "--target", str(self.idle.pid), *spaces, "--", *command]
+        """A command → the same, to be run on the node. Its process is a child of the one that this starts: see kill."""
+        return ["nsenter", "--target", str(self.first), *SPACES, f"--wdns={Path.cwd()}", "--", *command]
 
     def run(self, *command: str) -> None:
         """Runs a command on the node. Raises CalledProcessError."""
         subprocess.run(self.line(*command), check=True, capture_output=True, timeout=PATIENCE)
 
     def processes(self) -> list[int]:
-        """All that runs on the node."""
-        network = Path(f"/proc/{self.idle.pid}/ns/net").readlink()
-        found = []
+        """All that runs on the node, with the numbers that they have outside."""
+        network, found = Path(f"/proc/{self.first}/ns/net").readlink(), []
         for path in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 if (path / "ns/net").readlink() == network:
@@ -79,12 +97,31 @@ class Node:
 
     def end(self) -> None:
         """Kills all that runs on the node, as a loss of power would."""
-        with contextlib.suppress(FileNotFoundError):
-            for pid in sorted(self.processes(), key=lambda one: one == self.idle.pid):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-        for process in (*self.started, self.idle):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.first, signal.SIGKILL)
+        for process in (*self.started, self.maker):
             process.wait()
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    with contextlib.suppress(OSError):
+        return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()]
+    return []
+
+
+def command_of(pid: int) -> str:
+    """The command of a process, empty where it is gone."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8").replace("\0", " ")
+    return ""
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """Kills a command that runs on a node."""
+    for pid in children(process.pid):
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
 
 
 @dataclass(slots=True)
@@ -111,7 +148,8 @@ class Cluster:
         """Starts a further node → when the cluster has it."""
         node, head = self._made(), self.nodes[0]
         there = f"kvx{node.number}"
-        head.run("ip", "link", "add", there, "type", "veth", "peer", "name", "kvx", "netns", str(node.idle.pid))
+        cable = ["ip", "link", "add", there, "type", "veth", "peer", "name", "kvx", "netns", str(node.first)]
+        subprocess.run(["nsenter", "--target", str(head.first), "--net", "--", *cable], check=True, timeout=PATIENCE)
         head.run("ip", "link", "set", there, "master", "kvx", "up")
         _set_up(node, "kvx")
         self._start(node, f"--address={self.address}", **resources)
@@ -138,15 +176,7 @@ class Cluster:
 
     def _made(self) -> Node:
         self._numbers += 1
-        line = ["unshare", "--net", "--mount", "--uts", "sleep", "infinity"]
-        idle = subprocess.Popen(line, stdin=subprocess.DEVNULL, start_new_session=True)
-        own = Path("/proc/self/ns/uts").readlink()
-        wait_for(lambda: Path(f"/proc/{idle.pid}/ns/uts").readlink() != own)
-        self.nodes.append(node := Node(self._numbers, idle))
-        node.run("hostname", f"kvx-{node.number}")
-        node.run("mount", "-t", "tmpfs", "-o", f"size={SHARED_MEMORY}", "tmpfs", "/dev/shm")
-        Path(FILES).mkdir(exist_ok=True)
-        node.run("mount", "-t", "tmpfs", "tmpfs", FILES)
+        self.nodes.append(node := Node.made(self._numbers))
         return node
 
     def _start(self, node: Node, *arguments: str, **resources: str) -> None:

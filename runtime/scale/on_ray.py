@@ -12,10 +12,12 @@ import json
 import logging
 import os
 import pickle
+import queue
 import secrets
 import shutil
 import socket
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -28,11 +30,11 @@ import numpy as np
 from kvx.runtime.backends.registry import place
 from kvx.runtime.bundle.folder import CHECKPOINT_FILE, Bundle
 from kvx.runtime.bundle.manifest import MANIFEST_FILE
-from kvx.runtime.cluster import Room, hushed, no_cluster, reachable, size_in_words
+from kvx.runtime.cluster import Room, answers, hushed, no_cluster, reachable, size_in_words
 from kvx.runtime.engine.core import Core, EngineOptions
 from kvx.runtime.engine.loaded import LoadedModel
 from kvx.runtime.engine.translating import translate_each
-from kvx.runtime.errors import BundleError, KvxError, OptionError
+from kvx.runtime.errors import BundleError, DeviceError, KvxError, OptionError
 from kvx.runtime.rules import Option, count, flag, refuse, text, wrong_values
 from kvx.runtime.scale.batch import Progress, Shards, Summary, Told, conclude
 from kvx.runtime.scale.folder import OutputFolder, ShardRecord, whole_shards
@@ -44,6 +46,8 @@ from kvx.runtime.system import available_threads
 NEEDS = "jobs on Ray"
 OWN_STORE = 256 * 2**20  # bytes for shards on their way, where Ray is started for the job; by default it is gigabytes
 READING_TASKS = 2
+WATCH_SECONDS = 5.0
+HEAD_SECONDS = 40.0  # Ray itself gives it 60
 QUIET = {
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # it tells as errors what Ray Data always does
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # leaves devices alone, and does not warn of it
@@ -98,7 +102,7 @@ def run_on_ray(
     with _connected(cluster, workers) as ray:
         count = _workers_for(Room.of(ray), cluster, workers)
         rows = errors = 0
-        for record in _records(ray, job, bundle, folder, cluster, count):
+        for record in _watched(ray, _records(ray, job, bundle, folder, cluster, count)):
             folder.records[record.key] = record
             rows, errors = rows + record.rows, errors + record.errors
             if told is not None:
@@ -144,6 +148,50 @@ def _records(
             if row["error"]:
                 raise pickle.loads(row["error"])  # of our own workers
             yield ShardRecord.of(json.loads(row["record"]))
+
+
+def _watched(ray: Any, records: Iterator[ShardRecord]) -> Iterator[ShardRecord]:  # noqa: ANN401
+    """The records as they come. Raises DeviceError when the head of the cluster has not answered for a while.
+
+    A thread of its own waits for Ray, which says nothing of it and after a minute ends the process.
+    """
+    head, found = ray.get_runtime_context().gcs_address, queue.SimpleQueue[ShardRecord | Exception | None]()
+    threading.Thread(target=_hand_over, args=(records, found), name="kvx-ray", daemon=True).start()
+    seen = time.monotonic()
+    while True:
+        try:
+            one = found.get(timeout=WATCH_SECONDS)
+        except queue.Empty:
+            if answers(head):
+                seen = time.monotonic()
+            elif time.monotonic() - seen > HEAD_SECONDS:
+                raise _head_lost(head) from None
+        else:
+            if one is None:
+                return
+            if isinstance(one, Exception):
+                raise one
+            yield one
+
+
+def _hand_over(records: Iterator[ShardRecord], found: queue.SimpleQueue[ShardRecord | Exception | None]) -> None:
+    """Puts what comes into the queue, and at the end None or what was raised."""
+    try:
+        for one in records:
+            found.put(one)
+    except Exception as error:
+        found.put(error)
+    else:
+        found.put(None)
+
+
+def _head_lost(head: str) -> DeviceError:
+    return DeviceError(
+        f"The head of the Ray cluster, {head}, has not answered for {HEAD_SECONDS:g} seconds",
+        expected="a head that lives as long as the job",
+        remedy="Whole shards stay. Give the same command again when there is a cluster, or with `engine` local.",
+        option="address",
+    )
 
 
 def _keep_to_files(log: logging.Logger) -> None:

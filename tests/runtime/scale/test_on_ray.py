@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import os
@@ -19,7 +18,17 @@ from pathlib import Path
 
 import pytest
 
-from kvx.scripts.ray_nodes import ENVIRONMENT, FILES, PORT, Cluster, Node, cluster_of, is_possible, wait_for
+from kvx.scripts.ray_nodes import (
+    ENVIRONMENT,
+    PORT,
+    Cluster,
+    Node,
+    cluster_of,
+    command_of,
+    is_possible,
+    kill,
+    wait_for,
+)
 from kvx.tests.conftest import Seed
 from kvx.tests.runtime.scale.conftest import RunJob, no_leftovers, read_rows, shards
 from kvx.tests.runtime.scale.test_resume import digests, whole_ids, written
@@ -47,12 +56,6 @@ def cluster() -> Iterator[Cluster]:
 def workers(*nodes: Node) -> list[int]:
     """The processes of actors that translate."""
     return [pid for node in nodes for pid in node.processes() if "ShardWorker" in command_of(pid)]
-
-
-def command_of(pid: int) -> str:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
-    return ""
 
 
 def job(bundle: Path, folder: Path, *options: str) -> list[str]:
@@ -105,7 +108,7 @@ def test_the_shards_and_the_manifest_are_those_of_one_machine(
 ) -> None:
     ends_well(start([*line, "--ship", "--workers", "4"], tmp_path / "out", 1), tmp_path / "out", expected)
     for node in cluster.nodes:
-        [_] = Path(f"/proc/{node.idle.pid}/root{FILES}").glob("kvx-bundles-*/*/encoder.onnx")
+        [_] = node.files.glob("kvx-bundles-*/*/encoder.onnx")
     run_job(tmp_path / "alone", tmp_path / "in-*.jsonl", shard_rows=SHARD_ROWS)
     assert [one for _, one in digests(tmp_path / "out").values()] == [
         one for _, one in digests(tmp_path / "alone").values()
@@ -127,8 +130,7 @@ def test_a_driver_that_is_killed_is_gone_on_from_by_either_engine(
     line: list[str], tmp_path: Path, cluster: Cluster, expected: list[str], engine: str
 ) -> None:
     process = start(line, tmp_path / "out", 5)
-    process.kill()
-    process.wait()
+    kill(process)
     wait_for(lambda: not workers(*cluster.nodes))  # Ray ends those of a driver that is gone
     before = digests(tmp_path / "out")
     assert len(before) >= 5
@@ -246,8 +248,7 @@ def test_twenty_kills_of_workers_nodes_and_drivers(
             cluster.lose(cluster.nodes[1])
             cluster.start_node(num_cpus="2")
         else:
-            driver.kill()
-            driver.wait()
+            kill(driver)
             wait_for(lambda: not workers(*cluster.nodes))
             whole_ids(out, rows // 80, rows - 1)
             driver = start(cluster.nodes[0].line(*command), out, 0)
