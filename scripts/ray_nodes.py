@@ -53,15 +53,16 @@ class Node:
     number: int
     maker: subprocess.Popen[bytes]
     first: int
+    cores: str | None = None
     started: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     @classmethod
-    def made(cls, number: int) -> Node:
-        """A node without a network or Ray."""
+    def made(cls, number: int, cores: str | None = None) -> Node:
+        """A node without a network or Ray. `cores`: the processors that it may use, as taskset has them."""
         line = ["unshare", *SPACES, "--fork", "--mount-proc", "sleep", "infinity"]
         maker = subprocess.Popen(line, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
         wait_for(lambda: any("sleep" in command_of(one) for one in children(maker.pid)))
-        node = cls(number, maker, children(maker.pid)[0])
+        node = cls(number, maker, children(maker.pid)[0], cores)
         node.run("hostname", f"kvx-{node.number}")
         node.run("mount", "-t", "tmpfs", "-o", f"size={SHARED_MEMORY}", "tmpfs", "/dev/shm")
         Path(FILES).mkdir(exist_ok=True)
@@ -80,7 +81,8 @@ class Node:
 
     def line(self, *command: str) -> list[str]:
         """A command → the same, to be run on the node. Its process is a child of the one that this starts: see kill."""
-        return ["nsenter", "--target", str(self.first), *SPACES, f"--wdns={Path.cwd()}", "--", *command]
+        pinned = [] if self.cores is None else ["taskset", "--cpu-list", self.cores]
+        return ["nsenter", "--target", str(self.first), *SPACES, f"--wdns={Path.cwd()}", "--", *pinned, *command]
 
     def run(self, *command: str) -> None:
         """Runs a command on the node. Raises CalledProcessError."""
@@ -136,17 +138,17 @@ class Cluster:
         """Of the head, for drivers on any of the nodes."""
         return f"{NETWORK}1:{PORT}"
 
-    def start_head(self, **resources: str) -> Node:
-        """Starts the head, whose network connects all nodes."""
-        head = self._made()
+    def start_head(self, *, cores: str | None = None, **resources: str) -> Node:
+        """Starts the head, whose network connects all nodes. `resources` are options of `ray start`, as num_cpus."""
+        head = self._made(cores)
         head.run("ip", "link", "add", "kvx", "type", "bridge")
         _set_up(head, "kvx")
         self._start(head, "--head", f"--port={PORT}", "--include-dashboard=false", **resources)
         return head
 
-    def start_node(self, **resources: str) -> Node:
-        """Starts a further node → when the cluster has it."""
-        node, head = self._made(), self.nodes[0]
+    def start_node(self, *, cores: str | None = None, **resources: str) -> Node:
+        """Starts a further node, and returns it when the cluster has it."""
+        node, head = self._made(cores), self.nodes[0]
         there = f"kvx{node.number}"
         cable = ["ip", "link", "add", there, "type", "veth", "peer", "name", "kvx", "netns", str(node.first)]
         subprocess.run(["nsenter", "--target", str(head.first), "--net", "--", *cable], check=True, timeout=PATIENCE)
@@ -174,18 +176,16 @@ class Cluster:
             node.end()
         self.nodes.clear()
 
-    def _made(self) -> Node:
+    def _made(self, cores: str | None) -> Node:
         self._numbers += 1
-        self.nodes.append(node := Node.made(self._numbers))
+        self.nodes.append(node := Node.made(self._numbers, cores))
         return node
 
     def _start(self, node: Node, *arguments: str, **resources: str) -> None:
-        before, cores = self.size(), resources.pop("cores", None)
+        before = self.size()
         line = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--node-ip-address={node.ip}"]
         line += [f"--object-store-memory={STORE}", *arguments]
         line += [f"--{name.replace('_', '-')}={value}" for name, value in resources.items()]
-        if cores is not None:
-            line = ["taskset", "--cpu-list", cores, *line]
         node.started.append(
             subprocess.Popen(
                 node.line(*line),
@@ -217,15 +217,13 @@ def wait_for(true: Callable[[], bool], seconds: float = PATIENCE) -> None:
 
 
 @contextlib.contextmanager
-def cluster_of(count: int, **resources: str) -> Iterator[Cluster]:
-    """A cluster of so many nodes. `resources` are options of `ray start`, such as num_cpus, and `cores`, the processors
-    that a node may use, as taskset has them.
-    """
+def cluster_of(count: int, *, cores: str | None = None, **resources: str) -> Iterator[Cluster]:
+    """A cluster of so many equal nodes, with what `start_head` takes."""
     cluster = Cluster()
     try:
-        cluster.start_head(**resources)
+        cluster.start_head(cores=cores, **resources)
         for _ in range(count - 1):
-            cluster.start_node(**resources)
+            cluster.start_node(cores=cores, **resources)
         yield cluster
     finally:
         cluster.close()
