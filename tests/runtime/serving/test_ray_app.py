@@ -79,10 +79,16 @@ def address() -> Iterator[str]:
             ray.shutdown()
 
 
-def deploy(name: str, fakes: Mapping[str, Translator], replicas: int = 1, **options: Any) -> str:  # noqa: ANN401
+def deploy(
+    name: str,
+    fakes: Mapping[str, Translator],
+    replicas: int = 1,
+    most_replicas: int | None = None,
+    **options: Any,  # noqa: ANN401
+) -> str:
     """Starts a service of fakes → its path."""
     service = ServeOptions(quiet=True, grace=1.0, **options)
-    size = ReplicaOptions(bundles=("fakes",), replicas=replicas, threads=1)
+    size = ReplicaOptions(bundles=("fakes",), replicas=replicas, most_replicas=most_replicas, threads=1)
     path = "/" if name == "native" else f"/{name}"
     serve.run(ray_app.deployed(service, size, partial(models_of, dict(fakes))), name=name, route_prefix=path)
     return path
@@ -321,3 +327,29 @@ def test_replicas_follow_the_load_where_there_may_be_several() -> None:
     scaling = deployment._deployment_config.autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (2, 5, 5.0)
     assert deployment.max_ongoing_requests == 10
+
+
+@pytest.mark.proof
+def test_replicas_are_added_under_load(address: str) -> None:
+    """Ray Serve adds replicas after half a minute of load."""
+    fake = FakeTranslator(process, step_seconds=0.02)
+    at = address + deploy("growing", {"slow": fake}, most_replicas=3, requests=4)
+    seen, grown = Counter[str](), threading.Event()
+
+    def ask(_: int) -> None:
+        while not grown.is_set():
+            seen[translate(at, max_new_tokens=50).json["translations"][0]["text"]] += 1
+
+    try:
+        with ThreadPoolExecutor(12) as pool:
+            asked = [pool.submit(ask, number) for number in range(12)]
+            end = time.monotonic() + 4 * PATIENCE
+            while len(seen) < 3 and time.monotonic() < end and not any(one.done() for one in asked):
+                time.sleep(0.5)
+            grown.set()
+            for one in asked:
+                one.result()
+        assert len(seen) == 3
+        assert min(seen.values()) >= 1
+    finally:
+        serve.delete("growing")
