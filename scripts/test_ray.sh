@@ -15,4 +15,4 @@ fi
 if [[ -e build/test-bundles/.exported ]]; then
     export KVX_TEST_BUNDLES=build/test-bundles
 fi
-"$environment/bin/python" -m pytest tests/runtime/scale/test_on_ray.py tests/runtime/serving/test_ray_app.py "$@"
+"$environment/bin/python" -m pytest tests/runtime/scale/test_on_ray.py tests/runtime/serving/test_ray_{app,nodes}.py "$@"
