@@ -32,10 +32,10 @@ ENVIRONMENT = os.environ | {
     "RAY_USAGE_STATS_ENABLED": "0",
     "TMPDIR": FILES,
 }
-COUNT = """
+ALIVE = """
 import ray._raylet
 nodes = ray._raylet.GcsClient(address={address!r}).get_all_node_info(timeout=10).values()
-print(sum(node.state == 0 for node in nodes))
+print(*(node.node_manager_address for node in nodes if node.state == 0))
 """
 
 
@@ -162,13 +162,11 @@ class Cluster:
         node.end()
         self.nodes.remove(node)
 
-    def size(self) -> int:
-        """How many nodes the cluster counts; none where no head answers."""
-        if not self.nodes:
-            return 0
-        line = self.nodes[0].line(sys.executable, "-c", COUNT.format(address=self.address))
-        done = subprocess.run(line, capture_output=True, check=False, timeout=PATIENCE, env=ENVIRONMENT)
-        return int(done.stdout or 0)
+    def alive(self) -> list[str]:
+        """The addresses of the nodes that Ray takes for alive, as it does some seconds longer; none without a head."""
+        line = self.nodes[0].line(sys.executable, "-c", ALIVE.format(address=self.address))
+        done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=PATIENCE, env=ENVIRONMENT)
+        return done.stdout.split()
 
     def close(self) -> None:
         """Ends all nodes."""
@@ -182,7 +180,6 @@ class Cluster:
         return node
 
     def _start(self, node: Node, *arguments: str, **resources: str) -> None:
-        before = self.size()
         line = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--node-ip-address={node.ip}"]
         line += [f"--object-store-memory={STORE}", *arguments]
         line += [f"--{name.replace('_', '-')}={value}" for name, value in resources.items()]
@@ -196,7 +193,7 @@ class Cluster:
                 stderr=subprocess.DEVNULL,
             )
         )
-        wait_for(lambda: self.size() == before + 1)
+        wait_for(lambda: node.ip in self.alive())
 
 
 def _set_up(node: Node, device: str) -> None:

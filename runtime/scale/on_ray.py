@@ -48,12 +48,15 @@ OWN_STORE = 256 * 2**20  # bytes for shards on their way, where Ray is started f
 READING_TASKS = 2
 WATCH_SECONDS = 5.0
 HEAD_SECONDS = 40.0  # Ray itself gives it 60
+STILL_SECONDS = 30.0  # without a shard, after which the room for workers is looked at
 QUIET = {
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # it tells as errors what Ray Data always does
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # leaves devices alone, and does not warn of it
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
 }
+
+_log = logging.getLogger("kvx")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +105,7 @@ def run_on_ray(
     with _connected(cluster, workers) as ray:
         count = _workers_for(Room.of(ray), cluster, workers)
         rows = errors = 0
-        for record in _watched(ray, _records(ray, job, bundle, folder, cluster, count)):
+        for record in _watched(ray, _records(ray, job, bundle, folder, cluster, count), cluster, count):
             folder.records[record.key] = record
             rows, errors = rows + record.rows, errors + record.errors
             if told is not None:
@@ -150,28 +153,53 @@ def _records(
             yield ShardRecord.of(json.loads(row["record"]))
 
 
-def _watched(ray: Any, records: Iterator[ShardRecord]) -> Iterator[ShardRecord]:  # noqa: ANN401
+def _watched(ray: Any, records: Iterator[ShardRecord], cluster: ClusterOptions, workers: int) -> Iterator[ShardRecord]:  # noqa: ANN401
     """The records as they come. Raises DeviceError when the head of the cluster has not answered for a while.
 
     A thread of its own waits for Ray, which says nothing of it and after a minute ends the process.
     """
-    head, found = ray.get_runtime_context().gcs_address, queue.SimpleQueue[ShardRecord | Exception | None]()
+    found = queue.SimpleQueue[ShardRecord | Exception | None]()
     threading.Thread(target=_hand_over, args=(records, found), name="kvx-ray", daemon=True).start()
-    seen = time.monotonic()
+    watch = _Watch(ray, cluster, workers)
     while True:
         try:
             one = found.get(timeout=WATCH_SECONDS)
         except queue.Empty:
-            if answers(head):
-                seen = time.monotonic()
-            elif time.monotonic() - seen > HEAD_SECONDS:
-                raise _head_lost(head) from None
-        else:
-            if one is None:
-                return
-            if isinstance(one, Exception):
-                raise one
-            yield one
+            watch.look()
+            continue
+        if one is None:
+            return
+        if isinstance(one, Exception):
+            raise one
+        watch.news()
+        yield one
+
+
+class _Watch:
+    """What becomes of the cluster while no shard is finished."""
+
+    def __init__(self, ray: Any, cluster: ClusterOptions, workers: int) -> None:  # noqa: ANN401
+        self._ray, self._cluster, self._workers = ray, cluster, workers
+        self._head = ray.get_runtime_context().gcs_address
+        self.news()
+
+    def news(self) -> None:
+        """A shard is finished."""
+        self._answered = self._still_since = time.monotonic()
+
+    def look(self) -> None:
+        """Warns where workers have lost their room, for which Ray waits without a word. Raises DeviceError."""
+        now = time.monotonic()
+        if not answers(self._head):
+            if now - self._answered > HEAD_SECONDS:
+                raise _head_lost(self._head)
+            return
+        self._answered = now
+        if now - self._still_since > STILL_SECONDS:
+            self._still_since = now
+            room = Room.of(self._ray)
+            if room.holds(self._cluster.cpus_per_worker, self._cluster.devices_per_worker) < self._workers:
+                _log.warning("the Ray cluster has only %s: the job waits for nodes with room for its workers", room)
 
 
 def _hand_over(records: Iterator[ShardRecord], found: queue.SimpleQueue[ShardRecord | Exception | None]) -> None:

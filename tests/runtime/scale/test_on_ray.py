@@ -264,6 +264,24 @@ def test_twenty_kills_of_workers_nodes_and_drivers(
     assert len(hit) == 3
 
 
+@pytest.mark.proof
+def test_a_job_without_room_says_so_and_goes_on_when_there_is_some(
+    tmp_path: Path, numbers_bundle: Path, texts: list[str], expected: list[str]
+) -> None:
+    written(tmp_path, texts, ROWS, files=2)
+    options = ["--shard-rows", str(SHARD_ROWS), "--engine", "ray", "--address", "auto"]
+    with cluster_of(1, num_cpus="0") as cluster:
+        cluster.start_node(num_cpus="1")
+        process = start(cluster.nodes[0].line(*job(numbers_bundle, tmp_path, *options)), tmp_path / "out", 2)
+        cluster.lose(cluster.nodes[1])
+        assert process.stderr
+        said = process.stderr.readline().decode()
+        assert "has only 1 node (0 CPUs and 0 GPUs)" in said
+        assert "the job waits for nodes with room" in said
+        cluster.start_node(num_cpus="1")
+        ends_well(process, tmp_path / "out", expected)
+
+
 def test_a_head_that_is_lost_ends_the_job_which_goes_on_elsewhere(
     line: list[str], tmp_path: Path, cluster: Cluster, expected: list[str]
 ) -> None:
