@@ -47,7 +47,7 @@ NEEDS = "jobs on Ray"
 OWN_STORE = 256 * 2**20  # bytes for shards on their way, where Ray is started for the job; by default it is gigabytes
 READING_TASKS = 2
 WATCH_SECONDS = 5.0
-HEAD_SECONDS = 40.0  # Ray itself gives it 60
+HEAD_SECONDS = 20.0  # Ray itself gives it 60, and then ends the process
 STILL_SECONDS = 30.0  # without a shard, after which the room for workers is looked at
 QUIET = {
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # it tells as errors what Ray Data always does
@@ -154,11 +154,11 @@ def _records(
 
 
 def _watched(ray: Any, records: Iterator[ShardRecord], cluster: ClusterOptions, workers: int) -> Iterator[ShardRecord]:  # noqa: ANN401
-    """The records as they come. Raises DeviceError when the head of the cluster has not answered for a while.
+    """The records as they come. Raises DeviceError when the head of the cluster is lost or Ray has given up.
 
     A thread of its own waits for Ray, which says nothing of it and after a minute ends the process.
     """
-    found = queue.SimpleQueue[ShardRecord | Exception | None]()
+    found = queue.SimpleQueue[ShardRecord | BaseException | None]()
     threading.Thread(target=_hand_over, args=(records, found), name="kvx-ray", daemon=True).start()
     watch = _Watch(ray, cluster, workers)
     while True:
@@ -169,7 +169,8 @@ def _watched(ray: Any, records: Iterator[ShardRecord], cluster: ClusterOptions, 
             continue
         if one is None:
             return
-        if isinstance(one, Exception):
+        if isinstance(one, BaseException):
+            watch.explain(one)
             raise one
         watch.news()
         yield one
@@ -187,6 +188,17 @@ class _Watch:
         """A shard is finished."""
         self._answered = self._still_since = time.monotonic()
 
+    def explain(self, error: BaseException) -> None:
+        """Raises DeviceError for an error of Ray's."""
+        if isinstance(error, self._ray.exceptions.RayError):
+            if not answers(self._head):
+                raise _head_lost(self._head) from error
+            raise DeviceError(
+                f"Ray has given the job up ({' '.join(str(error).split()):.300})",
+                expected="a cluster that can run the job to its end",
+                remedy="Whole shards stay. Look into Ray's logs, and give the same command again.",
+            ) from error
+
     def look(self) -> None:
         """Warns where workers have lost their room, for which Ray waits without a word. Raises DeviceError."""
         now = time.monotonic()
@@ -202,12 +214,12 @@ class _Watch:
                 _log.warning("the Ray cluster has only %s: the job waits for nodes with room for its workers", room)
 
 
-def _hand_over(records: Iterator[ShardRecord], found: queue.SimpleQueue[ShardRecord | Exception | None]) -> None:
+def _hand_over(records: Iterator[ShardRecord], found: queue.SimpleQueue[ShardRecord | BaseException | None]) -> None:
     """Puts what comes into the queue, and at the end None or what was raised."""
     try:
         for one in records:
             found.put(one)
-    except Exception as error:
+    except BaseException as error:  # of any kind: whoever waits has to hear of it
         found.put(error)
     else:
         found.put(None)
@@ -215,7 +227,7 @@ def _hand_over(records: Iterator[ShardRecord], found: queue.SimpleQueue[ShardRec
 
 def _head_lost(head: str) -> DeviceError:
     return DeviceError(
-        f"The head of the Ray cluster, {head}, has not answered for {HEAD_SECONDS:g} seconds",
+        f"The head of the Ray cluster, {head}, does not answer any more",
         expected="a head that lives as long as the job",
         remedy="Whole shards stay. Give the same command again when there is a cluster, or with `engine` local.",
         option="address",
