@@ -122,7 +122,11 @@ class OutputFolder:
                     _refuse_another(path, known["job"], job)
                 else:  # there is nothing that would be lost
                     _write_json(path / MANIFEST, {"kvx_batch": FORMAT_VERSION, "complete": False, "job": job})
-            yield cls(path, job, records)
+            try:
+                yield cls(path, job, records)
+            finally:
+                with contextlib.suppress(OSError):
+                    _remove(path, PARTIAL)  # of a shard that had just been begun when a signal came
 
     def count_shards(self) -> int:
         """How many shards are there, also those of workers elsewhere that this process has not heard of."""
