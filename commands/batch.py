@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -18,7 +20,7 @@ from kvx.commands.options import Described, ModelOption, with_described_options
 from kvx.commands.translation import OPTIONS_OF_A_TRANSLATION, resolved_options
 from kvx.runtime.rules import Problem, refuse
 from kvx.runtime.scale.job import BatchOptions
-from kvx.runtime.scale.on_ray import ClusterOptions, run_on_ray
+from kvx.runtime.scale.on_ray import ClusterOptions, HeadLostError, run_on_ray
 
 if TYPE_CHECKING:
     from kvx.runtime.bundle.folder import Bundle
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 SHOWN_ERRORS = 3
 REDRAW = 0.2  # seconds
 REPORT = 60.0  # seconds between lines where stderr is no terminal
-FAILED = 1
+FAILED, BAD_INPUT = 1, 2
 
 
 @with_described_options
@@ -87,7 +89,7 @@ def batch(
             if job.is_done(folder.records):
                 summary = conclude(folder)
             elif engine == "ray":
-                summary = run_on_ray(job, bundle, folder, cluster, workers=machine.workers, told=told)
+                summary = _on_a_cluster(job, bundle, cluster, folder, told, workers=machine.workers)
             else:
                 summary = _on_this_machine(job, bundle, machine, folder, told, named=model is not None)
     _conclude(summary, output)
@@ -122,6 +124,22 @@ def _on_this_machine(
     if not named or options.device == "auto":
         say(f"{bundle.folder} on {options.backend}, {', '.join(map(str, machine.devices))}")
     return run_batch(job, machine.load(bulk=True), folder, told)
+
+
+def _on_a_cluster(
+    job: Job, bundle: Bundle, cluster: ClusterOptions, folder: OutputFolder, told: Told, *, workers: int | None
+) -> Summary:
+    try:
+        return run_on_ray(job, bundle, folder, cluster, workers=workers, told=told)
+    except HeadLostError:
+        atexit.register(_leave_ray_behind)
+        raise
+
+
+def _leave_ray_behind() -> None:
+    """Ends the process before what Ray does at its end, which breaks it where the head of the cluster is lost."""
+    sys.stderr.flush()
+    os._exit(BAD_INPUT)
 
 
 @contextlib.contextmanager

@@ -57,7 +57,7 @@ class Room:
         return sum(_fitting(node, cpus, gpus) for node in self.nodes)
 
     def holds_now(self, cpus: int, gpus: int) -> int:
-        """How many fit beside what else the cluster does. Nodes may have less than this."""
+        """How many fit beside what else the cluster does, at most: free room may be split among nodes."""
         return min(self.holds(cpus, gpus), _fitting(self.free, cpus, gpus))
 
     def __str__(self) -> str:
@@ -80,9 +80,11 @@ def _fitting(node: Node, cpus: int, gpus: int) -> int:
     return int(min(node.cpus // cpus, node.gpus // gpus if gpus else node.cpus // cpus))
 
 
-def reachable(ray: Any, address: str) -> str:  # noqa: ANN401
-    """An address as Ray takes it, if a cluster answers there. Raises DeviceError and OptionError."""
-    host, _, port = address.removeprefix(CLIENT).rpartition(":")
+def reachable(ray: Any, address: str, *, clients: bool = False) -> str:  # noqa: ANN401
+    """An address as Ray takes it, if a cluster answers there; with `clients` also one of ray://. Raises DeviceError and
+    OptionError.
+    """
+    host, _, port = (address.removeprefix(CLIENT) if clients else address).rpartition(":")
     if not host or not port.isdigit() or "/" in host:
         raise OptionError(
             f"`address` is {address!r}",
@@ -148,7 +150,7 @@ def no_cluster(address: str, error: Exception) -> DeviceError:
     return DeviceError(
         f"No Ray cluster answers at {address} ({_one_line(error)})",
         expected="the head of a Ray cluster of the same version of Ray and Python",
-        remedy="Check `address` with `ray status`, and that RAY_AUTH_MODE and the token are those of the cluster. A "
+        remedy="Check the address with `ray status`, and that RAY_AUTH_MODE and the token are those of the cluster. A "
         "head on 127.0.0.1 cannot be reached: start it with an address of its network (ray start --node-ip-address).",
         option="address",
     )

@@ -59,14 +59,20 @@ class Node:
     @classmethod
     def made(cls, number: int, cores: str | None = None) -> Node:
         """A node without a network or Ray. `cores`: the processors that it may use, as taskset has them."""
-        line = ["unshare", *SPACES, "--fork", "--mount-proc", "sleep", "infinity"]
-        maker = subprocess.Popen(line, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-        wait_for(lambda: any("sleep" in command_of(one) for one in children(maker.pid)))
+        line = ["unshare", *SPACES, "--fork", "--mount-proc", "cat"]  # which ends when this process does
+        maker = subprocess.Popen(
+            line, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        wait_for(lambda: any(command_of(one).strip() == "cat" for one in children(maker.pid)))
         node = cls(number, maker, children(maker.pid)[0], cores)
-        node.run("hostname", f"kvx-{node.number}")
-        node.run("mount", "-t", "tmpfs", "-o", f"size={SHARED_MEMORY}", "tmpfs", "/dev/shm")
-        Path(FILES).mkdir(exist_ok=True)
-        node.run("mount", "-t", "tmpfs", "tmpfs", FILES)
+        try:
+            node.run("hostname", f"kvx-{node.number}")
+            node.run("mount", "-t", "tmpfs", "-o", f"size={SHARED_MEMORY}", "tmpfs", "/dev/shm")
+            Path(FILES).mkdir(exist_ok=True)
+            node.run("mount", "-t", "tmpfs", "tmpfs", FILES)
+        except BaseException:
+            node.end()
+            raise
         return node
 
     @property
@@ -103,6 +109,8 @@ class Node:
             os.kill(self.first, signal.SIGKILL)
         for process in (*self.started, self.maker):
             process.wait()
+        assert self.maker.stdin is not None
+        self.maker.stdin.close()
 
 
 def children(pid: int) -> list[int]:

@@ -126,7 +126,7 @@ class OutputFolder:
                 yield cls(path, job, records)
             finally:
                 with contextlib.suppress(OSError):
-                    _remove(path, PARTIAL)  # of a shard that had just been begun when a signal came
+                    _remove(path, PARTIAL)  # what a killed or interrupted writer has left
 
     def count_shards(self) -> int:
         """How many shards are there, also those of workers elsewhere that this process has not heard of."""
@@ -139,7 +139,6 @@ class OutputFolder:
         with _reporting(self.path):
             _write_json(self.path / MANIFEST, form)
             _remove(self.path / OWN / "shards", re.compile(".*"))
-            _remove(self.path, PARTIAL)  # of workers that were killed
 
 
 class OpenShard:

@@ -7,6 +7,7 @@ survive the driver, which Ray's own progress does not.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import logging
@@ -47,12 +48,13 @@ NEEDS = "jobs on Ray"
 OWN_STORE = 256 * 2**20  # bytes for shards on their way, where Ray is started for the job; by default it is gigabytes
 READING_TASKS = 2
 WATCH_SECONDS = 5.0
-HEAD_SECONDS = 20.0  # Ray itself gives it 60, and then ends the process
+HEAD_SECONDS = 20.0  # Ray ends the process after 60 without its head
 STILL_SECONDS = 30.0  # without a shard, after which the room for workers is looked at
 QUIET = {
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # it tells as errors what Ray Data always does
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # leaves devices alone, and does not warn of it
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # threads of Ray Data that a job has left behind would start another Ray
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
 }
 
@@ -105,7 +107,7 @@ def run_on_ray(
     with _connected(cluster, workers) as ray:
         count = _workers_for(Room.of(ray), cluster, workers)
         rows = errors = 0
-        for record in _watched(ray, _records(ray, job, bundle, folder, cluster, count), cluster, count):
+        for record in _watched(ray, _records(ray, job, bundle, folder, cluster, count), cluster):
             folder.records[record.key] = record
             rows, errors = rows + record.rows, errors + record.errors
             if told is not None:
@@ -153,64 +155,73 @@ def _records(
             yield ShardRecord.of(json.loads(row["record"]))
 
 
-def _watched(ray: Any, records: Iterator[ShardRecord], cluster: ClusterOptions, workers: int) -> Iterator[ShardRecord]:  # noqa: ANN401
+def _watched(ray: Any, records: Iterator[ShardRecord], cluster: ClusterOptions) -> Iterator[ShardRecord]:  # noqa: ANN401
     """The records as they come. Raises DeviceError when the head of the cluster is lost or Ray has given up.
 
-    A thread of its own waits for Ray, which says nothing of it and after a minute ends the process.
+    A thread of its own waits for Ray. Where the head is lost, Ray says nothing, and ends the process after a minute.
     """
-    found = queue.SimpleQueue[ShardRecord | BaseException | None]()
-    threading.Thread(target=_hand_over, args=(records, found), name="kvx-ray", daemon=True).start()
-    watch = _Watch(ray, cluster, workers)
+    finished = queue.SimpleQueue[ShardRecord | BaseException | None]()
+    threading.Thread(target=_hand_over, args=(records, finished), name="kvx-ray", daemon=True).start()
+    watch = _Watch(ray, cluster)
     while True:
+        watch.check()
         try:
-            one = found.get(timeout=WATCH_SECONDS)
+            one = finished.get(timeout=WATCH_SECONDS)
         except queue.Empty:
-            watch.look()
             continue
         if one is None:
             return
         if isinstance(one, BaseException):
             watch.explain(one)
             raise one
-        watch.news()
+        watch.shard_came()
         yield one
 
 
 class _Watch:
-    """What becomes of the cluster while no shard is finished."""
+    """What becomes of the cluster while it works."""
 
-    def __init__(self, ray: Any, cluster: ClusterOptions, workers: int) -> None:  # noqa: ANN401
-        self._ray, self._cluster, self._workers = ray, cluster, workers
+    def __init__(self, ray: Any, cluster: ClusterOptions) -> None:  # noqa: ANN401
+        self._ray, self._cluster = ray, cluster
         self._head = ray.get_runtime_context().gcs_address
-        self.news()
+        self._checked = self._answered = self._still_since = time.monotonic()
 
-    def news(self) -> None:
+    def shard_came(self) -> None:
         """A shard is finished."""
-        self._answered = self._still_since = time.monotonic()
+        self._still_since = time.monotonic()
 
     def explain(self, error: BaseException) -> None:
-        """Raises DeviceError for an error of Ray's."""
-        if isinstance(error, self._ray.exceptions.RayError):
+        """Raises an error of kvx for one that comes from Ray, if there is one."""
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, KvxError):  # what a task has raised
+            raise cause from None
+        if isinstance(error, Exception) and not isinstance(error, KvxError):
             if not answers(self._head):
                 raise _head_lost(self._head) from error
-            raise DeviceError(
-                f"Ray has given the job up ({' '.join(str(error).split()):.300})",
-                expected="a cluster that can run the job to its end",
-                remedy="Whole shards stay. Look into Ray's logs, and give the same command again.",
-            ) from error
+            if isinstance(error, self._ray.exceptions.RayError):
+                what = f"{type(cause).__name__}: {cause}" if cause is not None else str(error)
+                raise DeviceError(
+                    f"Ray has given the job up ({' '.join(what.split()):.300})",
+                    expected="a cluster that can run the job to its end",
+                    remedy="Whole shards stay. Look into Ray's logs, and give the same command again.",
+                ) from error
 
-    def look(self) -> None:
-        """Warns where workers have lost their room, for which Ray waits without a word. Raises DeviceError."""
+    def check(self) -> None:
+        """Now and then: warns where workers have lost their room, for which Ray waits without a word. Raises
+        DeviceError where the head is lost.
+        """
         now = time.monotonic()
-        if not answers(self._head):
-            if now - self._answered > HEAD_SECONDS:
-                raise _head_lost(self._head)
+        if now - self._checked < WATCH_SECONDS:
             return
-        self._answered = now
-        if now - self._still_since > STILL_SECONDS:
+        self._checked = now
+        if answers(self._head):
+            self._answered = now
+        elif now - self._answered > HEAD_SECONDS:
+            raise _head_lost(self._head)
+        if self._answered == now and now - self._still_since > STILL_SECONDS:
             self._still_since = now
             room = Room.of(self._ray)
-            if room.holds(self._cluster.cpus_per_worker, self._cluster.devices_per_worker) < self._workers:
+            if not room.holds(self._cluster.cpus_per_worker, self._cluster.devices_per_worker):
                 _log.warning("the Ray cluster has only %s: the job waits for nodes with room for its workers", room)
 
 
@@ -225,8 +236,12 @@ def _hand_over(records: Iterator[ShardRecord], found: queue.SimpleQueue[ShardRec
         found.put(None)
 
 
-def _head_lost(head: str) -> DeviceError:
-    return DeviceError(
+class HeadLostError(DeviceError):
+    """The head of the cluster does not answer any more. Ray may break the process when it ends."""
+
+
+def _head_lost(head: str) -> HeadLostError:
+    return HeadLostError(
         f"The head of the Ray cluster, {head}, does not answer any more",
         expected="a head that lives as long as the job",
         remedy="Whole shards stay. Give the same command again when there is a cluster, or with `engine` local.",
@@ -431,8 +446,13 @@ def _connected(cluster: ClusterOptions, workers: int | None) -> Iterator[Any]:
             with hushed():
                 ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
         except (OSError, RuntimeError, ValueError) as error:
-            raise no_cluster(cluster.address or "on this machine", error) from None
+            raise no_cluster(cluster.address or "this machine", error) from None
     try:
         yield ray
-    finally:
+    except HeadLostError:
+        atexit.unregister(ray.shutdown)  # which may end the process before anybody hears why
+        raise
+    except BaseException:
         ray.shutdown()
+        raise
+    ray.shutdown()

@@ -246,7 +246,7 @@ def _room() -> Room:
         return Room.of(ray)
     address = _address()
     if address is not None:
-        reachable(ray, address)
+        reachable(ray, address, clients=True)
     try:
         ray.init(address or "auto", log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError as error:

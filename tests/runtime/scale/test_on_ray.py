@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import json
 import os
@@ -146,6 +147,16 @@ def test_a_row_that_is_broken_gets_its_error(line: list[str], tmp_path: Path) ->
     done = finished(line)
     assert done.returncode == 0, done.stderr
     assert "bad.jsonl, line 2: The line is not JSON" in read_rows(tmp_path / "out")[1]["error"]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_file_that_ends_in_the_middle_ends_the_job(line: list[str], tmp_path: Path) -> None:
+    whole = gzip.compress((tmp_path / "in-0.jsonl").read_bytes())
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    line[line.index("--input") + 1] = str(tmp_path / "cut.jsonl.gz")
+    done = finished(line)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"{tmp_path / 'cut.jsonl.gz'} cannot be read" in done.stderr
     assert "Traceback" not in done.stderr
 
 
