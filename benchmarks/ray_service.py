@@ -27,6 +27,7 @@ import ray
 
 from kvx.benchmarks.service import send, start
 from kvx.runtime.system import cpu_model
+from kvx.scripts.ray_nodes import children
 
 PORT = 8000  # of Ray Serve
 APPLICATION = "kvx.runtime.serving.ray_app:app"
@@ -61,10 +62,8 @@ def cpu_seconds(root: int) -> float:
 
 def _family(root: int) -> Iterator[int]:
     yield root
-    with contextlib.suppress(OSError):
-        for task in Path(f"/proc/{root}/task").iterdir():
-            for child in (task / "children").read_text(encoding="ascii").split():
-                yield from _family(int(child))
+    for child in children(root):
+        yield from _family(child)
 
 
 def _pss(process: int) -> int:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 NETWORK = "10.77.0."  # which exists inside the nodes alone
+DEVICE = "kvx"  # of every node in it; that of the head is a bridge
 PORT = 6379
 FILES = "/tmp/ray"  # where Ray keeps its files, and these nodes all temporary ones
 SHARED_MEMORY = "64m"  # of a node, as containers have it
@@ -41,7 +42,7 @@ print(*(node.node_manager_address for node in nodes if node.state == 0))
 
 def is_possible() -> bool:
     """Whether this process may make networks, and has the commands for it."""
-    line = ["unshare", "--net", "--mount", "--uts", "ip", "link", "add", "kvx", "type", "bridge"]
+    line = ["unshare", *SPACES, "--fork", "ip", "link", "add", DEVICE, "type", "bridge"]
     tools = all(shutil.which(one) for one in ("unshare", "nsenter", "ip"))
     return tools and subprocess.run(line, capture_output=True, check=False).returncode == 0
 
@@ -114,10 +115,12 @@ class Node:
 
 
 def children(pid: int) -> list[int]:
-    """The processes that a process has started."""
+    """The processes that a process has started, in any of its threads."""
+    found: list[int] = []
     with contextlib.suppress(OSError):
-        return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()]
-    return []
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            found += map(int, (task / "children").read_text(encoding="ascii").split())
+    return found
 
 
 def command_of(pid: int) -> str:
@@ -149,19 +152,19 @@ class Cluster:
     def start_head(self, *, cores: str | None = None, **resources: str) -> Node:
         """Starts the head, whose network connects all nodes. `resources` are options of `ray start`, as num_cpus."""
         head = self._made(cores)
-        head.run("ip", "link", "add", "kvx", "type", "bridge")
-        _set_up(head, "kvx")
+        head.run("ip", "link", "add", DEVICE, "type", "bridge")
+        _set_up(head)
         self._start(head, "--head", f"--port={PORT}", "--include-dashboard=false", **resources)
         return head
 
     def start_node(self, *, cores: str | None = None, **resources: str) -> Node:
         """Starts a further node, and returns it when the cluster has it."""
         node, head = self._made(cores), self.nodes[0]
-        there = f"kvx{node.number}"
-        cable = ["ip", "link", "add", there, "type", "veth", "peer", "name", "kvx", "netns", str(node.first)]
+        there = f"{DEVICE}{node.number}"
+        cable = ["ip", "link", "add", there, "type", "veth", "peer", "name", DEVICE, "netns", str(node.first)]
         subprocess.run(["nsenter", "--target", str(head.first), "--net", "--", *cable], check=True, timeout=PATIENCE)
-        head.run("ip", "link", "set", there, "master", "kvx", "up")
-        _set_up(node, "kvx")
+        head.run("ip", "link", "set", there, "master", DEVICE, "up")
+        _set_up(node)
         self._start(node, f"--address={self.address}", **resources)
         return node
 
@@ -204,12 +207,12 @@ class Cluster:
         wait_for(lambda: node.ip in self.alive())
 
 
-def _set_up(node: Node, device: str) -> None:
+def _set_up(node: Node) -> None:
     """Gives the node its address. All others, and the world, are beyond the same device."""
     node.run("ip", "link", "set", "lo", "up")
-    node.run("ip", "address", "add", f"{node.ip}/24", "dev", device)
-    node.run("ip", "link", "set", device, "up")
-    node.run("ip", "route", "add", "default", "dev", device)
+    node.run("ip", "address", "add", f"{node.ip}/24", "dev", DEVICE)
+    node.run("ip", "link", "set", DEVICE, "up")
+    node.run("ip", "route", "add", "default", "dev", DEVICE)
 
 
 def wait_for(true: Callable[[], bool], seconds: float = PATIENCE) -> None:
