@@ -19,7 +19,16 @@ import kvx
 from kvx.commands import shortlist
 from kvx.commands.batch import batch
 from kvx.commands.bench import bench
-from kvx.commands.console import drop_output, hold_closed_streams, say, saying_warnings
+from kvx.commands.console import (
+    BAD_INPUT,
+    DIFFERENCE,
+    INTERNAL_ERROR,
+    INTERRUPTED,
+    drop_output,
+    hold_closed_streams,
+    say,
+    saying_warnings,
+)
 from kvx.commands.evaluate import evaluate
 from kvx.commands.export import export
 from kvx.commands.inspect import inspect
@@ -30,8 +39,6 @@ from kvx.commands.signals import cleaning_up
 from kvx.commands.translate import CommandOfTexts, translate
 from kvx.commands.verify import verify
 from kvx.runtime.errors import KvxError, ParityError, is_out_of_threads, out_of_threads, remedy_of
-
-DIFFERENCE, BAD_INPUT, INTERNAL_ERROR, INTERRUPTED = 1, 2, 70, 130  # 70 is EX_SOFTWARE of sysexits.h
 
 LIBRARY = "shared object"  # what the loader says where one is missing or damaged
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from kvx.commands.console import say
+from kvx.commands.console import BAD_INPUT, say
 from kvx.commands.machine import Machine, MachineOptions, open_bundle
 from kvx.commands.options import Described, ModelOption, with_described_options
 from kvx.commands.translation import OPTIONS_OF_A_TRANSLATION, resolved_options
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 SHOWN_ERRORS = 3
 REDRAW = 0.2  # seconds
 REPORT = 60.0  # seconds between lines where stderr is no terminal
-FAILED, BAD_INPUT = 1, 2
+FAILED = 1
 
 
 @with_described_options

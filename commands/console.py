@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kvx.exporter.progress import Progress as Listener
 
 STDOUT = 1
+DIFFERENCE, BAD_INPUT, INTERNAL_ERROR, INTERRUPTED = 1, 2, 70, 130  # exit codes; 70 is EX_SOFTWARE of sysexits.h
 
 
 def say(text: str) -> None:
